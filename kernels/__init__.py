@@ -1,0 +1,24 @@
+"""Fused ops for training GPTs, each a plain function on tensors; `reference` holds their definitions.
+
+    from tritale.kernels import rms_norm
+    y = rms_norm(x, weight)
+"""
+
+from .dispatch import backend
+from .flash_attention import flash_attention
+from .linear_cross_entropy import linear_cross_entropy
+from .reference import add_rms_norm, cross_entropy, document_positions, geglu, qk_norm_rope, rms_norm, rope, swiglu
+
+__all__ = [
+    "add_rms_norm",
+    "backend",
+    "cross_entropy",
+    "document_positions",
+    "flash_attention",
+    "geglu",
+    "linear_cross_entropy",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

@@ -1,0 +1,212 @@
+"""The definition of every op, a few lines of PyTorch each: the specification on one page.
+
+What a fused kernel must compute, in any dtype and on any device, differentiable by autograd. Arithmetic is done in fp32 (in fp64 where
+the input is fp64) and the result is rounded once. These functions are also what runs where Triton does not, and `torch.compile` fuses
+them well; `flash_attention` and `linear_cross_entropy` have faster forms of the same definition in their own files.
+
+Tensors of heads are (B, T, H, D), as in flash-attn. With `cu_seqlens` (int32, documents + 1, from 0 to T; a repeated last entry is an
+empty document, so the tensor may be padded to a fixed length) the batch is flattened, B = 1, and documents do not see each other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that arithmetic is done in: fp32, or fp64 if x already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
+    """y = x / sqrt(mean(x²) + eps) · (offset + weight), over the last dimension (arXiv 1910.07467; offset 1 is Gemma's form)."""
+    h = _wide(x)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        h = h * (_wide(weight) + offset)
+    return h.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(r), r) with r = residual + x, in the residual's dtype; the normed tensor has x's dtype."""
+    residual = (_wide(residual) + _wide(x)).to(residual.dtype)
+    return rms_norm(residual, weight, eps, offset=offset).to(x.dtype), residual
+
+
+def document_starts(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
+    """Where the document of each of n_tokens flattened tokens starts: (T,) int64."""
+    index = torch.arange(n_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1
+    return cu_seqlens[document].long()
+
+
+def document_positions(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
+    """The position of each of n_tokens flattened tokens in its own document: (T,) int64."""
+    return torch.arange(n_tokens, device=cu_seqlens.device) - document_starts(cu_seqlens, n_tokens)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    n = 2 * cos.shape[-1]
+    h = _wide(x[..., :n])
+    a, b = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    h = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((h.to(x.dtype), x[..., n:]), dim=-1) if n < x.shape[-1] else h.to(x.dtype)
+
+
+def rope(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, T, H_kv, D)
+    cos: Tensor,  # (T_max, rotary_dim / 2)
+    sin: Tensor,  # (T_max, rotary_dim / 2)
+    *,
+    interleaved: bool = False,
+    positions: Tensor | None = None,  # (T,) or (B, T) int
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, half-split or interleaved pairs; positions
+    count from 0, restart at each document with `cu_seqlens`, or are given. `inplace` writes q and k where no gradient needs them."""
+    if positions is None:
+        n = q.shape[1]
+        positions = document_positions(cu_seqlens, n) if cu_seqlens is not None else slice(0, n)
+    cos, sin = (_wide(t)[positions].unsqueeze(-2) for t in (cos, sin))  # (T, 1, rotary_dim / 2) or (B, T, 1, …)
+    q_out, k_out = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out, k_out)
+
+
+def qk_norm_rope(
+    qkv: Tensor,  # (B, T, (H + 2 H_kv) D)
+    q_weight: Tensor,  # (D,)
+    k_weight: Tensor,  # (D,)
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_head: int,
+    n_kv_head: int,
+    eps: float = 1e-6,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split packed q, k, v; RMSNorm over each head of q and k (as Qwen3), then RoPE. v is a view of qkv."""
+    q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=-2)
+    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return *rope(q, k, cos, sin, positions=positions, cu_seqlens=cu_seqlens), v
+
+
+def swiglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) · up (arXiv 2002.05202), of a packed (…, 2 N) [gate | up] or of two tensors (…, N)."""
+    gate, up = gate_up.chunk(2, dim=-1) if up is None else (gate_up, up)
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def geglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """gelu(gate) · up with the tanh form of gelu, packed or separate as `swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1) if up is None else (gate_up, up)
+    return (F.gelu(_wide(gate), approximate="tanh") * _wide(up)).to(gate.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,  # (…, V)
+    targets: Tensor,  # (…) int
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,  # (…)
+    reduction: str = "mean",
+    normalizer: Tensor | None = None,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy with label smoothing ε, z-loss and soft cap, from the logits s after the cap c·tanh(s/c):
+
+        loss = token_weight · ((1 − ε)(lse − s_target) + ε (lse − mean(s)) + z_loss · lse²),   lse = log Σ exp(s)
+
+    `mean` divides by the number of targets that are not ignored, or by `normalizer` (a device tensor); with none left the loss and its
+    gradients are 0. With `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored. `inplace_backward`
+    allows a kernel to write the gradient over the logits; here it changes nothing.
+    """
+    s = _wide(logits)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    is_valid = targets != ignore_index
+    index = torch.where(is_valid, targets, 0).long()
+    lse = torch.logsumexp(s, dim=-1)
+    nll = lse - s.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    loss = nll
+    if label_smoothing:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (lse - s.mean(-1))
+    penalty = z_loss * lse.square()
+    loss = loss + penalty
+    if token_weight is not None:
+        loss = loss * token_weight
+    loss = torch.where(is_valid, loss, 0.0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
+    if not return_stats:
+        return loss
+    stats = {
+        "nll": torch.where(is_valid, nll, 0.0).detach(),
+        "lse": torch.where(is_valid, lse, 0.0).detach(),
+        "z_loss": torch.where(is_valid, penalty, 0.0).detach(),
+        "correct": is_valid & (s.argmax(-1) == targets),
+    }
+    return loss, stats
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """cross_entropy of the logits x weightᵀ, x: (…, K), weight: (V, K). The product is made in x's dtype."""
+    return cross_entropy(x @ weight.to(x.dtype).T, targets, **options)
+
+
+def attention_mask(
+    n_query: int, n_key: int, *, is_causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """(T, S) bool, True where a query may look; causal is aligned to the end when T ≠ S. None if it may look everywhere."""
+    if not is_causal and window is None and cu_seqlens is None:
+        return None
+    query = torch.arange(n_query, device=device)[:, None] + n_key - n_query
+    key = torch.arange(n_key, device=device)[None, :]
+    mask = key <= query if is_causal else torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    if window is not None:
+        mask = mask & (key > query - window)
+    if cu_seqlens is not None:
+        start = document_starts(cu_seqlens, n_key)
+        mask = mask & (start[:, None] == start[None, :])
+    return mask
+
+
+def flash_attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, S, H_kv, D)
+    v: Tensor,  # (B, S, H_kv, D)
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ) v for grouped heads; `window=w` lets a query see itself and the w − 1 keys before it; `softcap=c` is
+    c·tanh(s/c) on the scaled scores; scale is 1/√D by default; a query that may look nowhere gives 0."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    mask = attention_mask(
+        q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device
+    )
+    if mask is None:
+        p = s.softmax(-1)
+    else:
+        lowest = torch.finfo(s.dtype).min  # not −inf: a row without any key would become NaN
+        p = s.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
+    return torch.einsum("bhts,bshd->bthd", p, _wide(v)).to(q.dtype)

@@ -1,0 +1,167 @@
+"""The definitions against PyTorch's own functions, and the faster forms against the definitions, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritale import kernels
+from tritale.kernels import reference
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = torch.seed() % 2**32
+    print(f"seed {value}")
+    torch.manual_seed(value)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_rms_norm_is_pytorchs():
+    x, w = randn(5, 33), randn(33)
+    assert_close(kernels.rms_norm(x, w, 1e-5), F.rms_norm(x, (33,), w, 1e-5))
+    assert_close(kernels.rms_norm(x, w, 1e-5, offset=1.0), F.rms_norm(x, (33,), w + 1, 1e-5))
+    y, residual = kernels.add_rms_norm(x, x, w)
+    assert_close(residual, 2 * x)
+    assert_close(y, kernels.rms_norm(2 * x, w))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_keeps_lengths_and_makes_scores_relative(interleaved):
+    angles = torch.outer(torch.arange(16.0, dtype=torch.float64), torch.rand(6, dtype=torch.float64))
+    cos, sin = angles.cos(), angles.sin()
+    q, k = randn(1, 1, 2, 20).expand(1, 16, 2, 20), randn(1, 1, 1, 20).expand(1, 16, 1, 20)
+    q_r, k_r = kernels.rope(q, k, cos, sin, interleaved=interleaved)
+    assert_close(q_r.norm(dim=-1), q.norm(dim=-1))
+    assert_close(q_r[..., 12:], q[..., 12:])
+    scores = torch.einsum("thd,shd->hts", q_r[0], k_r[0].expand(-1, 2, -1))
+    assert_close(scores[:, 3, 1], scores[:, 12, 10])
+    assert not torch.allclose(scores[:, 3, 1], scores[:, 3, 2])
+    cu_seqlens = torch.tensor([0, 5, 16, 16], dtype=torch.int32)
+    restarted, _ = kernels.rope(q, k, cos, sin, interleaved=interleaved, cu_seqlens=cu_seqlens)
+    assert_close(restarted[:, 5:], q_r[:, :11])
+
+
+def test_qk_norm_rope_is_its_parts():
+    qkv, wq, wk = randn(2, 7, 5 * 8), randn(8), randn(8)
+    cos, sin = torch.rand(7, 4, dtype=torch.float64), torch.rand(7, 4, dtype=torch.float64)
+    q, k, v = kernels.qk_norm_rope(qkv, wq, wk, cos, sin, n_head=3, n_kv_head=1)
+    heads = qkv.view(2, 7, 5, 8)
+    expected = kernels.rope(F.rms_norm(heads[:, :, :3], (8,), wq, 1e-6), F.rms_norm(heads[:, :, 3:4], (8,), wk, 1e-6), cos, sin)
+    assert_close((q, k), expected)
+    assert_close(v, heads[:, :, 4:])
+
+
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 3.0},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "normalizer": torch.tensor(7.0, dtype=torch.float64)},
+]
+
+
+def test_cross_entropy_is_pytorchs():
+    logits, targets = randn(9, 11), torch.randint(11, (9,))
+    targets[::4] = -100
+    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"}):
+        assert_close(kernels.cross_entropy(logits, targets, **options), F.cross_entropy(logits, targets, **options))
+    loss, stats = kernels.cross_entropy(logits, targets, return_stats=True)
+    valid = targets != -100
+    assert_close(stats["lse"][valid], logits.logsumexp(-1)[valid].detach())
+    assert (stats["correct"] == ((logits.argmax(-1) == targets) & valid)).all()
+    assert_close(loss, stats["nll"].sum() / valid.sum())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("memory_budget_mb", [1e-4, 64.0])
+def test_linear_cross_entropy_is_its_definition(options, memory_budget_mb):
+    x, weight, targets = randn(2, 150, 12), randn(37, 12), torch.randint(37, (2, 150))
+    targets[:, ::5] = -100
+    token_weight = torch.rand(2, 150, dtype=torch.float64)
+    options = {**options, "token_weight": token_weight, "return_stats": True}
+    loss, stats = kernels.linear_cross_entropy(x, weight, targets, memory_budget_mb=memory_budget_mb, **options)
+    expected, expected_stats = reference.linear_cross_entropy(x, weight, targets, **options)
+    assert_close(loss, expected)
+    assert_close(stats, expected_stats)
+    pull = torch.randn_like(loss)
+    assert_close(gradients((loss * pull).sum(), x, weight), gradients((expected * pull).sum(), x, weight))
+
+
+def test_all_targets_ignored_gives_zero_not_nan():
+    x, weight, targets = randn(6, 4), randn(5, 4), torch.full((6,), -100)
+    for loss in (kernels.linear_cross_entropy(x, weight, targets), kernels.cross_entropy(x @ weight.T, targets)):
+        assert loss.item() == 0
+        assert all((g == 0).all() for g in gradients(loss, x, weight))
+
+
+def test_bf16_head_keeps_the_gradient_of_an_fp32_weight_in_fp32():
+    x, weight = torch.randn(700, 16).bfloat16().requires_grad_(), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (700,))
+    loss = kernels.linear_cross_entropy(x, weight, targets, memory_budget_mb=0.02)
+    (dw,) = gradients(loss, weight)
+    exact = reference.linear_cross_entropy(x.double(), weight.bfloat16().double(), targets)
+    assert dw.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_attention_is_attention_document_by_document(n_kv_head, window):
+    q, k, v = randn(1, 23, 4, 12), randn(1, 23, n_kv_head, 12), randn(1, 23, n_kv_head, 12)
+    cu_seqlens = torch.tensor([0, 1, 9, 9, 21, 23, 23], dtype=torch.int32)
+    out = kernels.flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window)
+    parts = [
+        reference.flash_attention(q[:, a:b], k[:, a:b], v[:, a:b], window=window)
+        for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        if b > a
+    ]
+    expected = torch.cat(parts, dim=1)
+    assert_close(out, expected)
+    pull = torch.randn_like(out)
+    assert_close(gradients((out * pull).sum(), q, k, v), gradients((expected * pull).sum(), q, k, v))
+
+
+@pytest.mark.parametrize("n_query", [1, 3, 10])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_is_its_definition_and_aligned_to_the_end(n_query, window, softcap):
+    q, k, v = randn(2, n_query, 4, 16), randn(2, 10, 2, 16), randn(2, 10, 2, 16)
+    out = kernels.flash_attention(q, k, v, window=window, softcap=softcap)
+    whole = torch.cat([torch.zeros(2, 10 - n_query, 4, 16, dtype=torch.float64), q], dim=1)
+    expected = reference.flash_attention(whole, k, v, window=window, softcap=softcap)[:, 10 - n_query :]
+    assert_close(out, expected)
+
+
+def test_custom_ops_pass_opcheck():
+    q, k, v = randn(1, 9, 2, 8), randn(1, 9, 2, 8), randn(1, 9, 2, 8)
+    torch.library.opcheck(torch.ops.tritale.document_attention, (q, k, v, torch.tensor([0, 4, 9]), 0.3))
+    x, weight, targets, scale = randn(5, 4), randn(7, 4), torch.randint(7, (5,)), torch.rand(5, dtype=torch.float64)
+    for needs in ((True, True), (False, False)):
+        torch.library.opcheck(torch.ops.tritale.linear_cross_entropy, (x, weight, targets, scale, 0.1, 0.1, 2.0, 128, *needs))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 5), torch.ones(2).long()), r"\(4, 5\)"),
+        (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.ones(2).long(), reduction="avg"), "avg"),
+        (lambda: kernels.flash_attention(torch.ones(1, 2, 3, 4), *[torch.ones(1, 2, 2, 4)] * 2), "multiple"),
+        (lambda: kernels.backend("cuda").__enter__(), "auto, triton, torch"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
