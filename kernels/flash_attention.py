@@ -4,6 +4,8 @@ Outside Triton it is PyTorch's `scaled_dot_product_attention`; packed documents 
 Σ len² instead of (Σ len)²: for 4,096 tokens in 40 stories 1/40 of the arithmetic of a masked product.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    return [(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start]
+    return [(start, end) for start, end in pairwise(bounds) if end > start]
 
 
 def _heads_first(x: Tensor, start: int, end: int) -> Tensor:

@@ -10,7 +10,6 @@ dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is 
 import torch
 from torch import Tensor
 
-from . import reference
 from .dispatch import autocast
 
 STRATEGIES = ("chunk",)
