@@ -1,0 +1,181 @@
+"""Batches whose order is a pure function of (seed, epoch, step): there is no loader state to save, to lose or to resume.
+
+A document longer than `context` is cut into pieces of at most `context` tokens. An epoch puts all pieces in a random order, one after
+another: its *stream*. With N = micro_batch × context, micro-batch m of the epoch is the stream's [m·N, m·N + N), so nothing is padded
+and each token is seen once an epoch, except for a tail shorter than one step. Step s takes the next global_batch / micro_batch of
+these, dealt to the processes in turn, so the step is the same on any number of them.
+
+The target of a token is the token stored after it: within a document the next one, also where a long document was cut, and after the
+last one the `<|endoftext|>` that begins another document, so the end of a story is learnt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .shards import Split
+
+IGNORED = -100  # the target of padding; the losses skip it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. With a document mask it is flattened to one row of N = micro_batch × context tokens.
+
+    The length of `cu_seqlens` follows from the split and N alone, so that compiled code and CUDA graphs see one shape. (In training it
+    is exceeded, and then longer, with a probability below 1e-18 per micro-batch.)
+    """
+
+    tokens: Tensor  # (1, N), or (micro_batch, context) without a document mask; int64
+    targets: Tensor  # as tokens; int64, IGNORED where there is none
+    cu_seqlens: Tensor | None  # (segments + 1,) int32: 0, the end of each segment, then N up to a fixed length
+
+
+class Batches:
+    """The training batches of one process.
+
+    With `document_mask` attention is to stay within each segment of `cu_seqlens`: a document, or the part of it that is in the
+    micro-batch, of at most `context` tokens. Without it, the rows are plain stretches of the stream.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        context: int,  # tokens
+        micro_batch: int,  # sequences of `context` tokens, per process and pass
+        global_batch: int,  # sequences of `context` tokens, per step over all processes
+        seed: int,
+        document_mask: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """Raises ValueError for sizes that do not fit each other, or a split that holds less than one step."""
+        sizes = {"context": context, "micro_batch": micro_batch, "global_batch": global_batch, "world_size": world_size}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank ({rank}) must be one of 0 … {world_size - 1}, as world_size is {world_size}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed ({seed}) must be one of 0 … 2**64 - 1")
+        together = micro_batch * world_size
+        if global_batch % together:
+            below = global_batch // together * together
+            tries = " or ".join(str(size) for size in (below, below + together) if size)
+            raise ValueError(
+                f"micro_batch ({micro_batch}) × processes ({world_size}) must divide global_batch ({global_batch}); "
+                f"try global_batch {tries}"
+            )
+        self.tokens_per_step = global_batch * context  # over all processes
+        if split.n_tokens < self.tokens_per_step:
+            fits = split.n_tokens // (together * context) * together
+            remedy = f"lower global_batch to {fits} or less" if fits else "lower micro_batch or context"
+            raise ValueError(
+                f"{split.folder} holds {split.n_tokens:,} tokens, less than one step of global_batch ({global_batch}) × "
+                f"context ({context}) = {self.tokens_per_step:,}; {remedy}, or add stories"
+            )
+        self.steps_per_epoch = split.n_tokens // self.tokens_per_step
+        self.micro_batches_per_step = global_batch // together  # of this process
+
+        self._split, self._seed, self._document_mask = split, seed, document_mask
+        self._shape = micro_batch, context
+        self._dealt = range(rank, global_batch // micro_batch, world_size)  # this process's micro-batches of a step
+        self._micro_batches = global_batch // micro_batch  # of a step, all processes
+        self._starts, self._lengths = _pieces(split, context)  # (pieces,)
+        self._n_segments = _likely_segments(self._lengths, micro_batch * context)
+        self._epoch = None  # the one that _order and _ends belong to
+
+    def step(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of optimizer step `step` (0-based, counted on over the epochs); any step at any time."""
+        if step < 0:
+            raise ValueError(f"step ({step}) must be at least 0")
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._dealt)
+
+    def _micro_batch(self, epoch: int, m: int) -> Batch:
+        if epoch != self._epoch:
+            # Sorted random words, not Generator.permutation: NumPy promises that the words stay the same in later versions.
+            words = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(len(self._starts))
+            self._order = np.argsort(words, kind="stable")  # (pieces,)
+            self._ends = np.cumsum(self._lengths[self._order])  # (pieces,), in the stream
+            self._epoch = epoch
+        n = self._shape[0] * self._shape[1]
+        begin, end = m * n, m * n + n
+        first = np.searchsorted(self._ends, begin, side="right")  # the piece that holds position `begin`
+        last = np.searchsorted(self._ends, end, side="left")  # … and position `end - 1`
+        pieces = self._order[first : last + 1]
+        starts, lengths = self._starts[pieces], self._lengths[pieces]
+        cut = begin - (self._ends[first] - lengths[0])  # in the micro-batch before
+        starts[0] += cut
+        lengths[0] -= cut
+        lengths[-1] -= self._ends[last] - end  # in the micro-batch after
+        return _batch(self._split, starts, lengths, self._shape, self._n_segments if self._document_mask else None)
+
+
+def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask: bool = True) -> Iterator[Batch]:
+    """Every document once, in stored order: each of the split's tokens is a target exactly once, the `<|endoftext|>` that ends the last
+    document in place of the one that begins the first.
+
+    With `document_mask` no piece is cut at the border of a micro-batch; what is left over is padded (target IGNORED, in segments of
+    its own). So the loss does not depend on `micro_batch`. Raises ValueError if `context` or `micro_batch` is below 1.
+    """
+    if context < 1 or micro_batch < 1:
+        raise ValueError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
+    n = micro_batch * context
+    if document_mask:
+        starts, lengths = _pieces(split, context)
+    else:
+        starts = np.arange(0, split.n_tokens, context)
+        lengths = np.diff(starts, append=split.n_tokens)
+    ends = np.cumsum(lengths)
+    cuts = [0]  # which pieces go together
+    while cuts[-1] < len(ends):
+        cuts.append(int(np.searchsorted(ends, starts[cuts[-1]] + n, side="right")))
+    n_segments = int(np.diff(cuts).max()) + micro_batch if document_mask else None  # padding is at most micro_batch segments
+    for i, j in pairwise(cuts):
+        yield _batch(split, starts[i:j], lengths[i:j], (micro_batch, context), n_segments)
+
+
+def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
+    # Where the pieces of at most `context` tokens start in the split, and their lengths: (pieces,) int64 each, in stored order.
+    per_document = -(-split.lengths // context)
+    first_piece = np.cumsum(per_document) - per_document
+    nth_in_document = np.arange(per_document.sum()) - np.repeat(first_piece, per_document)
+    starts = np.repeat(split.starts[:-1], per_document) + nth_in_document * context
+    return starts, np.diff(starts, append=split.n_tokens)
+
+
+def _likely_segments(lengths: np.ndarray, n: int) -> int:
+    # A number of segments that n tokens of pieces in random order exceed with a probability below 1e-18. The number that is never
+    # exceeded, n tokens of nothing but the shortest pieces, is a hundred times the usual one on real text, and attention pays for it.
+    # Chernoff: for every t > 0, P(k pieces take ≤ n tokens) ≤ exp(t n) E[exp(-t length)]^k. Drawing without replacement only lowers
+    # it (Hoeffding 1963, theorem 4). Solved for k, and the best t of a grid taken; two more for the pieces cut at the borders.
+    counts = np.bincount(lengths)
+    values = np.flatnonzero(counts)
+    shares = counts[values] / len(lengths)
+    k = min(
+        (t * n + np.log(1e18)) / (t * values[0] - np.log(shares @ np.exp(-t * (values - values[0])))) for t in np.geomspace(1e-4, 10, 100)
+    )
+    return min(int(np.ceil(k)) + 2, n)
+
+
+def _batch(split: Split, starts, lengths, shape: tuple[int, int], n_segments: int | None) -> Batch:
+    # The stretches of the split that begin at `starts`, one after another, then padding.
+    n, context = shape[0] * shape[1], shape[1]
+    ends = np.cumsum(lengths)
+    filled = int(ends[-1])
+    positions = np.full(n, split.n_tokens)
+    positions[:filled] = np.repeat(starts - (ends - lengths), lengths) + np.arange(filled)
+    tokens, targets = split.take(positions), split.take(positions + 1)
+    targets[filled:] = IGNORED
+    if n_segments is None:
+        return Batch(torch.from_numpy(tokens).view(shape), torch.from_numpy(targets).view(shape), None)
+    borders = np.concatenate([[0], ends, np.arange(filled + context, n + context, context)]).clip(max=n)
+    cu_seqlens = np.full(max(n_segments + 1, len(borders)), n, np.int32)
+    cu_seqlens[: len(borders)] = borders
+    return Batch(torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], torch.from_numpy(cu_seqlens))

@@ -1,0 +1,57 @@
+"""The quick start's data: built-in stories, a tokenizer trained on them, and token splits, made once and kept."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from .shards import Split, write_split
+from .stories import TRAIN_START, VALIDATION_START, Story, story
+from .tokenizer import Tokenizer
+
+TOKENIZER_STORIES = 4000  # more change the entries little and take longer
+RECIPE = "recipe.json"
+
+
+def write_built_in(
+    folder: Path,
+    *,
+    seed: int,
+    stories: int,
+    validation_stories: int,
+    vocab_size: int,
+    track: Callable[[Iterable, str], Iterable] = lambda items, description: items,
+) -> None:
+    """Write tokenizer/, train/ and validation/ into `folder`, unless the same ones are there. `track` may wrap the slow loops in a
+    progress bar. A validation story whose text is in the training stories would be left out; both sides come from ranges of the
+    generator that do not overlap."""
+    recipe = {"stories": stories, "validation_stories": validation_stories, "vocab_size": vocab_size, "seed": seed, "version": 1}
+    if (folder / RECIPE).is_file() and json.loads((folder / RECIPE).read_text(encoding="utf-8")) == recipe:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
+    known = {s.text for s in train}
+    validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]
+    for _ in track(range(1), "training the tokenizer"):
+        tokenizer = Tokenizer.train((s.text for s in train[:TOKENIZER_STORIES]), vocab_size)
+    tokenizer.save(folder / "tokenizer")
+    for name, part in (("train", train), ("validation", validation)):
+        write_split(folder / name, texts(track(part, f"tokenizing {name}")), tokenizer, entropy_bits=sum(s.bits for s in part))
+    (folder / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+
+
+def texts(stories: Iterable[Story]) -> Iterator[str]:
+    return (s.text for s in stories)
+
+
+def open_data(folder: Path) -> tuple[Tokenizer, Split, Split]:
+    """The tokenizer and the splits train and validation of a data folder.
+
+    Raises FileNotFoundError or ValueError where one is missing, damaged, or made with another tokenizer."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    splits = [Split.open(folder / name) for name in ("train", "validation")]
+    for split in splits:
+        if split.tokenizer_hash != tokenizer.hash:
+            raise ValueError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")
+    return tokenizer, *splits

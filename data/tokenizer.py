@@ -1,0 +1,186 @@
+"""A BPE tokenizer whose entries can be read: Chinese characters, words and phrases, with single bytes for whatever is rare.
+
+The ids are laid out as
+
+    0 … 3      special tokens: <|endoftext|>, <|im_start|>, <|im_end|>, <|pad|>
+    4 … 259    the 256 bytes, written <0x00> … <0xFF>: a character without an entry becomes its UTF-8 bytes
+    260 …      the frequent characters, then the merges in the order in which they were learnt
+
+Nothing is normalised, so every string comes back from `decode(encode(text))` as it was. On disk it is the `tokenizer.json` and
+`tokenizer_config.json` of Hugging Face: `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+FIXED_TOKENS = SPECIAL_TOKENS + BYTE_TOKENS
+
+# Merges stay inside one of these pieces: a clause or word with the space before it, a digit, one mark or its repetition (…… —— ！！),
+# line ends, other white space. `<`, digits and letters never share a piece, so no merge can spell a byte token.
+PIECES = r" ?[\p{L}\p{M}]+|\p{N}|([^\p{L}\p{M}\p{N}\s])\1*|[\r\n]+|[^\S\r\n]+"
+MAX_ENTRY_CHARACTERS = 8  # no limit at all gains 0.2 % at 16 k entries, and the entries are then whole clauses of the training text
+CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry of their own …
+CHARACTER_SHARE = 2 / 3  # … in at most this share of the entries: at 4,096, entries for all take 9 % more tokens
+
+
+@dataclass(frozen=True)
+class TokenizerStats:
+    """How well a tokenizer fits some text."""
+
+    chars_per_token: float
+    byte_fallback_share: float  # of the tokens; about 1 in 100 is usual, 1 in 10 means that the text is of another kind
+
+
+class Tokenizer:
+    """Text to ids and back; made by `Tokenizer.train` or `Tokenizer.load`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a story is ordinary text; this setting is not saved
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._bytes = {i: token.encode() for token, i in backend.get_vocab().items()}  # id -> what it stands for
+        self._bytes |= dict.fromkeys(range(len(SPECIAL_TOKENS)), b"")
+        self._bytes |= {len(SPECIAL_TOKENS) + byte: bytes([byte]) for byte in range(256)}
+        self.vocab_size = len(self._bytes)
+        self.eot_id = FIXED_TOKENS.index(END_OF_TEXT)
+        self.pad_id = FIXED_TOKENS.index(PAD)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn `vocab_size` entries from `texts`, which are held in memory: of a large corpus give a sample of some 100 MB.
+
+        The same texts in the same order give the same tokenizer, on any machine. Merges seen only once are not made, so a small text can
+        support fewer entries than asked for; `vocab_size` of the result tells.
+
+        Raises ValueError if `vocab_size` leaves no room for entries, or if there is no text.
+        """
+        texts = list(texts)
+        room = vocab_size - len(FIXED_TOKENS)
+        if room < 2:
+            raise ValueError(
+                f"vocab_size ({vocab_size}) must be at least {len(FIXED_TOKENS) + 2}: {len(FIXED_TOKENS)} ids go to the special tokens "
+                "and the bytes; for Chinese stories try 8192"
+            )
+        counts = Counter()
+        for text in texts:
+            counts.update(text)
+        if not counts:
+            raise ValueError(f"there is no text to train a tokenizer on: {len(texts)} texts, 0 characters; check the input files")
+
+        # Rare characters are left to the bytes. In training they are replaced by a line end, which no merge crosses.
+        by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+        enough = CHARACTER_COVERAGE * counts.total()
+        n_covering = 1 + sum(total < enough for total in accumulate(counts[c] for c in by_frequency[:-1]))
+        n_characters = max(1, min(n_covering, int(room * CHARACTER_SHARE)))
+        rare = dict.fromkeys(map(ord, by_frequency[n_characters:]), "\n")
+
+        learner = tokenizers.Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+        learner.train_from_iterator(
+            (text.translate(rare) for text in texts),
+            trainers.BpeTrainer(
+                vocab_size=room,
+                min_frequency=2,
+                max_token_length=MAX_ENTRY_CHARACTERS + 1,  # the trainer's limit is exclusive
+                show_progress=False,
+            ),
+        )
+        learnt = json.loads(learner.to_str())["model"]
+        entries = sorted(learnt["vocab"], key=learnt["vocab"].get)
+
+        # Built anew instead of passing `special_tokens` to the trainer: those would be matched in the text, "<0x41>" among them.
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: i for i, token in enumerate((*FIXED_TOKENS, *entries))},
+                merges=[tuple(pair) for pair in learnt["merges"]],
+                byte_fallback=True,
+            )
+        )
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+        backend.pre_tokenizer = learner.pre_tokenizer
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, FIXED_TOKENS.index(END_OF_TEXT))]
+        )
+        return cls(backend)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read `tokenizer.json` from a tokenizer's or a checkpoint's folder.
+
+        Raises FileNotFoundError if it is not there, ValueError if it is damaged or not of the kind that `Tokenizer.train` makes.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; train a tokenizer with `tritale prepare`, or name the folder that holds one")
+        try:
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises a bare Exception for every kind of damage
+            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or run `tritale prepare` again") from error
+        for i, token in enumerate(FIXED_TOKENS):
+            if backend.id_to_token(i) != token:
+                raise ValueError(
+                    f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not a tokenizer made by `tritale prepare`; "
+                    "make one from your text"
+                )
+        return cls(backend)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`, which is made if it does not exist."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": PAD,
+            "extra_special_tokens": list(SPECIAL_TOKENS[1:3]),
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of `tokenizer.json` as the library writes it without white space; a file saved by another program has the same."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Ids of `text`, all of it ordinary text; with `bos` the id of `<|endoftext|>`, with which every document begins, in front."""
+        return self._backend.encode(text, add_special_tokens=bos).ids
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
+        """`encode` for many texts at once, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.
+
+        Raises ValueError for an id that is not in the vocabulary.
+        """
+        try:
+            return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
+        except KeyError as error:
+            raise ValueError(f"id {error} is not in the vocabulary; ids are whole numbers from 0 to {self.vocab_size - 1}") from None
+
+    def stats(self, texts: Iterable[str]) -> TokenizerStats:
+        """Characters per token and the share of byte tokens over `texts`, without `<|endoftext|>`. Raises ValueError without text."""
+        texts = list(texts)
+        ids = [i for document in self.encode_batch(texts) for i in document]
+        if not ids:
+            raise ValueError(f"there is no text to measure: {len(texts)} texts, 0 characters; give at least one that is not empty")
+        n_bytes = sum(i < len(FIXED_TOKENS) for i in ids)
+        return TokenizerStats(chars_per_token=sum(map(len, texts)) / len(ids), byte_fallback_share=n_bytes / len(ids))

@@ -1,0 +1,204 @@
+"""The model: a pre-norm GPT inside what Mistral (no QK-norm) and Qwen3 (QK-norm) of Hugging Face express.
+
+RMSNorm, rotary positions, grouped-query attention with a head size independent of the width, SwiGLU, tied or untied embeddings. Every
+op that is not a matrix product comes from `tritale.kernels`. Inside, q, k, v and gate, up are packed into one product each; `checkpoint.py`
+splits them for the disk.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import add_rms_norm, document_positions, flash_attention, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. n_head · head_dim need not equal width."""
+
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    width: int
+    mlp_width: int
+    context: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    window: int | None = None
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" or f.type is int:
+                if value < 1:
+                    raise ValueError(f"model.{f.name} is {value}; it must be at least 1")
+        if self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ValueError(f"model.n_kv_head ({self.n_kv_head}) must divide model.n_head ({self.n_head}); try one of {divisors}")
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even size, try {self.head_dim + 1}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"model.window is {self.window}; it must be at least 1, or null for no window")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "GPTConfig":
+        """A named shape, with fields changed. Raises ValueError for an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"model.preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+    @property
+    def n_matrix(self) -> int:
+        """Parameters that multiply each token: all matrices, and the head (also where it is tied to the embedding)."""
+        heads = (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
+        return self.n_layer * self.width * (heads + 3 * self.mlp_width) + self.vocab_size * self.width
+
+    def flops_per_token(self, length: float) -> float:
+        """FLOPs of forward and backward for one token of a document of `length` tokens: 6 per matrix parameter, and for attention
+        12 · layers · heads · head_dim per key seen, of which a token sees half its document on average."""
+        return 6 * self.n_matrix + 6 * self.n_layer * self.n_head * self.head_dim * min(length, self.window or length)
+
+
+PRESETS = {
+    # For tests: trains in seconds, also through the interpreted kernels.
+    "tiny": GPTConfig(512, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, width=48, mlp_width=64, context=64),
+    # Sized so that two CPU cores teach it the built-in stories in five minutes.
+    "quickstart": GPTConfig(2048, n_layer=4, n_head=4, n_kv_head=2, head_dim=48, width=256, mlp_width=512, context=256),
+    # The blog series' model: 43.9 M parameters, 76 % of them the embedding of a borrowed vocabulary.
+    "microstories-44m": GPTConfig(65_024, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, width=512, mlp_width=768, context=512),
+}
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, capacity, H_kv, D) a layer; the first `length` are filled."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[1]
+        self.keys[layer][:, self.length : end] = k
+        self.values[layer][:, self.length : end] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        c = config
+        self.attention_norm = nn.Parameter(torch.ones(c.width))
+        self.qkv = nn.Linear(c.width, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=False)
+        self.attention_out = nn.Linear(c.n_head * c.head_dim, c.width, bias=False)
+        self.mlp_norm = nn.Parameter(torch.ones(c.width))
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp_width, bias=False)
+        self.mlp_out = nn.Linear(c.mlp_width, c.width, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = nn.Parameter(torch.ones(c.head_dim)), nn.Parameter(torch.ones(c.head_dim))
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, width), the residual stream
+        delta: Tensor | None,  # (B, T, width), what the layer below adds to it
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        c = self.config
+        if delta is None:
+            h = rms_norm(x, self.attention_norm, c.norm_eps)
+        else:
+            h, x = add_rms_norm(delta, x, self.attention_norm, c.norm_eps)
+
+        qkv = self.qkv(h)  # (B, T, (H + 2 H_kv) D)
+        if c.qk_norm:
+            heads = dict(n_head=c.n_head, n_kv_head=c.n_kv_head, eps=c.norm_eps)
+            q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, cos, sin, positions=positions, **heads)
+        else:
+            q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+            q, k = rope(q, k, cos, sin, positions=positions)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        a = flash_attention(q, k, v, window=c.window, cu_seqlens=cu_seqlens)  # (B, T, H, D)
+        delta = self.attention_out(a.flatten(-2))
+
+        h, x = add_rms_norm(delta, x, self.mlp_norm, c.norm_eps)
+        return x, self.mlp_out(swiglu(self.gate_up(h)))
+
+
+class GPT(nn.Module):
+    """A GPT of the given shape with fresh weights: normal with `init_std`, the matrices that write to the residual stream scaled down
+    by √(2 · n_layer) so that its variance does not grow with depth (GPT-2)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.Parameter(torch.ones(config.width))
+        self.head = self.embedding if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
+        frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        angle = torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (context, head_dim / 2)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        std = self.config.init_std
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                is_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
+                nn.init.normal_(p, std=std / (2 * self.config.n_layer) ** 0.5 if is_residual else std)
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        c = self.config
+        keys, values = (
+            [self.embedding.new_empty(batch, capacity, c.n_kv_head, c.head_dim, dtype=dtype) for _ in range(c.n_layer)] for _ in "kv"
+        )
+        return KVCache(keys, values)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int
+        targets: Tensor | None = None,  # (B, T) int, −100 where there is none
+        *,
+        cu_seqlens: Tensor | None = None,  # (documents + 1,) int32; B = 1
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        **loss_options,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, T, V), or with `targets` the loss of `linear_cross_entropy` (which takes `loss_options`), never holding all
+        logits. With `cu_seqlens` documents do not see each other and positions restart; with a `cache` the tokens follow those seen
+        before. `last_only` gives the logits of the last position alone: (B, 1, V).
+
+        Raises ValueError for a sequence longer than the context."""
+        start, n = (cache.length if cache else 0), tokens.shape[1]
+        if cu_seqlens is None and start + n > self.config.context:
+            raise ValueError(f"{start + n} tokens are more than the model's context of {self.config.context}; shorten them")
+        if cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, n)
+        else:
+            positions = torch.arange(start, start + n, device=tokens.device) if start else None
+        x, delta = F.embedding(tokens, self.embedding), None
+        for block in self.blocks:
+            x, delta = block(x, delta, self.cos, self.sin, positions, cu_seqlens, cache)
+        if cache is not None:
+            cache.length += n
+        if last_only:
+            x, delta = x[:, -1:], delta[:, -1:]
+        h, _ = add_rms_norm(delta, x, self.norm, self.config.norm_eps)
+        if targets is None:
+            return F.linear(h, self.head)
+        return linear_cross_entropy(h, self.head, targets, **loss_options)

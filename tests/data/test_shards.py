@@ -1,0 +1,189 @@
+import hashlib
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from tritale.data.shards import Split, write_split
+
+
+class CharTokenizer:
+    """Code points as ids: shards of any vocabulary size without training."""
+
+    hash = "of-the-test"
+
+    def __init__(self, vocab_size: int = 0x4000):
+        self.vocab_size = vocab_size
+
+    def encode_batch(self, texts, bos):
+        return [[0] * bos + [ord(c) % self.vocab_size for c in text] for text in texts]
+
+
+def draw_texts(n: int = 50) -> list[str]:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    draw = random.Random(seed)
+    return ["".join(chr(draw.randint(1, 0x3FFF)) for _ in range(draw.randint(0, 30))) for _ in range(n)]
+
+
+@pytest.fixture
+def split(tmp_path) -> Split:
+    return write_split(tmp_path / "train", draw_texts(), CharTokenizer(), max_shard_tokens=200)
+
+
+@pytest.mark.parametrize("max_shard_tokens", [1, 100, 2**27])
+def test_documents_come_back(tmp_path, max_shard_tokens):
+    texts = draw_texts()
+    write_split(tmp_path / "a", iter(texts), CharTokenizer(), max_shard_tokens=max_shard_tokens)
+    split = Split.open(tmp_path / "a")
+    expected = CharTokenizer().encode_batch(texts, bos=True)
+    assert [split.document(i).tolist() for i in range(split.n_documents)] == expected
+    assert split.lengths.tolist() == [len(ids) for ids in expected]
+    assert (split.n_tokens, split.n_documents, split.characters) == (sum(map(len, expected)), len(texts), sum(map(len, texts)))
+    assert (split.vocab_size, split.tokenizer_hash, split.entropy_bits) == (0x4000, "of-the-test", None)
+    if max_shard_tokens == 1:
+        assert len(split.shards) == len(texts)  # a document is never cut
+    if max_shard_tokens == 100:
+        assert len(split.shards) > 1 and max(map(len, split.shards)) <= 100
+
+
+def test_take_reads_across_shards_and_ends_with_the_end_of_the_text(split):
+    whole = np.concatenate([*split.shards, [0]]).astype(np.int64)
+    positions = np.random.default_rng().integers(0, split.n_tokens + 1, 1000)
+    assert len(split.shards) > 2
+    assert np.array_equal(split.take(positions), whole[positions])
+    assert split.take(np.array([split.n_tokens])).tolist() == [0]
+
+
+def test_texts_are_read_in_turns_and_keep_their_order(tmp_path):
+    n_read = n_encoded = 0
+
+    def texts():
+        nonlocal n_read
+        for n_read in range(1, 2501):
+            yield chr(n_read)
+
+    class Watched(CharTokenizer):
+        def encode_batch(self, texts, bos):
+            nonlocal n_encoded
+            n_encoded += len(texts)
+            assert n_read == n_encoded and len(texts) <= 1024
+            return super().encode_batch(texts, bos)
+
+    split = write_split(tmp_path / "a", texts(), Watched())
+    assert split.take(split.starts[:-1] + 1).tolist() == list(range(1, 2501))
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_536, "uint16"), (65_537, "uint32")])
+def test_dtype_follows_the_vocabulary(tmp_path, vocab_size, dtype):
+    top = vocab_size - 1
+    split = write_split(tmp_path / "a", [chr(top)], CharTokenizer(vocab_size))
+    assert split.shards[0].dtype == dtype and split.document(0).tolist() == [0, top]
+    assert (tmp_path / "a" / "tokens-00000.bin").read_bytes() == np.array([0, top], f"<u{np.dtype(dtype).itemsize}").tobytes()
+
+
+def test_entropy_is_a_number_or_asked_for_after_the_last_text(tmp_path):
+    bits = []
+
+    def texts():
+        for text in draw_texts():
+            bits.append(1.5)
+            yield text
+
+    assert write_split(tmp_path / "a", texts(), CharTokenizer(), entropy_bits=lambda: sum(bits)).entropy_bits == 75.0
+    assert write_split(tmp_path / "b", ["x"], CharTokenizer(), entropy_bits=3.0).entropy_bits == 3.0
+
+
+def test_index_holds_the_checksums_of_the_files(split):
+    index = json.loads((split.folder / "index.json").read_text())
+    for entry in [*index["shards"], index["starts"]]:
+        assert hashlib.sha256((split.folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+    assert sum(shard["documents"] for shard in index["shards"]) == index["documents"] == split.n_documents
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "starts.bin"])
+def test_damage_to_a_file_is_named(split, name):
+    path = split.folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=f"{name} has {len(whole) - 8:,} bytes instead of {len(whole):,}"):
+            Split.open(split.folder, verify=verify)
+    altered = bytearray(whole)
+    altered[random.randrange(len(whole) - 8)] ^= 1  # not in the last start, whose disagreement shows without the checksum
+    path.write_bytes(altered)
+    Split.open(split.folder, verify=False)
+    found, expected = hashlib.sha256(altered).hexdigest(), hashlib.sha256(whole).hexdigest()
+    with pytest.raises(ValueError, match=f"{name} was altered: its sha256 is {found} instead of {expected}"):
+        Split.open(split.folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        Split.open(split.folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": 2}, "tritale-tokens version 2, this program reads tritale-tokens version 1"),
+        ({"format": "other"}, "format other version 1"),
+        ({"documents": 0}, "holds 0 documents"),
+        ({"dtype": "object"}, "damaged.*'object'"),
+        ({"shards": None}, "damaged"),
+        ({"tokens": 12345}, "disagrees with itself about the number of tokens"),
+    ],
+)
+def test_damage_to_the_index_is_named(split, change, message):
+    path = split.folder / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Split.open(split.folder)
+
+
+def test_index_that_is_cut_off_or_missing_is_no_split(split):
+    path = split.folder / "index.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        Split.open(split.folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no finished token split; make one with `tritale prepare`"):
+        Split.open(split.folder)
+
+
+def test_a_writer_that_fails_leaves_the_old_split_and_nothing_else(split):
+    before = split.take(np.arange(split.n_tokens))
+
+    def texts():
+        yield from draw_texts(3000)
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        write_split(split.folder, texts(), CharTokenizer())
+    assert np.array_equal(Split.open(split.folder).take(np.arange(split.n_tokens)), before)
+    assert [path.name for path in split.folder.parent.iterdir()] == ["train"]
+
+
+def test_leftovers_of_a_killed_writer_are_no_split_and_do_not_disturb_the_next(split):
+    aside = split.folder.with_name("train.partial")
+    shutil.copytree(split.folder, aside)
+    (aside / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished token split"):
+        Split.open(aside)
+    assert write_split(split.folder, ["new"], CharTokenizer()).n_documents == 1  # replaces the old one
+    assert Split.open(split.folder).document(0).tolist() == [0, *map(ord, "new")]
+    assert sorted(path.name for path in split.folder.iterdir()) == ["index.json", "starts.bin", "tokens-00000.bin"]
+    assert not aside.exists()
+
+
+def test_a_folder_that_is_not_a_split_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a token split, so it is not overwritten"):
+        write_split(tmp_path, ["x"], CharTokenizer())
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_no_documents_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no documents to write"):
+        write_split(tmp_path / "a", [], CharTokenizer())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,239 @@
+"""Train a GPT from scratch: torchrun train.py [--config FILE] [--section.key VALUE …]
+
+Read it from top to bottom: processes and data, model, optimizer, resume, the loop, the end. Without arguments it runs
+configs/quickstart.yaml. `python train.py --help` lists every key.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tritale.data.batches import Batch, Batches, eval_batches
+from tritale.data.built_in import open_data, write_built_in
+from tritale.data.shards import Split
+from tritale.model import GPT, LLM
+from tritale.training import processes, state
+from tritale.training.config import RunConfig, parse
+from tritale.training.logs import Log
+from tritale.training.optimizer import build_optimizers, lr_factor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@torch.inference_mode()
+def validate(model: GPT, split: Split, config: RunConfig, here: processes.Processes, autocast) -> tuple[float, float]:
+    """(loss in nats per token, bits per character) over the whole split; the processes share the work."""
+    nll = torch.zeros(2, dtype=torch.float64, device=here.device)  # sum, tokens
+    context = config.train.context or model.config.context
+    sizes = dict(context=context, micro_batch=config.train.micro_batch, document_mask=config.data.document_mask)
+    for i, batch in enumerate(eval_batches(split, **sizes)):
+        if i % here.world_size == here.rank:
+            tokens, targets, cu_seqlens = on(here.device, batch)
+            with autocast():
+                loss = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="sum")
+            nll += torch.stack([loss.double(), (targets >= 0).sum().double()])
+    nats, n_tokens = processes.total(nll).tolist()
+    return nats / n_tokens, nats / math.log(2) / split.characters
+
+
+def on(device: torch.device, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if device.type == "cuda":
+        move = lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)
+    else:
+        move = lambda t: t
+    return move(batch.tokens), move(batch.targets), move(batch.cu_seqlens)
+
+
+def write_samples(model: GPT, tokenizer, config: RunConfig, log: Log, *, seed: int) -> None:
+    llm = LLM(model, tokenizer)
+    for i, prompt in enumerate(config.log.prompts):
+        text = llm.generate(prompt, max_new_tokens=config.log.sample_tokens, seed=seed + i)
+        log.print(f"\n{prompt}{text}", style="green")
+    log.print()
+
+
+def main(config: RunConfig) -> None:
+    began = time.perf_counter()
+    here = processes.start()
+    log = Log(config, is_main=here.is_main)
+    train, out_dir = config.train, Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = state.step_folders(out_dir)
+
+    # ---- data: the main process makes it, the others wait -------------------------------------------------------------------------
+    folder = Path(config.data.source)
+    if config.data.source == "built-in":
+        folder = out_dir / "data"
+        if here.is_main:
+            sizes = {k: getattr(config.data, k) for k in ("stories", "validation_stories", "vocab_size")}
+            write_built_in(folder, seed=config.seed, **sizes, track=log.track)
+    processes.total(torch.zeros(1, device=here.device))  # a barrier
+    tokenizer, train_split, validation_split = open_data(folder)
+
+    # ---- model --------------------------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    shape = config.model.build(tokenizer.vocab_size)
+    context = train.context or shape.context
+    if context > shape.context:
+        raise ValueError(f"train.context ({context}) is longer than the model's ({shape.context}); set --model.context {context}")
+    precision = processes.choose_precision(train.precision, here.device)
+    model = GPT(shape).to(here.device)
+    batches = Batches(
+        train_split,
+        context=context,
+        micro_batch=train.micro_batch,
+        global_batch=train.global_batch,
+        seed=config.seed,
+        document_mask=config.data.document_mask,
+        rank=here.rank,
+        world_size=here.world_size,
+    )
+
+    # ---- optimizer, precision -----------------------------------------------------------------------------------------------------
+    optimizers = build_optimizers(model, config.optim, bf16=precision == "bf16")
+    scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
+    if precision == "fp32":
+        autocast = contextlib.nullcontext
+    else:
+        autocast = lambda: torch.autocast(here.device.type, DTYPES[precision])
+    # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel takes the mean over the processes.
+    normalizer = torch.tensor(batches.tokens_per_step / here.world_size, device=here.device)
+
+    # ---- resume: weights, optimizer and random state; the data needs none -----------------------------------------------------------
+    progress = {"step": 0, "best_step": None, "best_loss": math.inf, "seconds": 0.0}
+    if checkpoints:
+        newest = checkpoints[max(checkpoints)]
+        progress |= state.load(newest, config, model, optimizers, scaler)
+        log.print(f"going on from {newest}")
+    log.open(out_dir, progress["step"])
+
+    # ---- compile ------------------------------------------------------------------------------------------------------------------
+    run: torch.nn.Module = model
+    if train.compile:
+        missing = processes.cpp_compiler_missing() if here.device.type == "cpu" else None
+        if missing:
+            log.print(f"no C++ compiler, so torch.compile is off and training is slower ({missing}); on Debian: apt install g++")
+        else:
+            run = torch.compile(model, dynamic=False)
+    if here.world_size > 1:
+        run = DistributedDataParallel(run, device_ids=[here.device] if here.device.type == "cuda" else None, broadcast_buffers=False)
+
+    # ---- what this run will do ----------------------------------------------------------------------------------------------------
+    n_parameters = sum(p.numel() for p in model.parameters())
+    flops_per_token = shape.flops_per_token(min(context, train_split.n_tokens / train_split.n_documents))
+    peak_flops, peak_source = processes.matmul_flops(here.device, precision)
+    n_tokens = train.max_steps * batches.tokens_per_step
+    floor = validation_split.entropy_bits and validation_split.entropy_bits / validation_split.characters
+    device_name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rows = {
+        "device": f"{here.world_size} × {device_name}, {precision}",
+        "matrix products": f"{peak_flops / 1e9:,.0f} GFLOP/s ({peak_source}; mfu is against this)",
+        "data": f"{train_split.n_documents:,} documents, {train_split.n_tokens:,} tokens, "
+        f"{train_split.characters / (train_split.n_tokens - train_split.n_documents):.2f} characters per token",
+        "model": f"{n_parameters / 1e6:.1f} M parameters, {model.embedding.numel() / n_parameters:.0%} of them embedding",
+        "step": f"{batches.tokens_per_step:,} tokens in {batches.micro_batches_per_step} micro-batches, {batches.steps_per_epoch} an epoch",
+        "run": f"{train.max_steps:,} steps, {n_tokens / 1e6:.1f} M tokens, {train.max_steps / batches.steps_per_epoch:.1f} epochs, "
+        f"last learning rate {config.optim.lr * lr_factor(train.max_steps - 1, train.max_steps, config.optim):.1e}",
+        "output": str(out_dir),
+    }
+    log.table(rows)
+
+    # ---- the loop -----------------------------------------------------------------------------------------------------------------
+    before = progress["seconds"]
+    logged_step, logged_at = progress["step"], time.perf_counter()
+    paused = 0.0  # seconds since the last log line that were not training
+    loss_sum = torch.zeros((), device=here.device)
+    val_bits = math.nan
+    with log.progress() as bar:
+        task = bar.add_task("", total=train.max_steps, completed=progress["step"], loss=math.nan, speed=0.0)
+        for step in range(progress["step"], train.max_steps):
+            factor = lr_factor(step, train.max_steps, config.optim)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = factor * group["peak_lr"]
+
+            for i, batch in enumerate(batches.step(step)):
+                tokens, targets, cu_seqlens = on(here.device, batch)
+                is_last = i == batches.micro_batches_per_step - 1
+                with contextlib.nullcontext() if is_last or here.world_size == 1 else run.no_sync(), autocast():
+                    loss = run(tokens, targets, cu_seqlens=cu_seqlens, normalizer=normalizer, z_loss=train.z_loss)
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=False)  # the next backward adds into the same memory
+            scaler.update()
+
+            done = step + 1
+            is_end = done == train.max_steps
+            if done % config.log.every == 0 or is_end or done % train.checkpoint_every == 0:
+                seconds = time.perf_counter() - logged_at - paused
+                mean_loss = processes.total(loss_sum).item() / here.world_size / (done - logged_step)
+                if not math.isfinite(mean_loss) or (not math.isfinite(grad_norm.item()) and not scaler.is_enabled()):
+                    raise FloatingPointError(
+                        f"loss {mean_loss}, gradient norm {grad_norm.item()} at step {done}; nothing was saved since the last "
+                        "checkpoint. Lower optim.lr, or set train.z_loss 1e-4, and run the same command again to go on from there"
+                    )
+                speed = (done - logged_step) * batches.tokens_per_step / seconds
+                log.metrics(
+                    step=done,
+                    tokens=done * batches.tokens_per_step,
+                    loss=mean_loss,
+                    lr=config.optim.lr * factor,
+                    grad_norm=grad_norm.item(),
+                    tokens_per_second=speed,
+                    mfu=speed * flops_per_token / peak_flops / here.world_size,
+                    memory_gib=processes.peak_memory_gib(here.device),
+                    seconds=before + time.perf_counter() - began,
+                )
+                bar.update(task, loss=mean_loss, speed=speed)
+                logged_step, logged_at, paused = done, time.perf_counter(), 0.0
+                loss_sum.zero_()
+            bar.update(task, completed=done)
+
+            pause = time.perf_counter()
+            if done % train.validate_every == 0 or is_end:
+                val_loss, val_bits = validate(model, validation_split, config, here, autocast)
+                log.metrics(step=done, val_loss=val_loss, val_bits_per_char=val_bits, seconds=before + time.perf_counter() - began)
+                log.print(f"step {done}: validation {val_bits:.3f} bits per character, loss {val_loss:.3f}")
+            if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_end:
+                write_samples(model, tokenizer, config, log, seed=config.seed)
+            if done % train.checkpoint_every == 0 or is_end:
+                if done % train.validate_every == 0 or is_end:
+                    if val_loss < progress["best_loss"]:
+                        progress |= {"best_step": done, "best_loss": val_loss}
+                progress |= {"step": done, "seconds": before + time.perf_counter() - began}
+                if here.is_main:
+                    state.save(out_dir, config, done, model, optimizers, scaler, tokenizer, progress)
+                    state.remove_old(out_dir, keep_last=train.keep_last, best_step=progress["best_step"] if train.keep_best else None)
+            paused += time.perf_counter() - pause
+
+    # ---- the end --------------------------------------------------------------------------------------------------------------------
+    if math.isnan(val_bits):  # the run was complete before
+        _, val_bits = validate(model, validation_split, config, here, autocast)
+    log.close()
+    if here.is_main:
+        above = f", {val_bits / floor - 1:.0%} above the {floor:.3f} that chance alone puts into the stories" if floor else ""
+        last = state.step_folders(out_dir)[train.max_steps]
+        minutes = (before + time.perf_counter() - began) / 60
+        log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
+        log.print(f"Checkpoint: {last}\n\nThree stories:")
+        write_samples(model, tokenizer, config, log, seed=config.seed)
+        log.print(f"Next: tritale generate --model {last} --prompt 小兔子")
+    processes.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped; run the same command again to go on from the last checkpoint")

@@ -1,0 +1,124 @@
+"""The processes and the device of a run: what torchrun started, what the hardware can do, how fast it multiplies."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets; others are measured.
+PEAK_TFLOPS = {
+    "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Processes:
+    """Join the process group that torchrun describes in the environment (nccl, or gloo on CPUs), if there is more than one process."""
+    rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_heap()
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world_size, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def keep_heap() -> None:
+    """Tell glibc to keep freed memory instead of giving it back to the kernel: a training step frees and takes the same large buffers
+    each time, and faulting their pages in again costs 12–17 % of a step on two cores (docs/log.md). Does nothing elsewhere."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)
+            mallopt(m_top_pad, 2**28)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """bf16, fp16 or fp32 for "auto": bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises ValueError for a precision that the device lacks or is only slowed down by."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if name == "auto":
+        return "bf16" if has_bf16 else ("fp16" if device.type == "cuda" else "fp32")
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError("train.precision fp16 needs a GPU; choose auto, bf16 or fp32")
+    return name
+
+
+def cpp_compiler_missing() -> str | None:
+    """Why torch.compile cannot work for this CPU, or None if it can."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # Inductor's own InvalidCxxCompiler, or what its search raises
+        return str(error).splitlines()[0]
+    return None
+
+
+def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """(FLOP/s that matrix products can reach in this precision, where the figure is from): the data sheet of a known GPU, else measured
+    as the best of 5 products of 1024³ (8192³ on a GPU)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if precision != "fp32":
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12, "data sheet"
+    n = 8192 if device.type == "cuda" else 1024
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    best = float("inf")
+    for _ in range(6):
+        start_time = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start_time)
+    return 2 * n**3 / best, "measured now"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,105 @@
+"""Checkpoints of a run: out_dir/step-00001000/ is a Hugging Face model, and trainer/ inside holds what the loop needs to go on.
+
+Only safetensors and JSON. The data needs no state: its order is a function of the step.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..data.tokenizer import Tokenizer
+from ..model.checkpoint import atomic_folder, load_tensors, load_weights, read_json, save_model, write_json
+from ..model.gpt import GPT
+from .config import RunConfig, differences, flatten
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+def step_folders(out_dir: Path) -> dict[int, Path]:
+    """{step: folder} of the checkpoints in out_dir, in order; folders still being written have other names."""
+    found = {}
+    for path in out_dir.glob("step-*"):
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save(
+    out_dir: Path,
+    config: RunConfig,
+    step: int,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    tokenizer: Tokenizer,
+    progress: dict,
+) -> Path:
+    """Write out_dir/step-…: the model, its tokenizer, the optimizers' state, random state, config and `progress` (JSON).
+
+    Raises OSError that names the folder where the disk is full; what was there before stays whole."""
+    folder = out_dir / f"step-{step:08d}"
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"{names[p]}/{key}": value for key, value in state.items()}
+    try:
+        with atomic_folder(folder) as temporary:
+            save_model(temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+            tokenizer.save(temporary)
+            (temporary / "trainer").mkdir()
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "trainer" / "state.safetensors")
+            trainer = {"step": step, "config": flatten(config), "grad_scaler": scaler.state_dict(), **progress}
+            write_json(temporary / "trainer" / "trainer.json", trainer)
+    except Exception as error:
+        if "No space" not in str(error) and getattr(error, "errno", None) is None:
+            raise
+        raise OSError(
+            f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are whole: free some space, or set "
+            "--train.keep_last, and run the same command again to go on"
+        ) from error
+    return folder
+
+
+def load(
+    folder: Path, config: RunConfig, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+) -> dict:
+    """Put a checkpoint's weights, optimizer and random state in place; returns trainer.json.
+
+    Raises ValueError where its run had another config (with resume "force": another set of tensors), FileNotFoundError where a file
+    is missing."""
+    trainer = read_json(folder / "trainer", "trainer.json")
+    changed = differences(trainer["config"], config)
+    if changed and config.resume != "force":
+        raise ValueError(
+            f"{folder.parent} holds a run with another config: {'; '.join(changed)}. Choose another --out_dir, take the old values, "
+            "or go on with the new ones with --resume force"
+        )
+    load_weights(model, folder)
+    tensors = load_tensors(folder / "trainer", "state.safetensors")
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    rng = tensors.pop("rng.cuda", None)
+    if rng is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng)
+    parameters = dict(model.named_parameters())
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, tensor in tensors.items():
+        parameter_name, key = name.split("/")
+        p = parameters[parameter_name]
+        owner[id(p)].state[p][key] = tensor.to(p.device)
+    scaler.load_state_dict(trainer["grad_scaler"])
+    return trainer
+
+
+def remove_old(out_dir: Path, *, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints (0: none is removed) and the best one."""
+    folders = step_folders(out_dir)
+    for step in list(folders)[:-keep_last] if keep_last else []:
+        if step != best_step:
+            shutil.rmtree(folders[step])
