@@ -41,7 +41,8 @@ class LLM:
         model, tokenizer = load_model(folder).to(device=device, dtype=dtype), Tokenizer.load(folder)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; they do not belong together"
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
+                "they do not belong together"
             )
         return cls(model.eval(), tokenizer)
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..data.tokenizer import Tokenizer
@@ -57,9 +58,7 @@ def save(
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "trainer" / "state.safetensors")
             trainer = {"step": step, "config": flatten(config), "grad_scaler": scaler.state_dict(), **progress}
             write_json(temporary / "trainer" / "trainer.json", trainer)
-    except Exception as error:
-        if "No space" not in str(error) and getattr(error, "errno", None) is None:
-            raise
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are whole: free some space, or set "
             "--train.keep_last, and run the same command again to go on"

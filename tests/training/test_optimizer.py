@@ -1,0 +1,54 @@
+"""Muon against PyTorch's, and the learning rate's course."""
+
+import pytest
+import torch
+
+from tritale.model import GPT, GPTConfig
+from tritale.training.config import OptimConfig
+from tritale.training.optimizer import Muon, build_optimizers, lr_factor
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon_in_bf16_takes_pytorchs_steps(shape, seed):
+    start, grads = torch.randn(2, *shape), torch.randn(5, 2, *shape)
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    options = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    a = Muon(ours, dtype=torch.bfloat16, **options)
+    b = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    for step in grads:
+        for p, q, g in zip(ours, theirs, step, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        a.step()
+        b.step()
+    for p, q, s in zip(ours, theirs, start, strict=True):
+        moved = (q - s).norm()
+        assert (p - q).norm() < 0.02 * moved < moved  # bf16 rounding in another order
+
+
+def test_muon_steps_are_nearly_orthogonal(seed):
+    p = torch.nn.Parameter(torch.zeros(20, 50))
+    p.grad = torch.randn(20, 50)
+    Muon([p], dtype=torch.float32, lr=1.0, weight_decay=0.0).step()
+    singular = torch.linalg.svdvals(p.detach()) / (0.2 * 50**0.5)
+    assert 0.5 < singular.min() and singular.max() < 1.5
+
+
+def test_each_parameter_has_one_optimizer_and_only_matrices_decay():
+    model = GPT(GPTConfig.preset("tiny", qk_norm=True))
+    for matrices in ("muon", "adamw"):
+        groups = [g for o in build_optimizers(model, OptimConfig(matrices=matrices), bf16=False) for g in o.param_groups]
+        seen = [id(p) for g in groups for p in g["params"]]
+        assert sorted(seen) == sorted(id(p) for p in model.parameters())
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        assert decayed == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_rate_warms_up_and_ends_at_its_minimum(schedule):
+    config = OptimConfig(schedule=schedule, warmup_steps=10, min_lr_ratio=0.1, decay_fraction=0.4)
+    factors = [lr_factor(step, 100, config) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(factors) == 1 and factors[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    if schedule == "wsd":
+        assert factors[58] == 1 > factors[61]

@@ -1,0 +1,255 @@
+"""train.py end to end on a tiny model: what it writes, how it goes on, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, command, losses, metrics, train
+from safetensors.torch import load_file
+
+from tritale.model import LLM
+from tritale.training.config import RunConfig, parse
+
+
+def run_here(out_dir, **options) -> None:
+    """train.py's main in this process: faster, and its exceptions arrive."""
+    spec = importlib.util.spec_from_file_location("train", REPOSITORY / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(parse(command(out_dir, **options)[1:]))
+
+
+def weights(out_dir, step=6) -> dict[str, torch.Tensor]:
+    return load_file(out_dir / f"step-{step:08d}" / "model.safetensors")
+
+
+def test_a_run_writes_metrics_checkpoints_and_stories(tiny_run):
+    lines = metrics(tiny_run)
+    trained = [line for line in lines if "loss" in line]
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "seconds"}
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6] and all(set(line) == keys for line in trained)
+    validated = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validated] == [3, 6] and all(0 < line["val_bits_per_char"] < 15 for line in validated)
+    assert trained[-1]["loss"] < trained[0]["loss"] and trained[-1]["lr"] == 0
+    assert sorted(p.name for p in tiny_run.iterdir()) == ["data", "metrics.jsonl", "step-00000003", "step-00000006"]
+    folder = tiny_run / "step-00000006"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer",
+    }
+    assert LLM.load(folder).generate("小猫", seed=1, max_new_tokens=5)
+
+
+def test_a_checkpoint_is_a_hugging_face_model(tiny_run):
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_run / "step-00000006"
+    theirs, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    llm = LLM.load(folder, device="cpu")
+    ids = tokenizer("汤姆和杰瑞是好朋友，", return_tensors="pt").input_ids
+    assert ids[0].tolist() == llm.tokenizer.encode("汤姆和杰瑞是好朋友，", bos=True)
+    torch.testing.assert_close(llm.model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    out = theirs.generate(ids, do_sample=False, max_new_tokens=20)
+    assert tokenizer.decode(out[0], skip_special_tokens=True) == "汤姆和杰瑞是好朋友，" + llm.generate(
+        "汤姆和杰瑞是好朋友，", temperature=0, max_new_tokens=20
+    )
+
+
+def test_validation_bits_are_the_documents_own(tiny_run):
+    """The reported figure against one document at a time through Hugging Face's tokenizer files and our model."""
+    from tritale.data.built_in import open_data
+
+    llm = LLM.load(tiny_run / "step-00000006", device="cpu")
+    _, _, split = open_data(tiny_run / "data")
+    nats = 0.0
+    for i in range(split.n_documents):
+        ids = torch.tensor([*split.document(i).tolist(), llm.tokenizer.eot_id])
+        for start in range(0, len(ids) - 1, 64):  # the tiny model's context
+            piece = ids[start : start + 65][None]
+            nats += torch.nn.functional.cross_entropy(llm.model(piece[:, :-1])[0], piece[0, 1:], reduction="sum").item()
+    reported = [line for line in metrics(tiny_run) if "val_loss" in line][-1]["val_bits_per_char"]
+    assert nats / 0.6931471805599453 / split.characters == pytest.approx(reported, rel=1e-5)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny_run, tmp_path):
+    out_dir = tmp_path / "run"
+    killed = subprocess.Popen([sys.executable, *command(out_dir)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while not (out_dir / "step-00000003").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert (out_dir / "step-00000003").exists()
+    shutil.rmtree(out_dir / "step-00000006", ignore_errors=True)  # it may have been fast enough to write it
+    result = train(out_dir)
+    assert "going on from" in result.stdout
+    assert losses(out_dir) == losses(tiny_run)
+    before, after = weights(tiny_run), weights(out_dir)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_processes_make_the_same_steps(tiny_run, tmp_path):
+    train(tmp_path / "two", processes=2, train__micro_batch=1)
+    ours, theirs = losses(tmp_path / "two"), losses(tiny_run)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in ours)
+
+
+def test_micro_batches_do_not_change_the_result(tiny_run, tmp_path):
+    run_here(tmp_path / "whole", train__micro_batch=4)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tiny_run), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"optim__matrices": "adamw"}, {"optim__schedule": "wsd"}, {"data__document_mask": "false"}])
+def test_other_choices_train_too(options, tmp_path):
+    run_here(tmp_path / "run", **options)
+    assert losses(tmp_path / "run")[6] < losses(tmp_path / "run")[1]
+
+
+def test_bf16_on_a_cpu_stays_near_fp32(tiny_run, tmp_path):
+    run_here(tmp_path / "run", train__precision="bf16")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tiny_run), rel=0.01)
+    assert losses(tmp_path / "run") != losses(tiny_run)
+
+
+def test_torch_compile_gives_the_losses_of_eager(tiny_run, tmp_path):
+    run_here(tmp_path / "run", train__compile="true")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tiny_run), rel=1e-4)
+
+
+def test_without_a_compiler_it_says_so_and_trains(tmp_path):
+    environment = {**os.environ, "CXX": "/nowhere/g++", "PATH": os.path.dirname(sys.executable)}
+    environment["PATH"] = os.path.dirname(sys.executable)
+    arguments = command(tmp_path / "run", train__compile="true", train__max_steps=3)
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "torch.compile is off" in result.stdout
+
+
+def test_keep_last_keeps_the_best_too(tmp_path):
+    sizes = dict(train__max_steps=12, train__checkpoint_every=3, train__keep_last=1)
+    run_here(tmp_path / "run", optim__lr=3, optim__warmup_steps=4, **sizes)  # a rate that makes it worse
+    trainer = json.loads((tmp_path / "run" / "step-00000012" / "trainer" / "trainer.json").read_text())
+    kept = sorted(int(p.name[5:]) for p in (tmp_path / "run").glob("step-*"))
+    assert kept == sorted({trainer["best_step"], 12})
+
+
+def test_wandb_offline_needs_no_account(tmp_path):
+    pytest.importorskip("wandb")
+    train(tmp_path / "run", log__wandb="offline", train__max_steps=3)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train__max_step": 3}, "nearest is 'train.max_steps'"),
+        ({"optim__learning_rate": 3}, "unknown config key 'optim.learning_rate'"),
+        ({"train__max_steps": "many"}, "train.max_steps"),
+        ({"train__precision": "bf32"}, "auto, bf16, fp16, fp32"),
+        ({"optim__matrices": "sgd"}, "muon, adamw"),
+        ({"model__preset": "huge"}, "microstories-44m"),
+        ({"optim__warmup_steps": 6}, "less than train.max_steps"),
+    ],
+)
+def test_bad_config_names_the_allowed_values(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run_here(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_misspelt_key_in_a_file_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("train:\n  max_stesp: 3\n")
+    with pytest.raises(SystemExit, match=re.escape("'train.max_stesp'; the nearest is 'train.max_steps'")):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train__micro_batch": 3}, r"micro_batch \(3\) × processes \(1\) must divide global_batch \(4\)"),
+        ({"model__vocab_size": 700}, "model.vocab_size is 700, but the data was made with a vocabulary of 600"),
+        ({"train__context": 65}, "--model.context 65"),
+        ({"train__global_batch": 2000, "train__micro_batch": 2000}, "add stories"),
+        ({"data__source": "nowhere"}, "nowhere"),
+        ({"train__precision": "fp16"}, "needs a GPU"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(options, message, tmp_path):
+    if torch.cuda.is_available() and "train__precision" in options:
+        pytest.skip("a GPU is there")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_here(tmp_path / "run", **options)
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "copy")
+
+
+def test_another_config_is_refused_and_force_goes_on(copy):
+    with pytest.raises(ValueError, match=r"train.max_steps: 6 → 9.*--resume force"):
+        run_here(copy, train__max_steps=9)
+    run_here(copy, train__max_steps=9, resume="force")
+    assert list(losses(copy)) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_altered_shard_is_refused(copy):
+    shard = copy / "data" / "train" / "tokens-00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin"):
+        run_here(copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer/state.safetensors", "trainer/trainer.json"])
+def test_a_checkpoint_without_a_file_is_refused(name, copy):
+    (copy / "step-00000006" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=os.path.basename(name)):
+        run_here(copy)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
+    """A limit on the size of files stands for the full disk: the same error from the operating system at the same call."""
+    out_dir = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run_here(out_dir, train__max_steps=3)
+    before = weights(out_dir, 3)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        with pytest.raises(OSError, match="earlier checkpoints are whole"):
+            run_here(out_dir, resume="force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in out_dir.glob("*step*")] == ["step-00000003"]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(out_dir, 3).values(), strict=True))
+    run_here(out_dir, resume="force")
+    assert (out_dir / "step-00000006").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="nothing was saved"):
+        run_here(tmp_path / "run", optim__lr=1e38, optim__warmup_steps=0)
+
+
+def test_every_config_file_can_be_read():
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        assert isinstance(parse(["--config", str(path)]), RunConfig)
