@@ -71,7 +71,7 @@ PRESETS = {
     "tiny": GPTConfig(512, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, width=48, mlp_width=64, context=64),
     # Sized so that two CPU cores teach it the built-in stories in five minutes.
     "quickstart": GPTConfig(
-        4096, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, width=128, mlp_width=384, context=256, qk_norm=True
+        4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=32, width=128, mlp_width=384, context=256, qk_norm=True
     ),
     # The blog series' model: 43.9 M parameters, 76 % of them the embedding of a borrowed vocabulary.
     "microstories-44m": GPTConfig(65_024, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, width=512, mlp_width=768, context=512),

@@ -1,30 +1,10 @@
-"""Shared by all tests: a printed seed, and a tiny run to train."""
+"""Shared by all tests: a printed seed, and a finished tiny run."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = {
-    "data.stories": 60,
-    "data.validation_stories": 8,
-    "data.vocab_size": 600,
-    "model.preset": "tiny",
-    "train.max_steps": 6,
-    "train.global_batch": 4,
-    "train.micro_batch": 2,
-    "train.validate_every": 3,
-    "train.sample_every": 0,
-    "train.checkpoint_every": 3,
-    "train.compile": "false",
-    "optim.warmup_steps": 2,
-    "log.every": 1,
-    "log.sample_tokens": 20,
-}
+from runs import train
 
 
 @pytest.fixture
@@ -34,32 +14,6 @@ def seed() -> int:
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
-
-
-def command(out_dir: Path, **options) -> list[str]:
-    """train.py with the tiny config in out_dir; options: data__stories=10 is --data.stories 10."""
-    options = TINY | {"out_dir": out_dir} | {k.replace("__", "."): v for k, v in options.items()}
-    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [str(REPOSITORY / "train.py"), *flags]
-
-
-def train(out_dir: Path, *, processes: int = 0, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run train.py in a process of its own, or under torchrun in several. Raises where it fails, unless `check` is off."""
-    launcher = [sys.executable]
-    if processes:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    result = subprocess.run([*launcher, *command(out_dir, **options)], capture_output=True, text=True, encoding="utf-8", cwd=REPOSITORY)
-    if check:
-        assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def metrics(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def losses(out_dir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in metrics(out_dir) if "loss" in line}
 
 
 @pytest.fixture(scope="session")

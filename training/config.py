@@ -107,7 +107,7 @@ class TrainConfig:
     Args:
         max_steps: Optimizer steps of the whole run.
         global_batch: Sequences of `context` tokens in an optimizer step, over all processes and accumulation steps.
-        micro_batch: Sequences a process takes at once; lower it when memory runs out, the result stays the same.
+        micro_batch: Sequences a process takes at once; lower it when memory runs out, a step keeps its tokens.
         context: Tokens of a sequence; null takes the model's context.
         precision: auto, bf16, fp16 or fp32. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.
         compile: Whether to use torch.compile.
@@ -279,7 +279,7 @@ def explain_key_error(message: str) -> str:
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The config of a command line. Ends the process with a message on a bad key or value, as argument parsers do."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = ArgumentParser(prog="train.py", description="Train a GPT from scratch.", exit_on_error=False)
+    parser = ArgumentParser(prog="train.py", description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; without one it is configs/quickstart.yaml")
     parser.add_class_arguments(RunConfig)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
-from rich.table import Table
 
 from .config import RunConfig, flatten
 
@@ -60,10 +59,8 @@ class Log:
         self.console.print(text, markup=False, **options)
 
     def table(self, rows: dict[str, str]) -> None:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows.items():
-            table.add_row(name, value, style=None)
-        self.console.print(table)
+            self.print(f"{name:16} {value}")
 
     def track(self, items: Iterable, description: str) -> Iterable:
         return track(items, description=f"{description:24}", console=self.console)

@@ -1,5 +1,7 @@
 """Muon against PyTorch's, and the learning rate's course."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -49,6 +51,6 @@ def test_the_rate_warms_up_and_ends_at_its_minimum(schedule):
     factors = [lr_factor(step, 100, config) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(factors) == 1 and factors[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
     if schedule == "wsd":
         assert factors[58] == 1 > factors[61]

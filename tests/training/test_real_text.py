@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, losses, train
+from runs import REPOSITORY, losses, train
 
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
