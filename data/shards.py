@@ -26,7 +26,7 @@ from .tokenizer import Tokenizer
 FORMAT, VERSION = "tritale-tokens", 1
 INDEX, STARTS = "index.json", "starts.bin"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-REMEDY = "run `tritale prepare` again"
+REMEDY = "delete the folder that holds it and make the data again"
 TEXTS_AT_ONCE = 1024  # encoded in parallel; bounds the memory
 
 
@@ -215,7 +215,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _read_index(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: there is no finished token split; make one with `tritale prepare`")
+        raise FileNotFoundError(f"{path} is missing: there is no finished token split; make one with write_split")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         found = index.get("format"), index.get("version")

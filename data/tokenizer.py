@@ -125,15 +125,15 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; train a tokenizer with `tritale prepare`, or name the folder that holds one")
+            raise FileNotFoundError(f"{path} is missing; name a folder that holds a tokenizer, or train one with Tokenizer.train")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or run `tritale prepare` again") from error
+            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it again with Tokenizer.train") from error
         for i, token in enumerate(FIXED_TOKENS):
             if backend.id_to_token(i) != token:
                 raise ValueError(
-                    f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not a tokenizer made by `tritale prepare`; "
+                    f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
                     "make one from your text"
                 )
         return cls(backend)

@@ -147,7 +147,7 @@ def test_index_that_is_cut_off_or_missing_is_no_split(split):
     with pytest.raises(ValueError, match=r"index\.json is damaged"):
         Split.open(split.folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no finished token split; make one with `tritale prepare`"):
+    with pytest.raises(FileNotFoundError, match=r"no finished token split; make one with write_split"):
         Split.open(split.folder)
 
 
