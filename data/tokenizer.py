@@ -129,7 +129,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it again with Tokenizer.train") from error
+            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it anew") from error
         for i, token in enumerate(FIXED_TOKENS):
             if backend.id_to_token(i) != token:
                 raise ValueError(
