@@ -125,7 +125,7 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; name a folder that holds a tokenizer, or train one with Tokenizer.train")
+            raise FileNotFoundError(f"{path} is missing; train a tokenizer with Tokenizer.train, or name the folder that holds one")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
