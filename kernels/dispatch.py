@@ -1,59 +1,24 @@
-"""Which implementation an op runs: Triton for CUDA and ROCm tensors, PyTorch for all others.
+"""Which implementation an op runs. Today that is PyTorch's on every device: the Triton kernels are not part of the package yet."""
 
-`TRITON_INTERPRET=1` in the environment sends CPU tensors through the Triton kernels too (Triton's interpreter, for tests). The choice is
-made in Python before the op, from the device of its input; `backend(...)` overrides it.
-"""
-
-import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
-_forced = "auto"
+BACKENDS = ("auto", "torch")
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on one implementation: "auto" (by device), "triton" or "torch".
+    """Run the ops inside the block on one implementation: "auto" (by device) or "torch".
 
-    Raises ValueError for another name, or where Triton is asked for and not installed."""
-    global _forced
+    Raises ValueError for another name, "triton" among them until there are kernels."""
+    if name == "triton":
+        raise ValueError("backend 'triton' has no kernels in this version; choose one of auto, torch")
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if name == "triton" and not has_triton():
-        raise ValueError("backend 'triton' needs the package triton (Linux only): pip install triton, or use 'torch'")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def interprets() -> bool:
-    """Whether Triton kernels run on CPU tensors in this process, through the interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
-
-
-def uses_triton(x: Tensor) -> bool:
-    """Whether an op on x runs its Triton kernel."""
-    if _forced == "torch":
-        return False
-    if x.is_cuda:
-        return _forced == "triton" or has_triton()
-    if _forced == "triton" and not interprets():
-        raise ValueError(
-            f"backend 'triton' cannot run on a {x.device.type} tensor; move it to a GPU, or set TRITON_INTERPRET=1 before "
-            "Python starts to run the kernels on the CPU (slow, for tests)"
-        )
-    return interprets()
+    yield
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
