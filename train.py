@@ -64,6 +64,9 @@ def main(config: RunConfig) -> None:
     train, out_dir = config.train, Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = state.step_folders(out_dir)
+    newest = checkpoints[max(checkpoints)] if checkpoints else None
+    if newest:
+        state.check_config(newest, config)  # before anything is written
 
     # ---- data: the main process makes it, the others wait -------------------------------------------------------------------------
     folder = Path(config.data.source)
@@ -81,6 +84,9 @@ def main(config: RunConfig) -> None:
     context = train.context or shape.context
     if context > shape.context:
         raise ValueError(f"train.context ({context}) is longer than the model's ({shape.context}); set --model.context {context}")
+    for prompt in config.log.prompts:
+        if len(tokenizer.encode(prompt, bos=True)) >= shape.context:
+            raise ValueError(f"log.prompts has one longer than the model's context of {shape.context} tokens: {prompt[:20]!r}…; shorten it")
     precision = processes.choose_precision(train.precision, here.device)
     model = GPT(shape).to(here.device)
     batches = Batches(
@@ -105,10 +111,9 @@ def main(config: RunConfig) -> None:
     normalizer = torch.tensor(batches.tokens_per_step / here.world_size, device=here.device)
 
     # ---- resume: weights, optimizer and random state; the data needs none -----------------------------------------------------------
-    progress = {"step": 0, "best_step": None, "best_loss": math.inf, "seconds": 0.0}
-    if checkpoints:
-        newest = checkpoints[max(checkpoints)]
-        progress |= state.load(newest, config, model, optimizers, scaler)
+    progress = {"step": 0, "best_step": None, "best_loss": None, "seconds": 0.0}
+    if newest:
+        progress |= state.load(newest, model, optimizers, scaler)
         log.print(f"going on from {newest}")
     log.open(out_dir, progress["step"])
 
@@ -207,7 +212,7 @@ def main(config: RunConfig) -> None:
                 write_samples(model, tokenizer, config, log, seed=config.seed)
             if done % train.checkpoint_every == 0 or is_end:
                 if done % train.validate_every == 0 or is_end:
-                    if val_loss < progress["best_loss"]:
+                    if progress["best_loss"] is None or val_loss < progress["best_loss"]:
                         progress |= {"best_step": done, "best_loss": val_loss}
                 progress |= {"step": done, "seconds": before + time.perf_counter() - began}
                 if here.is_main:

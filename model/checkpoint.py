@@ -99,6 +99,10 @@ def gpt_config(hf: dict) -> GPTConfig:
     kind = hf.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not one this project reads ({', '.join(ARCHITECTURES)})")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    missing = [name for name in (*sizes, "max_position_embeddings", "rms_norm_eps") if name not in hf]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}; the checkpoint is damaged, use another step")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("attention_bias"):
         raise ValueError("only models with hidden_act 'silu' and without attention biases are read")
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
@@ -174,7 +178,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """A safetensors file of a checkpoint. Raises FileNotFoundError where it is missing, ValueError where it is damaged."""
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole checkpoint: {name} is missing; use another step-… folder of the run")
+        raise FileNotFoundError(f"{folder} is not a whole checkpoint: {name} is missing; delete the folder to use an earlier step")
     try:
         return load_file(path)
     except SafetensorError as error:

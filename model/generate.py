@@ -38,6 +38,8 @@ class LLM:
 
         Raises FileNotFoundError or ValueError where the folder is not a whole checkpoint."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+            raise ValueError(f"device {device!r} is not here; choose cpu{', cuda' if torch.cuda.is_available() else ''}")
         model, tokenizer = load_model(folder).to(device=device, dtype=dtype), Tokenizer.load(folder)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -61,7 +63,7 @@ class LLM:
 
         temperature 0 always takes the likeliest token; a fixed seed repeats on the same machine.
         Raises ValueError for a prompt longer than the context or a setting out of range."""
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more, usually 0.7 to 1")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it must be in (0, 1]. 1 keeps all tokens; for the likeliest only, use temperature=0")

@@ -46,6 +46,7 @@ class DataConfig:
     def __post_init__(self):
         at_least("data.stories", self.stories, 1)
         at_least("data.validation_stories", self.validation_stories, 1)
+        at_least("data.vocab_size", self.vocab_size, 262)
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class LogConfig:
     def __post_init__(self):
         one_of("log.wandb", self.wandb, ("online", "offline", "disabled"))
         at_least("log.every", self.every, 1)
+        at_least("log.sample_tokens", self.sample_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
 
 
 def differences(before: dict[str, object], config: RunConfig) -> list[str]:
-    """What differs, as "key: before → now", between a saved flat config and this one, in keys that change the run's result."""
+    """What differs, as "key: before → now", between a saved flat config and this one, but for keys that may always change."""
     after = flatten(config)
     free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_")
 
@@ -263,7 +265,7 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
 def explain_key_error(message: str) -> str:
     """jsonargparse's message for a bad key or value, with the nearest known key where it names an unknown one."""
     keys = [*flatten(RunConfig()), "config"]
-    unknown = [m.removeprefix("--").split("=")[0] for m in re.findall(r"--[\w.]+", message) if "unrecognized" in message]
+    unknown = [m.removeprefix("--").split("=")[0] for m in re.findall(r"--[\w.-]+", message) if "unrecognized" in message]
     found = re.search(r"[Gg]roup '(\w+)' does not accept option '([\w.]+)'", message)
     if found:
         unknown = [".".join(found.groups())]

@@ -72,7 +72,7 @@ def keep_heap() -> None:
 def choose_precision(name: str, device: torch.device) -> str:
     """bf16, fp16 or fp32 for "auto": bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
 
-    Raises ValueError for a precision that the device lacks or is only slowed down by."""
+    Raises ValueError for fp16 on a CPU."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -66,20 +66,31 @@ def save(
     return folder
 
 
-def load(
-    folder: Path, config: RunConfig, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> dict:
-    """Put a checkpoint's weights, optimizer and random state in place; returns trainer.json.
-
-    Raises ValueError where its run had another config (with resume "force": another set of tensors), FileNotFoundError where a file
-    is missing."""
+def check_config(folder: Path, config: RunConfig) -> None:
+    """Raises ValueError where the checkpoint's run had another config; with resume "force" only where its weights or its optimizer
+    cannot serve this one, or it is already beyond the last step."""
     trainer = read_json(folder / "trainer", "trainer.json")
     changed = differences(trainer["config"], config)
+    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "optim.matrices"))]
+    if needed and config.resume == "force":
+        raise ValueError(f"{folder.parent} cannot go on with {'; '.join(needed)}: choose another --out_dir, or take the old values")
+    if trainer["step"] > config.train.max_steps:
+        raise ValueError(
+            f"{folder} is beyond train.max_steps ({config.train.max_steps}); set that to at least {trainer['step']}, "
+            "or choose another --out_dir"
+        )
     if changed and config.resume != "force":
         raise ValueError(
             f"{folder.parent} holds a run with another config: {'; '.join(changed)}. Choose another --out_dir, take the old values, "
             "or go on with the new ones with --resume force"
         )
+
+
+def load(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> dict:
+    """Put a checkpoint's weights, optimizer and random state in place; returns trainer.json.
+
+    Raises FileNotFoundError where a file is missing, ValueError where one is damaged."""
+    trainer = read_json(folder / "trainer", "trainer.json")
     load_weights(model, folder)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
     torch.set_rng_state(tensors.pop("rng.cpu"))

@@ -189,6 +189,7 @@ def test_misspelt_key_in_a_file_is_named(tmp_path):
         ({"train__context": 65}, "--model.context 65"),
         ({"train__global_batch": 2000, "train__micro_batch": 2000}, "add stories"),
         ({"data__source": "nowhere"}, "nowhere"),
+        ({"log__prompts": '["' + "小猫" * 99 + '"]'}, "log.prompts has one longer"),
         ({"train__precision": "fp16"}, "needs a GPU"),
     ],
 )
@@ -209,6 +210,21 @@ def test_another_config_is_refused_and_force_goes_on(copy):
         run_here(copy, train__max_steps=9)
     run_here(copy, train__max_steps=9, resume="force")
     assert list(losses(copy)) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data__stories": 50}, "data.stories: 60 → 50"),
+        ({"optim__matrices": "adamw", "resume": "force"}, "optim.matrices: muon → adamw"),
+        ({"train__max_steps": 5, "resume": "force"}, r"beyond train.max_steps \(5\)"),
+    ],
+)
+def test_a_refused_config_leaves_the_run_as_it_was(options, message, copy):
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    with pytest.raises(ValueError, match=message):
+        run_here(copy, **options)
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
 def test_an_altered_shard_is_refused(copy):
