@@ -1,0 +1,139 @@
+"""How every kernel is launched: block sizes, warps and stages, one row per kernel and GPU generation, readable in this one place.
+
+No autotuning: a start is quick, and a run repeats. The choices are argued from the binaries (registers, occupancy, bytes in flight: see
+docs/kernels.md and `python -m bench.kernel_report`).
+
+    options = launch_options("rms_norm_fwd", x, width=4096)      # {"BLOCK_N": 4096, "BLOCK_M": 1, "num_warps": 8, "num_stages": 1}
+    _rms_norm_fwd[grid](x, …, **options)
+
+`x` is any tensor on the device of the launch; the sizes are what the row may depend on. To add a kernel, add its rows to TABLE, a dict or a
+function of the sizes per generation; at least "sm_80", which the others fall back to along FALLBACK. For an experiment or a test:
+
+    with launch_override("rms_norm_fwd", num_warps=4):
+        rms_norm(x)
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .dispatch import interprets
+
+Row = dict[str, int] | Callable[..., dict[str, int]]
+
+# A generation without a row of its own takes that of the next: sm_86, sm_89 and sm_120 share the limit of 99 KB a block.
+FALLBACK = {
+    "sm_120": "sm_89",
+    "sm_100": "sm_90",
+    "sm_90": "sm_80",
+    "sm_89": "sm_86",
+    "sm_86": "sm_80",
+    "sm_75": "sm_80",
+    "gfx942": "sm_80",
+    "interpreter": "sm_80",
+}
+
+# Bytes of shared memory a block may have.
+SHARED_MEMORY = {
+    "sm_75": 64 << 10,
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two ≥ n, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+TABLE: dict[str, dict[str, Row]] = {}
+
+
+def _known(name: str) -> str:
+    """The generation of FALLBACK that a device's own name stands for: sm_103 → sm_100, sm_87 → sm_86, gfx950 → gfx942."""
+    if name in FALLBACK or name == "sm_80":
+        return name
+    if not name.startswith("sm_"):
+        return "gfx942"
+    number = int(name[3:])
+    known = sorted(int(g[3:]) for g in SHARED_MEMORY if g.startswith("sm_"))
+    return f"sm_{max((g for g in known if g <= number), default=known[0])}"
+
+
+@functools.cache
+def _generation_of_device(index: int) -> str:
+    if torch.version.hip:
+        return _known(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return _known(f"sm_{major}{minor}")
+
+
+def generation(x: Tensor) -> str:
+    """The generation x's kernels are launched for: "sm_75" … "sm_120", "gfx942", or "interpreter"."""
+    if x.is_cuda:
+        return _generation_of_device(x.device.index)
+    if interprets():
+        return "interpreter"
+    # A CPU tensor reaches a launcher elsewhere only where a driver stands in for a GPU and kernels are compiled, not run.
+    from .triton_compat import triton
+
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return _known(f"sm_{arch}" if isinstance(arch, int) else arch)
+
+
+# Processors of a typical card, where none is at hand to ask: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, T4, MI300X.
+_PROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "sm_75": 40, "gfx942": 304, "interpreter": 2}
+
+
+@functools.cache
+def _processors_of_device(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of x's device: what a persistent grid is a multiple of (2 in the interpreter)."""
+    return _processors_of_device(x.device.index) if x.is_cuda else _PROCESSORS[generation(x)]
+
+
+_overrides: dict[str, dict[str, int]] = {}
+
+
+def launch_options(kernel: str, x: Tensor, **sizes: int) -> dict[str, int]:
+    """The constexpr block sizes, num_warps and num_stages to launch `kernel` with on x's device (keyword arguments of the launch)."""
+    options = _row(kernel, generation(x), **sizes)
+    return {**options, **_overrides[kernel]} if kernel in _overrides else options
+
+
+@functools.cache
+def _row(kernel: str, name: str, **sizes: int) -> dict[str, int]:
+    rows = TABLE[kernel]
+    while name not in rows:
+        name = FALLBACK[name]
+    row = rows[name]
+    return row(**sizes) if callable(row) else row
+
+
+@contextmanager
+def launch_override(kernel: str, **options: int) -> Iterator[None]:
+    """Launch `kernel` with some options replaced inside the block, as BLOCK_N=256 or num_warps=2, for experiments and tests.
+
+    Raises ValueError for a kernel that has no row."""
+    if kernel not in TABLE:
+        raise ValueError(f"kernel {kernel!r} has no launch options; choose one of {', '.join(TABLE)}")
+    before = _overrides.get(kernel)
+    _overrides[kernel] = {**(before or {}), **options}
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = before
