@@ -54,7 +54,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-TABLE: dict[str, dict[str, Row]] = {}
+def _cross_entropy(vocab_size: int) -> dict[str, int]:
+    """16 or 32 logits a thread: 2–4 loads of 128 bits in flight each, enough for any of the cards; several rows where the vocabulary is small."""
+    block = max(16, min(power_of_two(vocab_size), 8192))
+    return {"BLOCK_N": max(1, min(16, 2048 // block)), "BLOCK_V": block, "num_warps": 8 if block > 4096 else 4, "num_stages": 1}
+
+
+TABLE: dict[str, dict[str, Row]] = {
+    "cross_entropy": {"sm_80": _cross_entropy},
+}
 
 
 def _known(name: str) -> str:
