@@ -54,13 +54,28 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _norm(elements: int, widest: int) -> Row:
+    """Rows of a norm side by side until a program has `elements` of them; a row of more than `widest` goes in blocks of 4096."""
+
+    def row(width: int, itemsize: int) -> dict[str, int]:
+        block_n = power_of_two(width) if width <= widest else 4096
+        block_m = max(1, elements // block_n)
+        n_warps = min(16, max(4, block_m * block_n // 1024))  # 32 elements a thread: four 128-bit loads of bf16 in flight
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": n_warps}
+
+    return row
+
+
 def _cross_entropy(vocab_size: int) -> dict[str, int]:
-    """16 or 32 logits a thread: 2–4 loads of 128 bits in flight each, enough for any of the cards; several rows where the vocabulary is small."""
+    """16 or 32 logits a thread: 2–4 loads of 128 bits in flight each, enough for any card; several rows where the vocabulary is small."""
     block = max(16, min(power_of_two(vocab_size), 8192))
     return {"BLOCK_N": max(1, min(16, 2048 // block)), "BLOCK_V": block, "num_warps": 8 if block > 4096 else 4, "num_stages": 1}
 
 
 TABLE: dict[str, dict[str, Row]] = {
+    "rms_norm_fwd": {"sm_80": _norm(elements=4096, widest=16384)},
+    "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
+    "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
     "cross_entropy": {"sm_80": _cross_entropy},
 }
 
@@ -97,8 +112,18 @@ def generation(x: Tensor) -> str:
     return _known(f"sm_{arch}" if isinstance(arch, int) else arch)
 
 
-# Processors of a typical card, where none is at hand to ask: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, T4, MI300X.
-_PROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "sm_75": 40, "gfx942": 304, "interpreter": 2}
+# Processors of a typical card, where none is at hand to ask: T4, A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X.
+_PROCESSORS = {
+    "sm_75": 40,
+    "sm_80": 108,
+    "sm_86": 82,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "interpreter": 2,
+}
 
 
 @functools.cache
