@@ -91,7 +91,7 @@ def _rms_norm_bwd(
     if NEEDS_DW:
         b_dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for start in range(tl.program_id(0) * BLOCK_M, n_rows, tl.num_programs(0) * BLOCK_M):
-        o_m = start.to(tl.int64) + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        o_m = start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
         m_m = o_m < n_rows
         mask = m_m[:, None] & m_n[None, :]
         b_x = tl.load(p_x + o_m[:, None] * stride_x + o_n[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_N]
