@@ -118,13 +118,12 @@ def _cross_entropy_kernel(
         target_group = tl.where(is_inside, target // GROUP, 0).to(tl.int32)
         o_g = target_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         m_g = is_inside[:, None] & (o_g < vocab_size)
-        b_s = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
+        b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
         if SOFTCAP != 0:
-            b_s = SOFTCAP * tanh(b_s / SOFTCAP)
-        b_s = tl.where(m_g, b_s, float("-inf"))
-        is_target = o_g == target[:, None]
-        s_target = tl.where(is_inside, tl.sum(tl.where(is_target, b_s, 0.0), axis=1), float("nan"))
-        beats = (b_s > s_target[:, None]) | ((b_s == s_target[:, None]) & (o_g < target[:, None]))
+            b_g = SOFTCAP * tanh(b_g / SOFTCAP)
+        b_g = tl.where(m_g, b_g, float("-inf"))
+        s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
+        beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
         n_beats = tl.sum(beats.to(tl.int32), axis=1)
         # One maximum and one sum per group, which lies in one thread: no exchange between threads inside the loop.
         top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
@@ -378,14 +377,15 @@ def cross_entropy(
     loss, nll, top, log_total, correct = _cross_entropy(
         logits, targets, ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)
     )
+    is_valid = targets != ignore_index
     if token_weight is not None:
-        loss = loss * token_weight.reshape(-1)
+        loss = loss * token_weight.reshape(-1).masked_fill(~is_valid, 0)
     if reduction == "none":
         result = loss.view(shape)
     else:
         result = loss.sum()
     if reduction == "mean":
-        result = result / ((targets != ignore_index).sum().clamp(min=1) if normalizer is None else normalizer)
+        result = result / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
     if not return_stats:
         return result
     return result, statistics(nll, top, log_total, correct, z_loss, shape)

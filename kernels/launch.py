@@ -67,12 +67,48 @@ def _norm(elements: int, widest: int) -> Row:
 
 
 def _cross_entropy(vocab_size: int) -> dict[str, int]:
-    """16 or 32 logits a thread: 2–4 loads of 128 bits in flight each, enough for any card; several rows where the vocabulary is small."""
-    block = max(16, min(power_of_two(vocab_size), 8192))
-    return {"BLOCK_N": max(1, min(16, 2048 // block)), "BLOCK_V": block, "num_warps": 8 if block > 4096 else 4, "num_stages": 1}
+    """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
+    64 KB in flight per processor, where 20–25 saturate the memory. 32 logits a thread spilled on sm_90. Several rows where V is small."""
+    block = max(16, min(power_of_two(vocab_size), 4096))
+    rows = min(16, 4096 // block)
+    return {"BLOCK_N": rows, "BLOCK_V": block, "num_warps": 8 if rows * block == 4096 else 4, "num_stages": 1}
 
+
+def _attention(**tiles: tuple[int, int, int, int]) -> Row:
+    """Rows by head size and dtype: half, 16-bit heads up to 64, 128 and 256 wide, and wide ones (fp32, fp64), as (BLOCK_M, BLOCK_N, warps, stages)."""
+
+    def row(head_dim: int, itemsize: int) -> dict[str, int]:
+        width = "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
+        m, n, warps, stages = tiles[("half_" if itemsize == 2 else "wide_") + width]
+        return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+    return row
+
+
+_ATTENTION_INTERPRETER = {f"{kind}_{width}": (32, 32, 4, 1) for kind in ("half", "wide") for width in (64, 128, 256)}
 
 TABLE: dict[str, dict[str, Row]] = {
+    "flash_attention_fwd": {
+        "sm_80": _attention(
+            half_64=(128, 64, 4, 3), half_128=(128, 64, 8, 3), half_256=(64, 64, 8, 2),
+            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "interpreter": _attention(**_ATTENTION_INTERPRETER),
+    },
+    "flash_attention_bwd_dq": {
+        "sm_80": _attention(
+            half_64=(64, 64, 4, 3), half_128=(64, 64, 8, 2), half_256=(64, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "interpreter": _attention(**_ATTENTION_INTERPRETER),
+    },
+    "flash_attention_bwd_dkv": {
+        "sm_80": _attention(
+            half_64=(64, 64, 4, 3), half_128=(64, 64, 8, 2), half_256=(32, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "interpreter": _attention(**_ATTENTION_INTERPRETER),
+    },
     "rms_norm_fwd": {"sm_80": _norm(elements=4096, widest=16384)},
     "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
     "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
