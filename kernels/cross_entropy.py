@@ -64,23 +64,23 @@ def row_loss(
 def logits_gradient(
     s,  # [M, N], after the cap
     is_target,  # [M, N]
-    top, log_total, scale,  # [M]
+    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] where the tokens lie along the second axis
     vocab_size,
     LABEL_SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits, in the accumulator's dtype: softmax − 1 is formed before any rounding."""
-    d = tl.exp((s - top[:, None]) - log_total[:, None])
+    d = tl.exp((s - top) - log_total)
     if Z_LOSS != 0:
-        d *= 1 + 2 * Z_LOSS * (top + log_total)[:, None]
+        d *= 1 + 2 * Z_LOSS * (top + log_total)
     d = tl.where(is_target, d - (1 - LABEL_SMOOTHING), d)
     if LABEL_SMOOTHING != 0:
         d -= LABEL_SMOOTHING / vocab_size.to(d.dtype)
     if SOFTCAP != 0:
         t = s / SOFTCAP
         d *= 1 - t * t
-    return d * scale[:, None]
+    return d * scale
 
 
 @jit
@@ -169,7 +169,9 @@ def _cross_entropy_kernel(
             if SOFTCAP != 0:
                 b_s = SOFTCAP * tanh(b_s / SOFTCAP)
             is_target = o_s[None, :] == target[:, None]
-            b_d = logits_gradient(b_s, is_target, top, log_total, scale, vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP)
+            b_d = logits_gradient(
+                b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+            )
             b_d = tl.where(is_valid[:, None], b_d, 0.0)  # not 0 · b_d: an ignored row may hold anything
             tl.store(p_out[:, None] + o_s[None, :], b_d.to(p_gradient.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
 

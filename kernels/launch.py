@@ -87,6 +87,15 @@ def _attention(**tiles: tuple[int, int, int, int]) -> Row:
 
 _ATTENTION_INTERPRETER = {f"{kind}_{width}": (32, 32, 4, 1) for kind in ("half", "wide") for width in (64, 128, 256)}
 
+def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple[str, str, str]) -> Row:
+    """Rows by dtype: tile sizes of the two sides and of K, warps and stages, for 16-bit inputs and for fp32 (no tensor cores: small tiles)."""
+
+    def row(itemsize: int) -> dict[str, int]:
+        return dict(zip((*names, "num_warps", "num_stages"), half if itemsize == 2 else wide, strict=True))
+
+    return row
+
+
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_80": _attention(
@@ -113,6 +122,17 @@ TABLE: dict[str, dict[str, Row]] = {
     "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
     "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
     "cross_entropy": {"sm_80": _cross_entropy},
+    "linear_cross_entropy_recompute_fwd": {
+        "sm_80": _linear_recompute((128, 128, 64, 8, 3), (32, 64, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),
+        "sm_86": _linear_recompute((128, 128, 32, 8, 3), (32, 64, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),
+    },
+    "linear_cross_entropy_recompute_bwd": {
+        "sm_80": _linear_recompute((128, 128, 64, 8, 2), (32, 64, 32, 4, 1), ("BLOCK_A", "BLOCK_B", "BLOCK_K")),
+        "sm_86": _linear_recompute((128, 64, 32, 8, 2), (32, 64, 32, 4, 1), ("BLOCK_A", "BLOCK_B", "BLOCK_K")),
+    },
+    "linear_cross_entropy_combine": {
+        "sm_80": lambda n_slices: {"BLOCK_N": max(1, 4096 // n_slices) if n_slices > 32 else 128, "num_warps": 4, "num_stages": 1},
+    },
 }
 
 
