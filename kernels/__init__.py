@@ -7,7 +7,8 @@
 from .dispatch import backend
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import add_rms_norm, cross_entropy, document_positions, geglu, qk_norm_rope, rms_norm, rope, swiglu
+from .reference import cross_entropy, document_positions, geglu, qk_norm_rope, rope, swiglu
+from .rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "add_rms_norm",

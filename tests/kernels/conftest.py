@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from tritale.kernels import dispatch
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where the Triton kernels run in this test: "cuda", or "cpu" through the interpreter (see tests/conftest.py)."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    if not dispatch.has_triton():
+        pytest.skip("needs Triton (Linux)")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield "cpu"
+
+
+@pytest.fixture
+def seed():
+    """A fresh seed, printed, for the random inputs of this test."""
+    value = torch.seed() % 2**32
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
