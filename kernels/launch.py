@@ -99,22 +99,30 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_80": _attention(
-            half_64=(128, 64, 4, 3), half_128=(128, 64, 8, 3), half_256=(64, 64, 8, 2),
-            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dq": {
         "sm_80": _attention(
-            half_64=(64, 64, 4, 3), half_128=(64, 64, 8, 2), half_256=(64, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_64=(128, 64, 8, 2), half_128=(64, 64, 8, 2), half_256=(64, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "gfx942": _attention(
+            half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dkv": {
         "sm_80": _attention(
-            half_64=(64, 64, 4, 3), half_128=(64, 64, 8, 2), half_256=(32, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(32, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 2), half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "gfx942": _attention(
+            half_64=(32, 64, 4, 2), half_128=(32, 64, 4, 2), half_256=(16, 32, 4, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
