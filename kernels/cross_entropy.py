@@ -306,6 +306,7 @@ _cross_entropy_backward.register_autograd(refuse_double_backward("cross_entropy"
 def _save(ctx, inputs, output):
     logits, targets, *ctx.options, ctx.inplace = inputs
     ctx.save_for_backward(logits, targets, output[2], output[3])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 

@@ -119,15 +119,16 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     if n == 0:
         dw.zero_()
     head = weight.to(x.dtype)
+    buffer = x.new_empty(min(rows, n), weight.shape[0]) if step is _triton_step else None  # the gradient takes the logits' place
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
-        # The allocator hands each chunk the last one's memory.
-        d = step(x[c] @ head.T, targets[c], row_scale[c], [t[c] for t in results], label_smoothing, z_loss, softcap, needs_gradient)
+        logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
+        d = step(logits, targets[c], row_scale[c], [t[c] for t in results], label_smoothing, z_loss, softcap, needs_gradient)
         if needs_dx:
             torch.mm(d, head, out=dx[c])
         if needs_dw:
             _add_product(dw, d, x[c], start == 0)
-        del d
+        del logits, d
     return (results[0] * row_scale).sum(), *results, dx, dw
 
 
@@ -170,7 +171,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         ctx.has_gradients = needs_dx or needs_dw
         ctx.save_for_backward(*((output[1], *output[5:]) if ctx.has_gradients else (x, weight, targets)))
         ctx.dtype = weight.dtype
-        ctx.mark_non_differentiable(*output[4:])
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_sum, grad_loss, *_):
@@ -456,6 +457,7 @@ _recompute_backward.register_autograd(refuse_double_backward("linear_cross_entro
 def _save_recompute(ctx, inputs, output):
     x, weight, targets, *ctx.options = inputs
     ctx.save_for_backward(x, weight, targets, output[2], output[3])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
