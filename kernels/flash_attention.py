@@ -7,7 +7,7 @@ Causal order, sliding window and packed documents all say the same thing: query 
 as i grows, and key j is seen by such an interval of queries. A block of rows then needs the blocks between its first row's beginning and
 its last row's end, and the blocks between its last row's beginning and its first row's end need no mask. So each kernel has two loops,
 one over the masked edges and one over the unmasked interior, and no block that nobody looks at is ever read. The beginnings and ends
-of documents are two int32 vectors made on the device: the grid is the tokens', whatever the number of documents, and nothing waits for the host.
+of documents are two int32 vectors made on the device: the grid depends on the number of tokens alone, and nothing waits for the host.
 
 Forward (arXiv 2205.14135, 2307.08691): online softmax in base 2, which saves the multiplication inside exp; lse = log2 Σ exp2(s log2 e)
 is kept, 4 bytes a row. Backward: one kernel for dQ (it also writes delta_i = do_i · o_i) and one for dK and dV, which walks the queries of
@@ -44,8 +44,8 @@ from .triton_compat import jit, tl, triton
 # Strides come divided by ALIGN and are multiplied again inside, so that the compiler knows that a row of a head size like 40 or 72 starts
 # on 16 bytes; of a plain argument it only ever learns divisibility by 16, and would load such rows two bytes at a time.
 #
-# The score in base 2 is UNIT · q·k, or UNIT · tanh(INNER · q·k) with a soft cap (INNER = 0: none). These are constants of the binary: a float
-# argument would be fp32, too coarse for the fp64 that gradcheck needs.
+# The score in base 2 is UNIT · q·k, or UNIT · tanh(INNER · q·k) with a soft cap (INNER = 0: none). These are constants of the binary: a
+# float argument would be fp32, too coarse for the fp64 that gradcheck needs.
 
 
 @jit
@@ -194,7 +194,7 @@ def _fwd_step(
     n_rows = n_key - o_n
     b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
-    if INNER:
+    if INNER != 0.0:
         b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
@@ -281,14 +281,14 @@ def _dq_step(
     b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
-    if INNER:
+    if INNER != 0.0:
         b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
         b_p = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_p, 0.0)
     b_ds = b_p * (_products(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
-    if INNER:
+    if INNER != 0.0:
         b_ds = b_ds * (1.0 - b_s * b_s)
     return _accumulate(b_ds, b_k0, b_k1, b_0, b_1, D1)
 
@@ -373,14 +373,14 @@ def _dkv_step(
         b_delta = tl.load(p_delta + o_q)
     # Scores lie with the keys in rows, so that p and ds are left operands as they come, and never turned around.
     b_s = _products(b_k0, b_k1, b_q0, b_q1, D1)  # [BLOCK_N, BLOCK_M]
-    if INNER:
+    if INNER != 0.0:
         b_s = _tanh(b_s * INNER, b_k0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
     if IS_EDGE:
         b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
     b_dv0, b_dv1 = _accumulate(b_p, b_do0, b_do1, b_dv0, b_dv1, D1)
     b_ds = b_p * (_products(b_v0, b_v1, b_do0, b_do1, D1) - b_delta[None, :])
-    if INNER:
+    if INNER != 0.0:
         b_ds = b_ds * (1.0 - b_s * b_s)
     b_dk0, b_dk1 = _accumulate(b_ds, b_q0, b_q1, b_dk0, b_dk1, D1)
     return b_dk0, b_dk1, b_dv0, b_dv1
@@ -694,6 +694,8 @@ def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]
 def _attend_triton(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
+    if q.shape[-1] > 256:
+        raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
     if scale <= 0:  # the kernels want a positive unit, so that the maximum can be taken before scaling
         q, scale = q * scale, 1.0
     if window is not None:

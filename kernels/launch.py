@@ -75,17 +75,19 @@ def _cross_entropy(vocab_size: int) -> dict[str, int]:
 
 
 def _attention(**tiles: tuple[int, int, int, int]) -> Row:
-    """Rows by head size and dtype: half, 16-bit heads up to 64, 128 and 256 wide, and wide ones (fp32, fp64), as (BLOCK_M, BLOCK_N, warps, stages)."""
+    """(BLOCK_M, BLOCK_N, warps, stages) by head size, up to 48, 64, 128 and 256, and dtype, half (16 bits) or wide (fp32, fp64).
+
+    Heads of up to 48 have a tile of 16 columns: 64 rows of it are one 128-bit load for each of 128 threads, so these take four warps."""
 
     def row(head_dim: int, itemsize: int) -> dict[str, int]:
-        width = "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
+        width = "48" if head_dim <= 48 and itemsize == 2 else "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
         m, n, warps, stages = tiles[("half_" if itemsize == 2 else "wide_") + width]
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
     return row
 
 
-_ATTENTION_INTERPRETER = {f"{kind}_{width}": (32, 32, 4, 1) for kind in ("half", "wide") for width in (64, 128, 256)}
+_ATTENTION_INTERPRETER = {f"{kind}_{width}": (32, 32, 4, 1) for kind in ("half", "wide") for width in (48, 64, 128, 256)}
 
 def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple[str, str, str]) -> Row:
     """Rows by dtype: tile sizes of the two sides and of K, warps and stages, for 16-bit inputs and for fp32 (no tensor cores: small
@@ -100,33 +102,41 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_80": _attention(
-            half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
+            half_48=(64, 64, 4, 3), half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dq": {
         "sm_80": _attention(
-            half_64=(128, 64, 8, 2), half_128=(64, 64, 8, 2), half_256=(64, 32, 8, 1),
+            half_48=(64, 64, 4, 2), half_64=(128, 64, 8, 2), half_128=(64, 32, 8, 2), half_256=(64, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "sm_90": _attention(
+            half_48=(64, 64, 4, 2), half_64=(128, 64, 8, 2), half_128=(64, 64, 8, 2), half_256=(32, 32, 8, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "gfx942": _attention(
-            half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 8, 1),
+            half_48=(64, 64, 4, 2), half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 8, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dkv": {
         "sm_80": _attention(
-            half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 2), half_256=(16, 32, 8, 1),
+            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 1), half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "sm_90": _attention(
+            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 2), half_256=(16, 32, 8, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "sm_100": _attention(  # one stage: accumulators pass through tensor memory, and a pipeline on top spills
-            half_64=(32, 64, 4, 1), half_128=(64, 64, 8, 1), half_256=(16, 32, 8, 1),
+            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 1), half_128=(64, 64, 8, 1), half_256=(16, 32, 8, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "gfx942": _attention(
-            half_64=(32, 64, 4, 2), half_128=(32, 64, 4, 2), half_256=(16, 32, 4, 1),
+            half_48=(32, 64, 4, 2), half_64=(32, 64, 4, 2), half_128=(32, 64, 4, 2), half_256=(16, 32, 4, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
