@@ -66,6 +66,14 @@ def _norm(elements: int, widest: int) -> Row:
     return row
 
 
+def _glu(width: int, is_backward: bool) -> dict[str, int]:
+    """16 elements a thread forward, 8 backward, of three tensors: rows side by side where they are narrow."""
+    n_warps = 4
+    elements = 32 * n_warps * (8 if is_backward else 16)
+    block_n = max(16, min(power_of_two(width), 512))
+    return {"BLOCK_M": elements // block_n, "BLOCK_N": block_n, "num_warps": n_warps}
+
+
 def _cross_entropy(vocab_size: int) -> dict[str, int]:
     """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
     64 KB in flight per processor, where 20–25 saturate the memory. 32 logits a thread spilled on sm_90. Several rows where V is small."""
@@ -102,7 +110,7 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_80": _attention(
-            half_48=(64, 64, 4, 3), half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
+            half_48=(64, 32, 4, 3), half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
@@ -117,14 +125,18 @@ TABLE: dict[str, dict[str, Row]] = {
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "gfx942": _attention(
-            half_48=(64, 64, 4, 2), half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 8, 1),
+            half_48=(64, 64, 4, 2), half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 4, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dkv": {
         "sm_80": _attention(
-            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 1), half_256=(16, 32, 8, 1),
+            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 3), half_128=(16, 64, 8, 2), half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+        ),
+        "sm_120": _attention(
+            half_48=(32, 64, 4, 3), half_64=(32, 64, 4, 3), half_128=(16, 64, 8, 2), half_256=(16, 32, 8, 1),
             wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
         ),
         "sm_90": _attention(
@@ -144,6 +156,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "rms_norm_fwd": {"sm_80": _norm(elements=4096, widest=16384)},
     "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
     "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
+    "glu": {"sm_80": _glu},
     "cross_entropy": {"sm_80": _cross_entropy},
     "linear_cross_entropy_recompute_fwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),
