@@ -7,8 +7,9 @@
 from .dispatch import backend
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import cross_entropy, document_positions, geglu, qk_norm_rope, rope, swiglu
+from .reference import cross_entropy, document_positions, qk_norm_rope, rope
 from .rms_norm import add_rms_norm, rms_norm
+from .swiglu import geglu, swiglu
 
 __all__ = [
     "add_rms_norm",

@@ -66,12 +66,15 @@ def _norm(elements: int, widest: int) -> Row:
     return row
 
 
-def _glu(width: int, is_backward: bool) -> dict[str, int]:
-    """16 elements a thread forward, 8 backward, of three tensors: rows side by side where they are narrow."""
-    n_warps = 4
-    elements = 32 * n_warps * (8 if is_backward else 16)
-    block_n = max(16, min(power_of_two(width), 512))
-    return {"BLOCK_M": elements // block_n, "BLOCK_N": block_n, "num_warps": n_warps}
+def _glu(warp: int) -> Row:
+    """16 elements a thread forward, 8 backward, of each tensor: rows side by side where they are narrow."""
+
+    def row(width: int, is_backward: bool) -> dict[str, int]:
+        elements = 4 * warp * (8 if is_backward else 16)
+        block_n = max(16, min(power_of_two(width), 512))
+        return {"BLOCK_M": elements // block_n, "BLOCK_N": block_n, "num_warps": 4}
+
+    return row
 
 
 def _cross_entropy(vocab_size: int) -> dict[str, int]:
@@ -156,7 +159,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "rms_norm_fwd": {"sm_80": _norm(elements=4096, widest=16384)},
     "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
     "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
-    "glu": {"sm_80": _glu},
+    "glu": {"sm_80": _glu(warp=32), "gfx942": _glu(warp=64)},
     "cross_entropy": {"sm_80": _cross_entropy},
     "linear_cross_entropy_recompute_fwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),

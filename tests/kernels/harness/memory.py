@@ -116,8 +116,14 @@ def grid_order(order: str) -> Iterator[None]:
 @dataclass
 class Launch:
     grid: tuple[int, int, int]
+    spans: list[tuple[int, int]]  # addresses of the tensors it was given, first and past the last
     loads: list[tuple[int, np.ndarray, int]] = field(default_factory=list)  # (program, addresses, bytes each)
     stores: list[tuple[int, np.ndarray, int]] = field(default_factory=list)
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
 
 
 class Recorder:
@@ -130,10 +136,20 @@ class Recorder:
     def __enter__(self):
         if torch.cuda.is_available():
             return self
+        from triton.runtime.interpreter import GridExecutor
         from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-        launches = self.launches
-        load, store, set_dim = Builder.create_masked_load, Builder.create_masked_store, Builder.set_grid_dim
+        launches, spans = self.launches, []
+        arguments, load, store, set_dim = (
+            GridExecutor._init_args_hst,
+            Builder.create_masked_load,
+            Builder.create_masked_store,
+            Builder.set_grid_dim,
+        )
+
+        def init_args(self, args, kwargs):
+            spans[:] = [_span(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.numel()]
+            return arguments(self, args, kwargs)
 
         def note(builder, accesses: list, ptrs, mask) -> None:
             width = ptrs.get_element_ty().primitive_bitwidth // 8 or 1
@@ -152,9 +168,10 @@ class Recorder:
             raise AssertionError("a kernel uses an atomic operation; their order changes sums from run to run")
 
         def set_grid_dim(self, *dims):
-            launches.append(Launch(dims))
+            launches.append(Launch(dims, spans.copy()))
             set_dim(self, *dims)
 
+        self._stack.enter_context(mock.patch.object(GridExecutor, "_init_args_hst", init_args))
         self._stack.enter_context(
             mock.patch.multiple(
                 Builder,
@@ -171,23 +188,25 @@ class Recorder:
         return self._stack.__exit__(*error)
 
     def check_bounds(self, guards: Sequence[Guarded]) -> None:
-        """No access outside the elements of a guarded tensor, were it masked or multiplied by zero afterwards."""
+        """No access outside the elements of a guarded tensor, were it masked or multiplied by zero afterwards; and none outside the tensors
+        of the launch where those are copies that the op made on its way."""
         guards = sorted(guards, key=lambda g: g.start)
         starts = np.array([g.start for g in guards], dtype=np.uint64)
         for launch in self.launches:
             for kind, accesses in (("loaded", launch.loads), ("stored", launch.stores)):
                 for program, addresses, width in accesses:
-                    if not addresses.size:
-                        continue
-                    which = np.searchsorted(starts, addresses, side="right") - 1
-                    for i in np.unique(which):
-                        g = guards[max(i, 0)]
-                        index = (addresses[which == i] - np.uint64(g.start)) // np.uint64(width)
-                        outside = (index >= g.is_ours.size) | ~g.is_ours[np.minimum(index, g.is_ours.size - 1).astype(np.int64)]
-                        assert i >= 0 and not outside.any(), (
-                            f"program {program} of grid {launch.grid} {kind} {int(outside.sum())} elements outside a tensor; "
-                            f"nearest {tuple(g.view.shape)} strides {g.view.stride()} {g.view.dtype}"
-                        )
+                    which = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
+                    outside = np.ones(addresses.shape, dtype=bool)
+                    for i in np.unique(which[which >= 0]):
+                        g, here = guards[i], which == i
+                        index = ((addresses[here] - np.uint64(g.start)) // np.uint64(width)).astype(np.int64)
+                        is_past = index >= g.is_ours.size
+                        outside[here] = np.where(is_past, True, ~g.is_ours[np.where(is_past, 0, index)])
+                        which[here] = np.where(is_past, -1, i)
+                    for start, end in launch.spans:
+                        outside &= ~((which < 0) & (addresses >= start) & (addresses < end))
+                    n = int(outside.sum())
+                    assert not n, f"program {program} of grid {launch.grid} {kind} {n} elements outside its tensors"
 
     def check_races(self) -> None:
         """No element is stored by two programs of a launch, and none is loaded by a program when another stores it."""
