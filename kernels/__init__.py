@@ -7,8 +7,10 @@
 from .dispatch import backend
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import cross_entropy, document_positions, qk_norm_rope, rope
+from .qk_norm_rope import qk_norm_rope
+from .reference import cross_entropy, document_positions
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope
 from .swiglu import geglu, swiglu
 
 __all__ = [

@@ -77,6 +77,15 @@ def _glu(warp: int) -> Row:
     return row
 
 
+def _heads(elements: int) -> Row:
+    """As many heads a program as make `elements` entries of each half: two to four 128-bit loads a thread."""
+
+    def row(half: int) -> dict[str, int]:
+        return {"BLOCK_R": max(1, elements // power_of_two(half)), "num_warps": 4}
+
+    return row
+
+
 def _cross_entropy(vocab_size: int) -> dict[str, int]:
     """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
     64 KB in flight per processor, where 20–25 saturate the memory. 32 logits a thread spilled on sm_90. Several rows where V is small."""
@@ -160,6 +169,9 @@ TABLE: dict[str, dict[str, Row]] = {
     "rms_norm_bwd": {"sm_80": lambda **sizes: {**_norm(elements=4096, widest=8192)(**sizes), "PER_PROCESSOR": 2}},
     "rms_norm_sums": {"sm_80": {"BLOCK_N": 4096, "num_warps": 8}},
     "glu": {"sm_80": _glu(warp=32), "gfx942": _glu(warp=64)},
+    "rope": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
+    "qk_norm_rope_fwd": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
+    "qk_norm_rope_bwd": {"sm_80": lambda half: {**_heads(1024)(half), "PER_PROCESSOR": 4}},
     "cross_entropy": {"sm_80": _cross_entropy},
     "linear_cross_entropy_recompute_fwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),
