@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.harness import Recorder, check_memory, check_numbers, traffic
@@ -17,7 +17,12 @@ from tritale.kernels.flash_attention import _choose, _document_bounds, attention
 MODULE = sys.modules["tritale.kernels.flash_attention"]  # the package's attribute of that name is the function
 KERNELS = ("flash_attention_fwd", "flash_attention_bwd_dq", "flash_attention_bwd_dkv")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(  # without shrinking: a failing case would be run some hundred times more, minutes in the interpreter
+    max_examples=6,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def triton_attention(q, k, v, **options):
@@ -72,7 +77,8 @@ def gradient_terms(q, k, v, scale=None):
     q, k, v = (t.detach().double() for t in (q, k, v))
     span = scale * (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item() if is_fp32 else 1.0
     dp = v.norm(dim=-1).max().item() * max(1.0, span)
-    return [scale * dp * k.abs().max().item(), scale * dp * q.abs().max().item(), max(1.0, span)]
+    rows = (q.shape[1] * q.shape[2] / k.shape[2]) ** 0.5  # dk sums one rounding of delta (o is stored in its dtype) for each query
+    return [scale * dp * k.abs().max().item(), scale * dp * q.abs().max().item() * rows, max(1.0, span)]
 
 
 OPTIONS = {
