@@ -3,8 +3,9 @@
     loss_i     = token_weight_i · ((1 − ε)(lse − s_t) + ε (lse − mean(s)) + z · lse²),     lse = log Σ_j exp(s_j),  s after the cap
     d loss/ds_j = token_weight_i · ((1 + 2 z lse) p_j − (1 − ε)[j = t] − ε / V),           p_j = exp(s_j − lse)
 
-Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the gradient
-once, over the logits themselves where asked: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound by memory.
+Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
+gradient once, over the logits themselves where asked: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
+by memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """
@@ -363,8 +364,8 @@ def cross_entropy(
     batch, for gradient accumulation); with none left loss and gradients are 0. `token_weight` multiplies the rows' losses. With
     `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored, detached. Nothing waits for the device.
 
-    `inplace_backward` lets backward write the gradient over the logits: saves N · V · itemsize bytes; the logits then hold the gradient, and
-    autograd refuses a later use of their values. It is not done to a leaf, under torch.compile, or where backward keeps its graph
+    `inplace_backward` lets backward write the gradient over the logits: saves N · V · itemsize bytes; the logits then hold the gradient,
+    and autograd refuses a later use of their values. It is not done to a leaf, under torch.compile, or where backward keeps its graph
     (`create_graph`). A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU, where checking is free).
 
     Raises ValueError for an unknown reduction, options out of range, or targets that are not shaped as the rows of the logits."""

@@ -1,14 +1,14 @@
 """Cross-entropy of the head's logits x Wᵀ without ever holding all of them: x (N, K), W (V, K).
 
-`strategy="chunk"`: the rows of x go through in chunks: logits of one chunk, their gradient d (see `cross_entropy`) written over them, and at
-once the chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). With the gradients known in the
-forward pass, backward only scales them. 6 · N · K · V FLOPs for forward and backward together, as without chunks. Bytes beyond the inputs and
-outputs: chunk · V · itemsize held; the logits are written, read twice, overwritten and read by two products, W is read twice per chunk and
-dW read and written once per chunk (the first only writes), so larger chunks are better until the memory they hold hurts.
+`strategy="chunk"`: the rows of x go through in chunks: logits of one chunk, their gradient d (see `cross_entropy`) written over them, and
+at once the chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). With the gradients known in
+the forward pass, backward only scales them. 6 · N · K · V FLOPs for forward and backward together, as without chunks. Bytes beyond the
+inputs and outputs: chunk · V · itemsize held; the logits are written, read twice, overwritten and read by two products, W is read twice per
+chunk and dW read and written once per chunk (the first only writes), so larger chunks are better until the memory they hold hurts.
 
 `strategy="recompute"`: no logits in memory at all, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward
-kernel keeps five numbers a row and slice of the vocabulary; backward makes each tile again, twice, since dx belongs to the rows of x and dW to the
-rows of W and no program adds to another's sums (no atomics, every run gives the same bits): 10 · N · K · V FLOPs.
+kernel keeps five numbers a row and slice of the vocabulary; backward makes each tile again, twice, since dx belongs to the rows of x and dW
+to the rows of W and no program adds to another's sums (no atomics, every run gives the same bits): 10 · N · K · V FLOPs.
 
 dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is what makes bf16 training drift (Liger-Kernel #512, #827).
 """
@@ -158,7 +158,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         needs_dx: bool,
         needs_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are those of the first, empty where not needed."""
+        """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, empty where not needed."""
         return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
 
     @op.register_fake
@@ -175,6 +175,8 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_sum, grad_loss, *_):
+        if (grad_sum if ctx.has_gradients else grad_loss) is None:
+            return (None,) * 10
         d_scale = None
         needs_dx, needs_dw, _, needs_d_scale, *_ = ctx.needs_input_grad
         if ctx.has_gradients:  # of the sum, computed in the forward pass
@@ -183,8 +185,6 @@ def _chunked_op(name: str, step: Callable) -> Callable:
             d_scale = loss * grad_sum if needs_d_scale else None
             if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
                 dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
-        elif grad_loss is None:
-            return (None,) * 10
         else:  # of each row (reduction "none", strategy "recompute"): the logits are made once more
             x, weight, targets = ctx.saved_tensors
             *_, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw)
@@ -213,7 +213,7 @@ def _tile_logits(
         m_k = k + o_k < width
         b_a = tl.load(p_a + o_a[:, None] * stride_a + (k + o_k)[None, :], mask=m_a[:, None] & m_k[None, :], other=0.0)
         b_b = tl.load(p_b + o_b[None, :] * stride_b + (k + o_k)[:, None], mask=m_b[None, :] & m_k[:, None], other=0.0)
-        b_s = tl.dot(b_a, b_b, b_s, input_precision="ieee")
+        b_s = tl.dot(b_a, b_b, b_s, input_precision="ieee", out_dtype=ACC)
     if SOFTCAP != 0:
         b_s = SOFTCAP * tanh(b_s / SOFTCAP)
     return b_s
@@ -289,7 +289,7 @@ def _recompute_combine_kernel(
     totals = tl.load(p_total + o_in, mask=mask, other=0.0)
     best = tl.load(p_best + o_in, mask=mask, other=0)
     s_target = tl.sum(tl.load(p_target + o_in, mask=mask, other=0.0), axis=1)
-    s_target = tl.where((target >= 0) & (target < vocab_size), s_target, float("nan"))  # outside: a NaN that is seen, not a wrong loss
+    s_target = tl.where((target >= 0) & (target < vocab_size), s_target, float("nan"))  # outside: a NaN that is seen
     mean = tl.sum(tl.load(p_sum + o_in, mask=mask, other=0.0), axis=1) / vocab_size.to(ACC)
     at = tl.argmax(tops, axis=1)  # the first of equals
     arg = tl.sum(tl.where(o_s[None, :] == at[:, None], best, 0), axis=1)
@@ -320,8 +320,8 @@ def _recompute_backward_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """out[a] = Σ_b d[a, b] B[b] with tiles of d made anew. The sums lie in memory that this program alone reads and writes (it stays in the L2
-    cache): K columns of BLOCK_A rows are too many for the registers."""
+    """out[a] = Σ_b d[a, b] B[b] with tiles of d made anew. The sums lie in memory that this program alone reads and writes (it stays in the
+    L2 cache): K columns of BLOCK_A rows are too many for the registers."""
     o_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)  # [BLOCK_A]
     m_a = o_a < n_a
     o_k = tl.arange(0, BLOCK_K)
@@ -356,13 +356,13 @@ def _recompute_backward_kernel(
             p_sum = p_out + o_a[:, None] * width + (k + o_k)[None, :]
             m_sum = m_a[:, None] & m_k[None, :]
             b_sum = tl.load(p_sum, mask=m_sum & (start > first), other=0.0)  # the first tile only writes: no zero fill
-            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee")
+            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)
             tl.store(p_sum, b_sum, mask=m_sum)
         tl.debug_barrier()  # the sums are read next by whichever thread the layout names: its block's stores must be done
 
 
 def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(slices, size of one): cuts `size` into slices of whole blocks, so that programs · slices comes near what is wanted. None is empty."""
+    """(slices, size of one) that cut `size` into slices of whole blocks, so that programs · slices comes near what is wanted; none empty."""
     blocks = -(-size // block)
     per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
     return -(-blocks // per_slice), per_slice * block
@@ -496,9 +496,9 @@ def linear_cross_entropy(
     then keeps its fp32. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
     targets of the global batch makes gradient accumulation exact. Nothing waits for the device.
 
-    `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and 256
-    elsewhere, in x's dtype). "recompute" stores none and makes them again in backward: 10 instead of 6 N·K·V FLOPs, for when memory is
-    the limit (a CPU and sm_75, which has no tensor cores for it, still go chunk by chunk, but keep no gradients between forward and backward).
+    `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
+    256 elsewhere, in x's dtype). "recompute" stores none and makes them again in backward: 10 instead of 6 N·K·V FLOPs, for when memory is
+    the limit (a CPU, and sm_75 for want of tensor cores, go chunk by chunk then too, but keep no gradients between forward and backward).
     `inplace_backward` is accepted for `cross_entropy`'s sake: the logits are the op's own and always overwritten.
 
     Raises ValueError for an unknown strategy or reduction, or widths that differ."""

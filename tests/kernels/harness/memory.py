@@ -153,7 +153,7 @@ class Recorder:
 
         def note(builder, accesses: list, ptrs, mask) -> None:
             width = ptrs.get_element_ty().primitive_bitwidth // 8 or 1
-            addresses, chosen = np.broadcast_arrays(ptrs.data, mask.data)
+            addresses, chosen = np.broadcast_arrays(ptrs.data, mask.data.astype(bool))
             accesses.append((int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim)), addresses[chosen], width))
 
         def create_masked_load(self, ptrs, mask, *args):
