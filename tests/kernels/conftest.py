@@ -23,3 +23,13 @@ def seed():
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def machine_code():
+    """What the ops' launchers launch, compiled for every generation: compiled once a session, shared by all checks of the binaries."""
+    if not dispatch.has_triton():
+        pytest.skip("needs Triton (Linux)")
+    from tests.kernels.harness import compile_matrix
+
+    return compile_matrix.readings()
