@@ -118,7 +118,7 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0:
         dw.zero_()
-    head = weight.to(x.dtype)
+    head, targets, row_scale = weight.to(x.dtype), targets.contiguous(), row_scale.contiguous()  # an incoming gradient may be expanded
     buffer = x.new_empty(min(rows, n), weight.shape[0]) if step is _triton_step else None  # the gradient takes the logits' place
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
@@ -362,7 +362,7 @@ def _recompute_backward_kernel(
 
 
 def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(slices, size of one) that cut `size` into slices of whole blocks, so that programs · slices comes near what is wanted; none empty."""
+    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices comes near what is wanted; none empty."""
     blocks = -(-size // block)
     per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
     return -(-blocks // per_slice), per_slice * block
