@@ -171,7 +171,10 @@ TABLE: dict[str, dict[str, Row]] = {
     "glu": {"sm_80": _glu(warp=32), "gfx942": _glu(warp=64)},
     "rope": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
     "qk_norm_rope_fwd": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
-    "qk_norm_rope_bwd": {"sm_80": lambda half: {**_heads(1024)(half), "PER_PROCESSOR": 4}},
+    "qk_norm_rope_bwd": {
+        "sm_80": lambda half: {**_heads(1024)(half), "PER_PROCESSOR": 4},
+        "gfx942": lambda half: {**_heads(2048)(half), "PER_PROCESSOR": 2},
+    },
     "cross_entropy": {"sm_80": _cross_entropy},
     "linear_cross_entropy_recompute_fwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),

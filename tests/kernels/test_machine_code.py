@@ -13,6 +13,10 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_120": "HM
 SLACK = 8  # registers that another version of Triton may take more than the one of the budgets
 
 
+def is_mostly_wide(row):
+    return row["load_128"] > row["load_narrower"] and row["store_128"] > row["store_narrower"]
+
+
 def name(row):
     return f"{row['op']} / {row['model']} / {row['kernel']}"
 
@@ -39,7 +43,8 @@ def test_memory_bound_kernels_move_128_bits_at_a_time(rows):
     narrow = [
         f"{name(r)}: loads {r['load_128']} of 128 bits, {r['load_narrower']} narrower; stores {r['store_128']}, {r['store_narrower']}"
         for r in rows
-        if r["op"] in MEMORY_BOUND and not (r["load_128"] > r["load_narrower"] // 4 and r["store_128"] > r["store_narrower"] // 4)
+        if r["op"] in MEMORY_BOUND
+        and not (r["load_128"] and r["store_128"] and (r["op"] == "cross_entropy" or is_mostly_wide(r)))  # its results of a row are narrow
     ]
     assert not narrow
 
