@@ -25,6 +25,7 @@ def run_here(out_dir, **options) -> None:
     spec = importlib.util.spec_from_file_location("train", REPOSITORY / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.processes.keep_heap = lambda: None  # a setting for a process that only trains, not for pytest's
     module.main(parse(command(out_dir, **options)[1:]))
 
 
