@@ -63,10 +63,11 @@ def main(config: RunConfig) -> None:
     log = Log(config, is_main=here.is_main)
     train, out_dir = config.train, Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = state.step_folders(out_dir)
-    newest = checkpoints[max(checkpoints)] if checkpoints else None
+    newest = state.newest_whole(out_dir, warn=log.print)
     if newest:
         state.check_config(newest, config)  # before anything is written
+    if here.is_main:
+        state.remove_leftovers(out_dir)
 
     # ---- data: the main process makes it, the others wait -------------------------------------------------------------------------
     folder = Path(config.data.source)
@@ -88,6 +89,8 @@ def main(config: RunConfig) -> None:
         if len(tokenizer.encode(prompt, bos=True)) >= shape.context:
             raise ValueError(f"log.prompts has one longer than the model's context of {shape.context} tokens: {prompt[:20]!r}…; shorten it")
     precision = processes.choose_precision(train.precision, here.device)
+    if precision == "bf16" and not processes.has_bf16(here.device):
+        log.print("train.precision bf16: this device has no bf16 instructions and only imitates them, many times slower than auto's choice")
     model = GPT(shape).to(here.device)
     batches = Batches(
         train_split,

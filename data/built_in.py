@@ -24,21 +24,28 @@ def write_built_in(
 ) -> None:
     """Write tokenizer/, train/ and validation/ into `folder`, unless the same ones are there. `track` may wrap the slow loops in a
     progress bar. A validation story whose text is in the training stories would be left out; both sides come from ranges of the
-    generator that do not overlap."""
+    generator that do not overlap.
+
+    Raises ValueError if `folder` holds something else."""
     recipe = {"stories": stories, "validation_stories": validation_stories, "vocab_size": vocab_size, "seed": seed, "version": 1}
     if (folder / RECIPE).is_file() and json.loads((folder / RECIPE).read_text(encoding="utf-8")) == recipe:
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if folder.exists() and not (folder / RECIPE).is_file():
+        raise ValueError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
     known = {s.text for s in train}
     validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]
     for _ in track(range(1), "training the tokenizer"):
         tokenizer = Tokenizer.train((s.text for s in train[:TOKENIZER_STORIES]), vocab_size)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(aside / "tokenizer")
     for name, part in (("train", train), ("validation", validation)):
-        write_split(folder / name, texts(track(part, f"tokenizing {name}")), tokenizer, entropy_bits=sum(s.bits for s in part))
-    (folder / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+        write_split(aside / name, texts(track(part, f"tokenizing {name}")), tokenizer, entropy_bits=sum(s.bits for s in part))
+    (aside / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def texts(stories: Iterable[Story]) -> Iterator[str]:

@@ -141,6 +141,13 @@ class TrainConfig:
             at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("sample_every", "keep_last", "z_loss"):
             at_least(f"train.{name}", getattr(self, name), 0)
+        if self.global_batch % self.micro_batch:
+            divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            near = min(divisors, key=lambda n: abs(n - self.micro_batch))
+            raise ValueError(
+                f"train.micro_batch ({self.micro_batch}) must divide train.global_batch ({self.global_batch}); "
+                f"try --train.micro_batch {near}"
+            )
         if self.grad_clip <= 0:
             raise ValueError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
 
@@ -176,6 +183,13 @@ class OptimConfig:
     def __post_init__(self):
         one_of("optim.matrices", self.matrices, ("muon", "adamw"))
         one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
+        for name in ("lr", "embedding_lr"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0 and below 1, 0.002 is usual")
+        for name, values in (("betas", self.betas), ("momentum", (self.momentum,))):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        at_least("optim.weight_decay", self.weight_decay, 0)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         for name in ("decay_fraction", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -233,7 +247,8 @@ class RunConfig:
 
     def __post_init__(self):
         one_of("resume", self.resume, ("auto", "force"))
-        at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
         if self.optim.warmup_steps >= self.train.max_steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
@@ -253,7 +268,8 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
 def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     """What differs, as "key: before → now", between a saved flat config and this one, but for keys that may always change."""
     after = flatten(config)
-    free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_")
+    events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
+    free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", *events)
 
     def same(a: object, b: object) -> bool:
         return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)

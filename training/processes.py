@@ -69,16 +69,19 @@ def keep_heap() -> None:
             mallopt(m_top_pad, 2**28)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """bf16, fp16 or fp32 for "auto": bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
 
     Raises ValueError for fp16 on a CPU."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if name == "auto":
-        return "bf16" if has_bf16 else ("fp16" if device.type == "cuda" else "fp32")
+        return "bf16" if has_bf16(device) else ("fp16" if device.type == "cuda" else "fp32")
     if name == "fp16" and device.type != "cuda":
         raise ValueError("train.precision fp16 needs a GPU; choose auto, bf16 or fp32")
     return name

@@ -5,10 +5,11 @@ Only safetensors and JSON. The data needs no state: its order is a function of t
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data.tokenizer import Tokenizer
@@ -27,6 +28,27 @@ def step_folders(out_dir: Path) -> dict[int, Path]:
         if match and path.is_dir():
             found[int(match[1])] = path
     return dict(sorted(found.items()))
+
+
+def newest_whole(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files can all be opened; `warn` is told of each newer one that is damaged, and it stays as it is."""
+    for folder in reversed(step_folders(out_dir).values()):
+        try:
+            for name in ("config.json", "trainer/trainer.json"):
+                read_json(folder, name)
+            for name in ("model.safetensors", "trainer/state.safetensors"):
+                with safe_open(folder / name, "pt"):  # reads the header, and holds it against the size of the file
+                    pass
+            return folder
+        except (OSError, ValueError, SafetensorError) as error:
+            warn(f"{folder} is damaged ({error}); an earlier checkpoint is used")
+    return None
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    """Remove what a killed process was writing or removing."""
+    for path in out_dir.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save(
@@ -112,4 +134,6 @@ def remove_old(out_dir: Path, *, keep_last: int, best_step: int | None) -> None:
     folders = step_folders(out_dir)
     for step in list(folders)[:-keep_last] if keep_last else []:
         if step != best_step:
-            shutil.rmtree(folders[step])
+            gone = folders[step].with_name(f".{folders[step].name}.old")  # half a checkpoint must not look like a whole one
+            folders[step].rename(gone)
+            shutil.rmtree(gone)
