@@ -6,8 +6,9 @@ The ids are laid out as
     4 … 259    the 256 bytes, written <0x00> … <0xFF>: a character without an entry becomes its UTF-8 bytes
     260 …      the frequent characters, then the merges in the order in which they were learnt
 
-Nothing is normalised, so every string comes back from `decode(encode(text))` as it was. On disk it is the `tokenizer.json` and
-`tokenizer_config.json` of Hugging Face: `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids.
+Nothing is normalised, so every text that UTF-8 can hold comes back from `decode(encode(text))` as it was. On disk it is the
+`tokenizer.json` and `tokenizer_config.json` of Hugging Face: `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids, but
+for the names of special tokens inside a text, which here are ordinary text.
 """
 
 import hashlib

@@ -140,8 +140,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT of the given shape with fresh weights: normal with `init_std`, the matrices that write to the residual stream scaled down
-    by √(2 · n_layer) so that its variance does not grow with depth (GPT-2)."""
+    """A GPT of the given shape with fresh weights: normal with `init_std`, the MLPs' outputs scaled down by √(2 · n_layer) so that the
+    variance of the residual stream does not grow with depth (GPT-2).
+
+    Attention begins as a copier, in the way of mimetic initialization (arXiv 2305.09828): query and key matrices are equal, so a token
+    looks for its like, and a head's output matrix is its value matrix transposed, so what is read is written as it is. Small models
+    learn to keep names through a text much sooner from there (docs/log.md)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -158,11 +162,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        std = self.config.init_std
+        c, std = self.config, self.config.init_std
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                is_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-                nn.init.normal_(p, std=std / (2 * self.config.n_layer) ** 0.5 if is_residual else std)
+                nn.init.normal_(p, std=std / (2 * c.n_layer) ** 0.5 if name.endswith("mlp_out.weight") else std)
+        group = c.n_head // c.n_kv_head
+        for block in self.blocks:
+            q, k, v = block.qkv.weight.split([n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
+            per_head = lambda x: x.unflatten(0, (c.n_kv_head, -1)).repeat_interleave(group, 0).flatten(0, 1)
+            q.copy_(per_head(k))
+            nn.init.orthogonal_(v)
+            block.attention_out.weight.copy_(per_head(v).T * (1 / group / (2 * c.n_layer) ** 0.5))
+            v.mul_(std * max(v.shape) ** 0.5)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         c = self.config
@@ -185,7 +196,7 @@ class GPT(nn.Module):
         logits. With `cu_seqlens` documents do not see each other and positions restart; with a `cache` the tokens follow those seen
         before. `last_only` gives the logits of the last position alone: (B, 1, V).
 
-        Raises ValueError for a sequence longer than the context."""
+        Raises ValueError for a sequence longer than the context; of documents in `cu_seqlens` the caller sees to it that none is."""
         start, n = (cache.length if cache else 0), tokens.shape[1]
         if cu_seqlens is None and start + n > self.config.context:
             raise ValueError(f"{start + n} tokens are more than the model's context of {self.config.context}; shorten them")

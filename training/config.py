@@ -184,8 +184,8 @@ class OptimConfig:
         one_of("optim.matrices", self.matrices, ("muon", "adamw"))
         one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
         for name in ("lr", "embedding_lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0 and below 1, 0.002 is usual")
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0 (0.002 is usual)")
         for name, values in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")

@@ -38,13 +38,13 @@ class Log:
                 raise ValueError(f"log.wandb is {self.config.log.wandb}, but wandb is not installed: pip install wandb") from None
             os.environ.setdefault("WANDB_SILENT", "true")
             known = out_dir / "wandb-run-id"  # a resumed run goes on in wandb too
-            run_id = known.read_text(encoding="utf-8") if start_step and known.is_file() else wandb.util.generate_id()
+            run_id = known.read_text(encoding="utf-8") if start_step and known.is_file() else None
             options = dict(project=self.config.log.project, mode=self.config.log.wandb, dir=str(out_dir), config=flatten(self.config))
             try:
                 self._wandb = wandb.init(**options, id=run_id, resume="allow")
             except wandb.Error as error:
                 raise ValueError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
-            known.write_text(run_id, encoding="utf-8")
+            known.write_text(self._wandb.id, encoding="utf-8")
 
     def metrics(self, **values: float) -> None:
         """One line of metrics.jsonl."""

@@ -55,6 +55,20 @@ def test_residual_matrices_start_smaller_with_depth():
     assert stds[0] / stds[1] == pytest.approx(2, rel=0.02)
 
 
+def test_attention_starts_as_a_copier():
+    """Each head writes what it reads along the same directions, in every grouping of heads."""
+    for shape in ({}, {"n_kv_head": 1}, {"n_head": 2, "n_kv_head": 1, "head_dim": 16}):
+        model = GPT(GPTConfig.preset("quickstart", **shape))
+        c, block = model.config, model.blocks[-1]
+        q, k, v = block.qkv.weight.detach().split([n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
+        k, v = (x.view(c.n_kv_head, c.head_dim, -1).repeat_interleave(c.n_head // c.n_kv_head, 0) for x in (k, v))
+        for head, out in enumerate(block.attention_out.weight.detach().split(c.head_dim, 1)):
+            written = out @ v[head]  # (width, width)
+            torch.testing.assert_close(written, written.T)
+            assert torch.linalg.eigvalsh(written).min() > -1e-6 and written.trace() > 0.1
+            assert torch.equal(q[head * c.head_dim : (head + 1) * c.head_dim], k[head])
+
+
 def test_flops_count_each_matrix_six_times():
     config = GPTConfig.preset("quickstart")
     n = sum(p.numel() for p in GPT(config).parameters() if p.ndim == 2)

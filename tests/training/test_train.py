@@ -152,7 +152,16 @@ def test_keep_last_keeps_the_best_too(tmp_path):
 def test_wandb_offline_needs_no_account(tmp_path):
     pytest.importorskip("wandb")
     train(tmp_path / "run", log__wandb="offline", train__max_steps=3)
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    run_id = (tmp_path / "run" / "wandb-run-id").read_text()
+    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))
+
+
+def test_wandb_without_a_login_is_an_error_that_says_so(tmp_path):
+    pytest.importorskip("wandb")
+    environment = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    arguments = command(tmp_path / "run", log__wandb="online", train__max_steps=3)
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 1 and "wandb login" in result.stderr and "Traceback" not in result.stderr
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------------------------
@@ -168,6 +177,10 @@ def test_wandb_offline_needs_no_account(tmp_path):
         ({"optim__matrices": "sgd"}, "muon, adamw"),
         ({"model__preset": "huge"}, "microstories-44m"),
         ({"optim__warmup_steps": 6}, "less than train.max_steps"),
+        ({"train__micro_batch": 3}, r"train.micro_batch \(3\) must divide train.global_batch \(4\); try --train.micro_batch 2"),
+        ({"optim__lr": -1}, "optim.lr is -1.0; it must be above 0"),
+        ({"optim__betas": "[0.9, 1.5]"}, "optim.betas"),
+        ({"seed": 2**64}, "below 2"),
     ],
 )
 def test_bad_config_names_the_allowed_values(options, message, tmp_path):
@@ -185,7 +198,6 @@ def test_misspelt_key_in_a_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"train__micro_batch": 3}, r"micro_batch \(3\) × processes \(1\) must divide global_batch \(4\)"),
         ({"model__vocab_size": 700}, "model.vocab_size is 700, but the data was made with a vocabulary of 600"),
         ({"train__context": 65}, "--model.context 65"),
         ({"train__global_batch": 2000, "train__micro_batch": 2000}, "add stories"),
@@ -238,10 +250,35 @@ def test_an_altered_shard_is_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer/state.safetensors", "trainer/trainer.json"])
-def test_a_checkpoint_without_a_file_is_refused(name, copy):
-    (copy / "step-00000006" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=os.path.basename(name)):
-        run_here(copy)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(name, damage, tiny_run, copy, capsys):
+    path = copy / "step-00000006" / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    run_here(copy)
+    said = capsys.readouterr().out
+    assert "step-00000006 is damaged" in said and "going on from" in said and "step-00000003" in said
+    assert losses(copy) == losses(tiny_run)
+
+
+def test_what_a_killed_process_was_writing_is_removed(copy):
+    (copy / ".step-00000009.1234.tmp" / "trainer").mkdir(parents=True)
+    run_here(copy)
+    assert not list(copy.glob(".*"))
+
+
+def test_a_folder_in_the_place_of_the_data_is_not_overwritten(tmp_path):
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="does not hold built-in stories"):
+        run_here(tmp_path / "run")
+    assert (tmp_path / "run" / "data" / "notes.txt").read_text() == "mine"
+
+
+def test_how_often_to_save_may_change_in_a_resumed_run(copy):
+    run_here(copy, train__checkpoint_every=2, train__validate_every=2)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
