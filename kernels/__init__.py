@@ -4,10 +4,15 @@
     y = rms_norm(x, weight)
 """
 
+from .cross_entropy import cross_entropy
 from .dispatch import backend
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import add_rms_norm, cross_entropy, document_positions, geglu, qk_norm_rope, rms_norm, rope, swiglu
+from .qk_norm_rope import qk_norm_rope
+from .reference import document_positions
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope
+from .swiglu import geglu, swiglu
 
 __all__ = [
     "add_rms_norm",
