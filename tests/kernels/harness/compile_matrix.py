@@ -1,17 +1,19 @@
 """What the ops' own launchers launch, compiled for every GPU generation without a GPU, and what the binaries say.
 
-A driver that stands in for the GPU (`StubDriver`) takes each launch: Triton specialises and compiles it as on the card named, and nothing
+A driver that stands in for the GPU (`_driver`) takes each launch: Triton specialises and compiles it as on the card named, and nothing
 runs. So the public functions are called, forward and backward, with CPU tensors at the shapes of three models (`MODELS`, `_cases`), and
 there is no second list of signatures. The kernels must be decorated without TRITON_INTERPRET, so this runs as a process of its own:
 
-    python -m tests.kernels.harness.compile_matrix --out readings.json [--targets sm_90,gfx942] [--ops rms_norm]
+    python -m tests.kernels.harness.compile_matrix [--out readings.json] [--targets sm_90,gfx942] [--ops rms_norm] [--models 44m]
     python -m tests.kernels.harness.compile_matrix --write-budgets      # after a change that is meant to cost more, or less
 
 `readings()` starts it for tests and the report. Triton's cache on disk keeps the binaries and, beside each, what was read from it.
 """
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,17 +22,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[3]
 BUDGETS = Path(__file__).parents[1] / "budgets.json"
+REWRITE = "python -m tests.kernels.harness.compile_matrix --write-budgets"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 MODELS = {
-    "44m": {"width": 512, "n_head": 6, "n_kv_head": 6, "head_dim": 48, "mlp": 768, "vocab": 65024},
-    "124m": {"width": 768, "n_head": 12, "n_kv_head": 12, "head_dim": 64, "mlp": 2048, "vocab": 50304},
-    "1b": {"width": 2048, "n_head": 32, "n_kv_head": 8, "head_dim": 64, "mlp": 5632, "vocab": 32000},
+    "44m": {"batch": 8, "context": 512, "width": 512, "n_head": 6, "n_kv_head": 6, "head_dim": 48, "mlp": 768, "vocab": 65024},
+    "124m": {"batch": 8, "context": 1024, "width": 768, "n_head": 12, "n_kv_head": 12, "head_dim": 64, "mlp": 2048, "vocab": 50304},
+    "1b": {"batch": 4, "context": 2048, "width": 2048, "n_head": 32, "n_kv_head": 8, "head_dim": 64, "mlp": 5632, "vocab": 32000},
 }
-TOKENS = 128  # multiples of 16 are all alike to the compiler; few, as PyTorch's products around the kernels do run
 
 # Per generation and processor: registers, shared bytes, warps, blocks (CUDA C++ programming guide, table of compute capabilities).
 PROCESSOR = {
@@ -59,54 +62,86 @@ def _cases() -> dict[str, Case]:
         outputs = [o for o in ([outputs] if isinstance(outputs, torch.Tensor) else outputs) if o.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
 
-    def heads(m, dtype):
-        n = m["n_head"] + 2 * m["n_kv_head"]
-        qkv = leaf(1, TOKENS, n * m["head_dim"], dtype=dtype)
-        return qkv, qkv.unflatten(-1, (n, -1)).split((m["n_head"], m["n_kv_head"], m["n_kv_head"]), dim=-2)
+    def tokens(m):
+        return m["batch"] * m["context"]
 
-    def tables(m):
-        return [torch.empty(2 * TOKENS, m["head_dim"] // 2) for _ in range(2)]
-
-    def documents():
-        return torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
-
-    def targets():
-        return torch.zeros(TOKENS, dtype=torch.int64)
+    def hidden(m, dtype, name="width", factor=1):
+        return leaf(m["batch"], m["context"], factor * m[name], dtype=dtype)
 
     def weight(n):
         return leaf(n, dtype=torch.float32)
 
-    def qk_norm_rope(m, dtype):
-        qkv, _ = heads(m, dtype)
-        sizes = {"n_head": m["n_head"], "n_kv_head": m["n_kv_head"]}
-        return run(kernels.qk_norm_rope(qkv, weight(m["head_dim"]), weight(m["head_dim"]), *tables(m), **sizes))
+    def packed_heads(m, dtype, is_packed):
+        shape = (1, tokens(m)) if is_packed else (m["batch"], m["context"])
+        return leaf(*shape, (m["n_head"] + 2 * m["n_kv_head"]) * m["head_dim"], dtype=dtype)
+
+    def heads(m, dtype, is_packed):
+        qkv = packed_heads(m, dtype, is_packed).unflatten(-1, (-1, m["head_dim"]))
+        return qkv.split((m["n_head"], m["n_kv_head"], m["n_kv_head"]), dim=-2)
+
+    def tables(m):
+        return [torch.empty(2 * m["context"], m["head_dim"] // 2) for _ in range(2)]
+
+    def documents(m, is_packed):
+        return {"cu_seqlens": torch.arange(0, tokens(m) + 1, m["context"], dtype=torch.int32)} if is_packed else {}
+
+    def targets(m):
+        return torch.zeros(tokens(m), dtype=torch.int64)
+
+    def norm(m, dtype):
+        run(kernels.rms_norm(hidden(m, dtype), weight(m["width"])))
+
+    def add_norm(m, dtype, residual=None):
+        run(kernels.add_rms_norm(hidden(m, dtype), hidden(m, residual or dtype), weight(m["width"])))
+
+    def rope(m, dtype, is_packed=False):
+        run(kernels.rope(*heads(m, dtype, is_packed)[:2], *tables(m), **documents(m, is_packed)))
+
+    def qk_norm_rope(m, dtype, is_packed=False):
+        sizes = {"n_head": m["n_head"], "n_kv_head": m["n_kv_head"], **documents(m, is_packed)}
+        run(kernels.qk_norm_rope(packed_heads(m, dtype, is_packed), weight(m["head_dim"]), weight(m["head_dim"]), *tables(m), **sizes))
+
+    def cross_entropy(m, dtype):
+        run(kernels.cross_entropy(leaf(tokens(m), m["vocab"], dtype=dtype), targets(m)))
 
     def linear_cross_entropy(m, dtype, **options):
-        x, w = leaf(TOKENS, m["width"], dtype=dtype), leaf(m["vocab"], m["width"], dtype=dtype)
-        return run(kernels.linear_cross_entropy(x, w, targets(), **options))
+        x, w = leaf(tokens(m), m["width"], dtype=dtype), leaf(m["vocab"], m["width"], dtype=dtype)
+        run(kernels.linear_cross_entropy(x, w, targets(m), **options))
 
-    def attention(m, dtype, **options):
-        _, (q, k, v) = heads(m, dtype)
-        return run(kernels.flash_attention(q, k, v, **options))
+    def attention(m, dtype, is_packed=False):
+        run(kernels.flash_attention(*heads(m, dtype, is_packed), **documents(m, is_packed)))
 
     return {
-        "rms_norm": lambda m, t: run(kernels.rms_norm(leaf(TOKENS, m["width"], dtype=t), weight(m["width"]))),
-        "add_rms_norm": lambda m, t: run(
-            kernels.add_rms_norm(*(leaf(TOKENS, m["width"], dtype=t) for _ in range(2)), weight(m["width"]))
-        ),
-        "rope": lambda m, t: run(kernels.rope(*heads(m, t)[1][:2], *tables(m))),
-        "rope packed": lambda m, t: run(kernels.rope(*heads(m, t)[1][:2], *tables(m), cu_seqlens=documents())),
+        "rms_norm": norm,
+        "rms_norm fp32": lambda m, dtype: norm(m, torch.float32),  # under autocast the residual stream is fp32
+        "add_rms_norm": add_norm,
+        "add_rms_norm fp32": lambda m, dtype: add_norm(m, dtype, torch.float32),
+        "rope": rope,
+        "rope packed": lambda m, dtype: rope(m, dtype, True),
         "qk_norm_rope": qk_norm_rope,
-        "swiglu": lambda m, t: run(kernels.swiglu(leaf(TOKENS, 2 * m["mlp"], dtype=t))),
-        "geglu": lambda m, t: run(kernels.geglu(leaf(TOKENS, 2 * m["mlp"], dtype=t))),
-        "cross_entropy": lambda m, t: run(kernels.cross_entropy(leaf(TOKENS, m["vocab"], dtype=t), targets())),
+        "qk_norm_rope packed": lambda m, dtype: qk_norm_rope(m, dtype, True),
+        "swiglu": lambda m, dtype: run(kernels.swiglu(hidden(m, dtype, "mlp", 2))),
+        "geglu": lambda m, dtype: run(kernels.geglu(hidden(m, dtype, "mlp", 2))),
+        "cross_entropy": cross_entropy,
         "linear_cross_entropy": linear_cross_entropy,
-        "linear_cross_entropy recompute": lambda m, t: linear_cross_entropy(m, t, strategy="recompute"),
+        "linear_cross_entropy recompute": lambda m, dtype: linear_cross_entropy(m, dtype, strategy="recompute"),
         "flash_attention": attention,
-        "flash_attention packed": lambda m, t: attention(m, t, cu_seqlens=documents()),
+        "flash_attention packed": lambda m, dtype: attention(m, dtype, True),
     }
 
 
+# Models of the ops that not all three are needed for: those whose kernels differ by head size (44m), by grouped heads (1b), by documents
+# and by nothing else. Of the other ops Triton itself compiles no kernel twice.
+MODELS_OF = {
+    "rms_norm fp32": ("44m",),
+    "add_rms_norm fp32": ("44m", "1b"),
+    "rope": ("44m", "124m"),
+    "rope packed": ("44m", "1b"),
+    "qk_norm_rope": ("124m",),
+    "qk_norm_rope packed": ("44m", "1b"),
+    "flash_attention": ("44m", "124m"),
+    "flash_attention packed": ("44m", "1b"),
+}
 # Products of blocks need tensor cores that Triton uses; on sm_75 it has none to offer, and the ops choose PyTorch's there.
 NEEDS_TENSOR_CORES = ("flash_attention", "flash_attention packed", "linear_cross_entropy recompute")
 
@@ -155,24 +190,34 @@ def _driver(target: str, log: Callable[[str], None]):
 
 @contextmanager
 def standing_in(target: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Inside, CPU tensors go through the Triton launchers, compiled for the target."""
+    """Inside, CPU tensors go through the Triton launchers, compiled for the target, and PyTorch's products beside them do nothing."""
+    import torch
     from triton.runtime import driver
 
     from tritale.kernels import dispatch
 
+    def product(a, b, *, out=None, **_):
+        return a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
+
     driver.set_active(_driver(target, log))
-    before, dispatch.uses_triton.__globals__["interprets"] = dispatch.interprets, lambda: True
-    try:
+    with (
+        mock.patch.object(dispatch, "interprets", lambda: True),
+        mock.patch.object(torch, "mm", product),
+        mock.patch.object(torch.Tensor, "__matmul__", product),
+    ):
         yield
-    finally:
-        dispatch.uses_triton.__globals__["interprets"] = before
 
 
 def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-def read_cubin(path: Path, target: str) -> dict:
+def _widest(text: str, pattern: str, default: int = 32) -> int:
+    """Bits of the widest access; an instruction that names no width moves 32."""
+    return max((int(re.sub(r"\D", "", w) or default) for w in re.findall(pattern, text)), default=0)
+
+
+def read_cubin(path: Path) -> dict:
     """Registers, stack and instructions of one cubin, by cuobjdump of the Triton wheel."""
     import triton
 
@@ -181,16 +226,20 @@ def read_cubin(path: Path, target: str) -> dict:
     command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    width = r"(?:\.(?!U?\d+\b)\w+)*(\.U?\d+)?\b"
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"],
         "local": usage["LOCAL"] + _count(r"\b(?:STL|LDL)\b", text),
-        "load_128": _count(r"\bLDG(?:STS)?\.[\w.]*128\b", text) + _count(r"\bUTMALDG\b", text),
+        "load_bits": _widest(text, r"\bLDG(?:STS)?" + width),
+        "load_128": _count(r"\bLDG(?:STS)?\.[\w.]*128\b", text),
         "load_narrower": _count(r"\bLDG(?:STS)?\.(?![\w.]*128\b)", text),
-        "store_128": _count(r"\bSTG\.[\w.]*128\b", text) + _count(r"\bUTMASTG\b", text),
+        "store_bits": _widest(text, r"\bSTG" + width),
+        "store_128": _count(r"\bSTG\.[\w.]*128\b", text),
         "store_narrower": _count(r"\bSTG\.(?![\w.]*128\b)", text),
-        "tensor_core": sorted(set(re.findall(r"\b(U?T?C?HMMA|HGMMA|DMMA)\b", text))),
-        "fma": _count(r"\bFFMA\b", text),
+        "tensor_core": sorted(set(re.findall(r"\b(UTCHMMA|HGMMA|HMMA|DMMA)\b", text))),
+        "fma": _count(r"\bFFMA2?\b", text),
+        "fp64": _count(r"\b(?:DADD|DMUL|DFMA)\b", text),
         "atomics": _count(r"\b(?:ATOM|ATOMG|RED|REDG)\.", text),
         "instructions": _count(r"/\*[0-9a-f]{4,}\*/ ", text),
     }
@@ -198,83 +247,56 @@ def read_cubin(path: Path, target: str) -> dict:
 
 def read_amdgcn(text: str) -> dict:
     field = lambda name: max((int(v) for v in re.findall(rf"\.{name}:\s+(\d+)", text)), default=0)
+    width = r"_(?:ubyte|sbyte|byte|ushort|short|dword)(?:_d16(?:_hi)?)?(x\d)?\b"
+    bits = lambda kind: 32 * _widest(text, rf"(?:global|buffer)_{kind}{width}", default=1)
     return {
         "registers": field("vgpr_count"),
         "stack": field("private_segment_fixed_size"),
         "local": field("vgpr_spill_count"),
+        "load_bits": bits("load"),
         "load_128": _count(r"(?:global|buffer)_load_dwordx4", text),
         "load_narrower": _count(r"(?:global|buffer)_load_(?!dwordx4)", text),
+        "store_bits": bits("store"),
         "store_128": _count(r"(?:global|buffer)_store_dwordx4", text),
         "store_narrower": _count(r"(?:global|buffer)_store_(?!dwordx4)", text),
-        "tensor_core": sorted(set(re.findall(r"\b(v_mfma_\w+?)_\w+", text))),
+        "tensor_core": sorted(set(re.findall(r"\b(v_mfma)_\w+", text))),
         "fma": _count(r"\bv_(?:pk_)?(?:fma|fmac)_", text),
+        "fp64": _count(r"\bv_(?:add|mul|fma|fmac)_f64", text),
         "atomics": _count(r"(?:global|buffer)_atomic", text),
         "instructions": _count(r"\n\t[sv]_", text),
     }
 
 
-def occupancy(target: str, registers: int, shared: int, n_warps: int) -> float | None:
-    """Part of a processor's warps that can be resident (NVIDIA)."""
-    if target not in PROCESSOR:
-        return None
-    all_registers, all_shared, all_warps, all_blocks = PROCESSOR[target]
-    by_registers = all_registers // (max(1, -(-registers * 32 // 256)) * 256) // n_warps
-    by_shared = all_shared // (shared + (1024 if target != "sm_75" else 0)) if shared else all_blocks
-    return round(min(all_blocks, by_registers, by_shared, all_warps // n_warps) * n_warps / all_warps, 3)
-
-
-def measure(targets, ops, models) -> list[dict]:
-    """One row for each kernel binary of each op, model and target, or {"error": …} where the op could not be launched."""
-    import torch
-    import triton
-
-    from tritale import kernels
-
-    paths = {}  # hash → files of the compiled kernel
-
-    def loaded(module, function, name, files, key):
-        paths[key] = (name, {Path(f).suffix: Path(f) for f in files.values()})
-
-    triton.knobs.runtime.kernel_load_start_hook = loaded
-    rows = []
-    for target in targets:
-        launched = []  # hashes; one list a target, as a kernel keeps the launcher it was first launched with
-        for op, case in _cases().items():
-            if (ops and op.split()[0] not in ops) or (target == "sm_75" and op in NEEDS_TENSOR_CORES):
-                continue
-            for model in models:
-                launched.clear()
-                dtype = torch.float16 if target == "sm_75" else torch.bfloat16
-                where = {"target": target, "op": op, "model": model, "dtype": str(dtype)[6:]}
-                try:
-                    with standing_in(target, launched.append), kernels.backend("triton"):
-                        case(MODELS[model], dtype)
-                except Exception as problem:  # told in the row: a test or the report shows it
-                    rows.append({**where, "kernel": "", "error": f"{type(problem).__name__}: {problem}"[:300]})
-                for key in dict.fromkeys(launched):
-                    rows.append({**where, **_reading(target, *paths[key])})
-    return rows
+def occupancy(target: str, registers: int, shared: int, n_warps: int, tensor_memory: int = 0) -> float:
+    """Part of a processor's warps that can be resident."""
+    if target.startswith("gfx"):  # CDNA 3: 4 × 8 wavefronts, 512 vector registers a lane in pieces of 8, 64 KB
+        all_warps, all_shared, all_blocks = 32, 64 << 10, 32
+        by_registers = 4 * min(8, 512 // (-(-max(1, registers) // 8) * 8)) // n_warps
+    else:
+        all_registers, all_shared, all_warps, all_blocks = PROCESSOR[target]
+        by_registers = all_registers // (-(-max(1, registers) * 32 // 256) * 256) // n_warps
+        shared += 1024 if target != "sm_75" else 0  # what the system keeps for each block
+    by_shared = all_shared // shared if shared else all_blocks
+    by_tensor_memory = 512 // tensor_memory if tensor_memory else all_blocks
+    return round(min(all_blocks, by_registers, by_shared, by_tensor_memory, all_warps // n_warps) * n_warps / all_warps, 3)
 
 
 def _reading(target: str, name: str, files: dict[str, Path]) -> dict:
-    beside = files[".json"].with_name("tritale-reading.json")
+    beside = files[".json"].with_name(f"tritale-{VERSION}.json")
     if beside.exists():
         return json.loads(beside.read_text())
     metadata = json.loads(files[".json"].read_text())
-    if ".cubin" in files:
-        reading = read_cubin(files[".cubin"], target)
-        if files[".ptx"].read_text().count("tcgen05.mma"):
-            reading["tensor_core"] = sorted({*reading["tensor_core"], "UTCHMMA"})
-    else:
-        reading = read_amdgcn(files[".amdgcn"].read_text())
-    source = (files.get(".ttgir") or files[".ttir"]).read_text()
+    reading = read_cubin(files[".cubin"]) if ".cubin" in files else read_amdgcn(files[".amdgcn"].read_text())
+    source = files[".ttir"].read_text()
+    n_warps, tensor_memory = metadata["num_warps"], metadata.get("tmem_size") or 0
     reading = {
-        "kernel": name,
-        "warps": metadata["num_warps"],
+        "kernel": name.lstrip("_"),
+        "warps": n_warps,
         "stages": metadata["num_stages"],
         "shared": metadata["shared"],
-        "occupancy": occupancy(target, reading["registers"], metadata["shared"], metadata["num_warps"]),
-        "has_dot": "tt.dot" in source or "_mma" in source or "_dot" in source,
+        "tensor_memory": tensor_memory,
+        "occupancy": occupancy(target, reading["registers"], metadata["shared"], n_warps, tensor_memory),
+        "has_dot": "tt.dot" in source,
         **reading,
     }
     temporary = beside.with_suffix(f".{os.getpid()}")
@@ -283,23 +305,71 @@ def _reading(target: str, name: str, files: dict[str, Path]) -> dict:
     return reading
 
 
-def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2) -> list[dict]:
-    """`measure` in processes of their own, without the interpreter."""
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+_launched: dict[str, list[str]] = {}  # hashes by target: a kernel keeps the launcher, and so the list, it was first launched with
+_files: dict[str, tuple[str, dict[str, Path]]] = {}
+
+
+def measure(task: tuple[str, str, tuple[str, ...]]) -> list[dict]:
+    """One row for each kernel binary of an op on a target, by model, or {"error": …} where the op could not be launched."""
+    import torch
+    import triton
+
+    from tritale import kernels
+
+    def loaded(module, function, name, files, key):
+        _files[key] = (name, {Path(f).suffix: Path(f) for f in files.values()})
+
+    triton.knobs.runtime.kernel_load_start_hook = loaded
+    torch.set_num_threads(1)
+    target, op, models = task
+    launched = _launched.setdefault(target, [])
+    dtype = torch.float16 if target == "sm_75" else torch.bfloat16
+    rows = []
+    for model in models:
+        launched.clear()
+        where = {"target": target, "op": op, "model": model}
+        try:
+            with standing_in(target, launched.append), kernels.backend("triton"):
+                _cases()[op](MODELS[model], dtype)
+        except Exception as problem:  # told in the row: a test or the report shows it
+            rows.append({**where, "kernel": "", "error": f"{type(problem).__name__}: {problem}"[:300]})
+        rows += [{**where, "binary": key[:12], **_reading(target, *_files[key])} for key in dict.fromkeys(launched)]
+    return rows
+
+
+def measure_all(targets, ops, models, processes: int, told: Callable[[int, int, str], None]) -> list[dict]:
+    """`measure` of everything, in a pool: one task for each op and target, so that no process waits long for another."""
+    tasks = []
+    for op in _cases():
+        wanted = tuple(m for m in MODELS_OF.get(op, MODELS) if m in models)
+        if wanted and (not ops or op.split()[0] in ops):
+            tasks += [(t, op, wanted) for t in targets if not (t == "sm_75" and op in NEEDS_TENSOR_CORES)]
+    tasks.reverse()  # attention, the longest to compile, first
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for i, part in enumerate(pool.imap_unordered(measure, tasks), 1):
+            rows += part
+            told(i, len(tasks), f"{part[0]['op']} {part[0]['target']}")
+    order = {op: i for i, op in enumerate(_cases())}
+    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], list(MODELS).index(r["model"]), r["kernel"]))
+
+
+def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, told=lambda i, n, name: None) -> list[dict]:
+    """`measure_all` in a process of its own, without the interpreter; `told(done, of, name)` is called as it goes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for i in range(min(processes, len(targets))):
-            out = Path(folder, f"{i}.json")
-            command = [sys.executable, "-m", "tests.kernels.harness.compile_matrix", "--out", str(out)]
-            command += ["--targets", ",".join(targets[i::processes]), "--models", ",".join(models), "--ops", ",".join(ops)]
-            running.append((out, subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)))
-        rows = []
-        for out, process in running:
-            _, errors = process.communicate()
-            if process.returncode:
-                raise RuntimeError(f"the compile process failed:\n{errors[-3000:]}")
-            rows += json.loads(out.read_text())
-    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), r["op"], list(MODELS).index(r["model"]), r["kernel"]))
+        out, errors = Path(folder, "rows.json"), Path(folder, "errors")
+        command = [sys.executable, "-m", "tests.kernels.harness.compile_matrix", "--out", str(out), "--processes", str(processes)]
+        command += ["--targets", ",".join(targets), "--models", ",".join(models), "--ops", ",".join(ops)]
+        with errors.open("w") as stream:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stream, text=True)
+            for line in process.stdout:
+                if match := re.match(r"(\d+)/(\d+) (.*)", line):
+                    told(int(match[1]), int(match[2]), match[3])
+        if process.wait():
+            raise RuntimeError(f"the compile process failed:\n{errors.read_text()[-3000:]}")
+        return json.loads(out.read_text())
 
 
 def budgets(rows: list[dict]) -> dict:
@@ -310,9 +380,25 @@ def budgets(rows: list[dict]) -> dict:
             continue
         budget = table.setdefault(row["target"], {}).setdefault(f"{row['op']}/{row['model']}/{row['kernel']}", {})
         for name, worse in (("registers", max), ("shared", max), ("occupancy", min)):
-            if row[name] is not None:
-                budget[name] = worse(row[name], budget.get(name, row[name]))
+            budget[name] = worse(row[name], budget.get(name, row[name]))
     return table
+
+
+def worse_than(kept: dict[str, dict], now: dict[str, dict], slack: int = 0) -> list[str]:
+    """What of `now` is worse than `kept`, both {kernel: {registers, shared, occupancy}}, a line each; with slack, as for another version of
+    the compiler, that many registers more are none the worse, nor is an occupancy that follows from them."""
+    lines = []
+    for kernel in sorted({*kept, *now}):
+        budget, row = kept.get(kernel), now.get(kernel)
+        if budget is None or row is None:
+            lines.append(f"{kernel}: {'no budget yet' if budget is None else 'has a budget and is not launched any more'}")
+            continue
+        over = [f"{n} {row[n]}, budget {budget[n]}" for n, s in (("registers", slack), ("shared", 0)) if row[n] > budget[n] + s]
+        if not slack and row["occupancy"] < budget["occupancy"]:
+            over.append(f"occupancy {row['occupancy']}, budget {budget['occupancy']}")
+        if over:
+            lines.append(f"{kernel}: {'; '.join(over)}")
+    return lines
 
 
 def main() -> None:
@@ -322,16 +408,17 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--ops", default="")
+    parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()
+    told = lambda i, n, name: print(f"{i}/{n} {name}", flush=True)
+    rows = measure_all(a.targets.split(","), tuple(filter(None, a.ops.split(","))), a.models.split(","), a.processes, told)
+    if a.out:
+        a.out.write_text(json.dumps(rows))
     if a.write_budgets:
         import triton
 
-        lines = json.dumps({"triton": triton.__version__, **budgets(readings())}, indent=1)
+        lines = json.dumps({"triton": triton.__version__, **budgets(rows)}, indent=1)
         BUDGETS.write_text(re.sub(r"\{\s+(\"registers[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", lines) + "\n")
-        return
-    rows = measure(a.targets.split(","), tuple(filter(None, a.ops.split(","))), a.models.split(","))
-    text = json.dumps(rows)
-    a.out.write_text(text) if a.out else print(text)
 
 
 if __name__ == "__main__":
