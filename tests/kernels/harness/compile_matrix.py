@@ -29,10 +29,15 @@ BUDGETS = Path(__file__).parents[1] / "budgets.json"
 REWRITE = "python -m tests.kernels.harness.compile_matrix --write-budgets"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
+# The 1 B model has Llama 3.2's grouped heads. Last, head sizes of larger models, for attention alone and only when asked for.
 MODELS = {
     "44m": {"batch": 8, "context": 512, "width": 512, "n_head": 6, "n_kv_head": 6, "head_dim": 48, "mlp": 768, "vocab": 65024},
     "124m": {"batch": 8, "context": 1024, "width": 768, "n_head": 12, "n_kv_head": 12, "head_dim": 64, "mlp": 2048, "vocab": 50304},
     "1b": {"batch": 4, "context": 2048, "width": 2048, "n_head": 32, "n_kv_head": 8, "head_dim": 64, "mlp": 5632, "vocab": 32000},
+}
+LARGER_HEADS = {
+    f"d{d}": {"batch": 2, "context": 2048, "width": 16 * d, "n_head": 16, "n_kv_head": 4, "head_dim": d, "mlp": 0, "vocab": 0}
+    for d in (16, 32, 48, 64, 80, 96, 128, 256)
 }
 
 # Per generation and processor: registers, shared bytes, warps, blocks (CUDA C++ programming guide, table of compute capabilities).
@@ -59,6 +64,8 @@ def _cases() -> dict[str, Case]:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
     def run(outputs) -> None:
+        global _pass
+        _pass = "backward"
         outputs = [o for o in ([outputs] if isinstance(outputs, torch.Tensor) else outputs) if o.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
 
@@ -127,6 +134,7 @@ def _cases() -> dict[str, Case]:
         "linear_cross_entropy recompute": lambda m, dtype: linear_cross_entropy(m, dtype, strategy="recompute"),
         "flash_attention": attention,
         "flash_attention packed": lambda m, dtype: attention(m, dtype, True),
+        "flash_attention fp32": lambda m, dtype: attention(m, torch.float32),
     }
 
 
@@ -141,9 +149,10 @@ MODELS_OF = {
     "qk_norm_rope packed": ("44m", "1b"),
     "flash_attention": ("44m", "124m"),
     "flash_attention packed": ("44m", "1b"),
+    "flash_attention fp32": (),  # `auto` leaves fp32 to PyTorch; at any LARGER_HEADS when asked for
 }
 # Products of blocks need tensor cores that Triton uses; on sm_75 it has none to offer, and the ops choose PyTorch's there.
-NEEDS_TENSOR_CORES = ("flash_attention", "flash_attention packed", "linear_cross_entropy recompute")
+NEEDS_TENSOR_CORES = ("flash_attention", "flash_attention packed", "flash_attention fp32", "linear_cross_entropy recompute")
 
 
 def _driver(target: str, log: Callable[[str], None]):
@@ -306,7 +315,8 @@ def _reading(target: str, name: str, files: dict[str, Path]) -> dict:
 
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-_launched: dict[str, list[str]] = {}  # hashes by target: a kernel keeps the launcher, and so the list, it was first launched with
+_pass = "forward"  # what is being launched
+_launched: dict[str, list[tuple[str, str]]] = {}  # (hash, pass) by target: a kernel keeps the list it was first launched with
 _files: dict[str, tuple[str, dict[str, Path]]] = {}
 
 
@@ -322,19 +332,23 @@ def measure(task: tuple[str, str, tuple[str, ...]]) -> list[dict]:
 
     triton.knobs.runtime.kernel_load_start_hook = loaded
     torch.set_num_threads(1)
+    global _pass
     target, op, models = task
     launched = _launched.setdefault(target, [])
+    log = lambda key: launched.append((key, _pass))
     dtype = torch.float16 if target == "sm_75" else torch.bfloat16
     rows = []
     for model in models:
         launched.clear()
+        _pass = "forward"
         where = {"target": target, "op": op, "model": model}
         try:
-            with standing_in(target, launched.append), kernels.backend("triton"):
-                _cases()[op](MODELS[model], dtype)
+            with standing_in(target, log), kernels.backend("triton"):
+                _cases()[op]({**MODELS, **LARGER_HEADS}[model], dtype)
         except Exception as problem:  # told in the row: a test or the report shows it
             rows.append({**where, "kernel": "", "error": f"{type(problem).__name__}: {problem}"[:300]})
-        rows += [{**where, "binary": key[:12], **_reading(target, *_files[key])} for key in dict.fromkeys(launched)]
+        for key, which in dict.fromkeys(launched):
+            rows.append({**where, "pass": which, "binary": key[:12], **_reading(target, *_files[key])})
     return rows
 
 
@@ -343,6 +357,8 @@ def measure_all(targets, ops, models, processes: int, told: Callable[[int, int, 
     tasks = []
     for op in _cases():
         wanted = tuple(m for m in MODELS_OF.get(op, MODELS) if m in models)
+        if op.startswith("flash_attention"):
+            wanted += tuple(m for m in LARGER_HEADS if m in models)
         if wanted and (not ops or op.split()[0] in ops):
             tasks += [(t, op, wanted) for t in targets if not (t == "sm_75" and op in NEEDS_TENSOR_CORES)]
     tasks.reverse()  # attention, the longest to compile, first
@@ -352,7 +368,7 @@ def measure_all(targets, ops, models, processes: int, told: Callable[[int, int, 
             rows += part
             told(i, len(tasks), f"{part[0]['op']} {part[0]['target']}")
     order = {op: i for i, op in enumerate(_cases())}
-    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], list(MODELS).index(r["model"]), r["kernel"]))
+    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], [*MODELS, *LARGER_HEADS].index(r["model"]), r["kernel"]))
 
 
 def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, told=lambda i, n, name: None) -> list[dict]:
