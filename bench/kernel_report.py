@@ -110,7 +110,7 @@ def as_markdown(parts: list[tuple], models: list[str]) -> str:
     shapes = [[m, *(f"{MODELS[m][size]:,}" for size in sizes)] for m in models if m in MODELS]
     head = ("model", "batch", "context", "width", "heads", "k/v heads", "head size", "MLP", "vocabulary")
     text = f"# Kernel report\n\nWritten by `python -m bench.kernel_report` with triton {version('triton')}, on a machine without a GPU. "
-    text += "What the ops launch at these shapes, forward and backward, compiled for every generation; [kernels.md](kernels.md) explains it."
+    text += "What the ops launch at these shapes, forward and backward, compiled for every generation; [kernels.md](kernels.md) explains."
     text += f"\n\n{markdown_table(head, shapes)}\n{KEY}\n\n"
     return text + "\n".join(f"## {title}\n\n{about}\n\n{markdown_table(columns, lines)}" for title, about, columns, lines in parts)
 
