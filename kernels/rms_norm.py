@@ -162,8 +162,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _accumulator(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _accumulator(*tensors: Tensor | None):
+    return tl.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else tl.float32
 
 
 _TRITON_DTYPE = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -180,7 +180,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: flo
     options = launch_options("rms_norm_fwd", x, width=width, itemsize=x.element_size())
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "HAS_RESIDUAL": residual is not None}
-    flags["ACC"] = _accumulator(torch.promote_types(x.dtype, normed.dtype))
+    flags["ACC"] = _accumulator(x, residual, weight)
     stride_residual = 0 if residual is None else residual_rows.stride(0)
     with torch.cuda.device_of(x):
         sums = None
@@ -208,7 +208,7 @@ def _backward(
     options = dict(launch_options("rms_norm_bwd", x, width=width, itemsize=x.element_size()))
     n_programs = min(processors(x) * options.pop("PER_PROCESSOR"), triton.cdiv(n_rows, options["BLOCK_M"]))
     dw = x.new_empty((n_programs, width) if needs_dw else 0, dtype=wide)
-    flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "ACC": _accumulator(wide)}
+    flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "ACC": _accumulator(x, dy, weight)}
     with torch.cuda.device_of(x):
         sums = None
         if options["BLOCK_N"] < width:

@@ -26,8 +26,8 @@ __all__ = ["jit", "tl", "triton"]
 def _mend_interpreter() -> None:
     """Make bf16 in Triton's interpreter what it is on a GPU.
 
-    As of triton 3.7 it truncates fp32 to bf16 instead of rounding to nearest even (twice the error, and a bias), and `tl.dot` multiplies
-    bf16 operands by their bit patterns, as if they were integers."""
+    As of triton 3.7 it truncates fp32 to bf16 instead of rounding to nearest even (twice the error, and a bias), takes the bits of fp64 for
+    those of bf16, and `tl.dot` multiplies bf16 operands by their bit patterns, as if they were integers."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -40,6 +40,10 @@ def _mend_interpreter() -> None:
         pair = (src.dtype.scalar, dst_type.scalar)
         if pair == (tl.bfloat16, tl.float32):
             return widened(src)
+        if pair == (tl.bfloat16, tl.float64):
+            return cast(self, widened(src), dst_type)
+        if pair == (tl.float64, tl.bfloat16):
+            return cast_impl(self, TensorHandle(src.data.astype(np.float32), tl.float32), dst_type)
         if pair == (tl.float32, tl.bfloat16):
             bits = np.ascontiguousarray(src.data).view(np.uint32)
             rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16  # to nearest, ties to even
