@@ -264,7 +264,8 @@ def test_compiled_whole_equals_eager(device, reduction):
         loss, stats = cross_entropy(x * 2, targets, z_loss=0.1, reduction=reduction, inplace_backward=True, return_stats=True)
         return (loss * 3).sum(), stats["correct"].sum(), stats["nll"]
 
-    eager, compiled = step(x), torch.compile(step, fullgraph=True)(x)
+    compiler = "inductor" if reduction == "mean" else "aot_eager"  # a C++ compile a form is enough
+    eager, compiled = step(x), torch.compile(step, fullgraph=True, backend=compiler)(x)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(torch.autograd.grad(compiled[0], x), torch.autograd.grad(eager[0], x))
 

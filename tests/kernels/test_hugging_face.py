@@ -23,20 +23,22 @@ CONFIGS = {  # heads × head size is not the width, where the architecture allow
 }
 
 
-@pytest.fixture(params=["torch", "triton"])
-def where(request) -> str:
-    """The device of the PyTorch path, or of the kernels."""
-    return "cpu" if request.param == "torch" else request.getfixturevalue("device")
+TORCH, TRITON = ([(kind, path) for kind in CONFIGS] for path in ("torch", "triton"))
 
 
-@pytest.fixture(params=CONFIGS)
-def model(request, where):
-    """A model in float64 with weights that are all random, in training mode."""
-    return make(request.param, where)
+@pytest.fixture(params=TORCH + TRITON[1:2], ids="-".join)
+def model(request):
+    """A model in float64 with weights that are all random, in training mode: each on the PyTorch path, one through the kernels."""
+    kind, path = request.param
+    return make(kind, "cpu" if path == "torch" else request.getfixturevalue("device"), n_layer=2 if path == "torch" else 1)
 
 
-def make(kind, where):
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float64)
+def make(kind, where, n_layer=2):
+    config = CONFIGS[kind]()
+    config.num_hidden_layers = n_layer
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:n_layer]
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.to(where).train()
@@ -57,6 +59,7 @@ def assert_same(patched, plain):
     torch.testing.assert_close(patched, plain, rtol=1e-5, atol=1e-6)  # transformers casts its norms, its softmax and the logits to fp32
 
 
+@pytest.mark.parametrize("model", TORCH + TRITON, ids="-".join, indirect=True)
 def test_loss_and_gradients_are_the_models_own(model):
     inputs = batch(model)
     plain = loss_and_gradients(model, **inputs)
@@ -115,7 +118,9 @@ def test_unpatch_leaves_nothing_behind(model):
     assert twin(**inputs).loss != model(**inputs).loss
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize(
+    "model, side", [(m, side) for m in TORCH for side in ("left", "right")] + [(TRITON[1], "both")], ids=lambda x: "-".join(x) if isinstance(x, tuple) else x, indirect=["model"]
+)
 def test_padded_batches_give_the_losses_of_the_model(model, side):
     inputs = batch(model, rows=3)
     mask = torch.ones_like(inputs["input_ids"])

@@ -194,7 +194,8 @@ def test_compiled_whole_equals_eager(device, strategy, reduction, small_tiles):
         loss, stats = linear_cross_entropy(x * 2, weight, targets, **options)
         return (loss * 3).sum(), stats["correct"].sum(), stats["nll"]
 
-    eager, compiled = step(x, weight), torch.compile(step, fullgraph=True)(x, weight)
+    compiler = "inductor" if (strategy, reduction) == ("chunk", "mean") else "aot_eager"  # one C++ compile is enough
+    eager, compiled = step(x, weight), torch.compile(step, fullgraph=True, backend=compiler)(x, weight)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(torch.autograd.grad(compiled[0], (x, weight)), torch.autograd.grad(eager[0], (x, weight)))
 
