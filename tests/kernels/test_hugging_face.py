@@ -118,9 +118,10 @@ def test_unpatch_leaves_nothing_behind(model):
     assert twin(**inputs).loss != model(**inputs).loss
 
 
-@pytest.mark.parametrize(
-    "model, side", [(m, side) for m in TORCH for side in ("left", "right")] + [(TRITON[1], "both")], ids=lambda x: "-".join(x) if isinstance(x, tuple) else x, indirect=["model"]
-)
+PADDED = [(model, side) for model in TORCH for side in ("left", "right")] + [(TRITON[1], "both")]
+
+
+@pytest.mark.parametrize("model, side", PADDED, ids=[f"{kind}-{path}-{side}" for (kind, path), side in PADDED], indirect=["model"])
 def test_padded_batches_give_the_losses_of_the_model(model, side):
     inputs = batch(model, rows=3)
     mask = torch.ones_like(inputs["input_ids"])
