@@ -32,7 +32,7 @@ KEY = """\
 - **load**, **store**: bits of the widest access to global memory. Kernels that stream their tensors do so in 128 bits, and a test counts
   the narrower ones; what remains are a few numbers of each row, and the sums of a matrix product as its units leave them.
 - **tensor core**: the instruction that multiplies blocks: HMMA on Ampere, Ada and RTX 50, HGMMA on Hopper, UTCHMMA on B200, MFMA on CDNA.
-- **traffic**: bytes loaded and stored over the ideal, each input read once and each output written once, forward / backward."""
+- **traffic**: bytes loaded and stored over the ideal, each input read once and each output written once; or over kernels.md's formula."""
 CODE = ("op", "pass", "kernel", "model", "warps", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core")
 GLANCE = ("op", "pass", "kernel", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core", "traffic")
 TRAFFIC = ("op", "pass", "loaded", "stored", "from cache", "ideal", "over ideal", "formula", "over formula", "note")
@@ -44,7 +44,7 @@ def span(values: list, form) -> str:
 
 
 def kilobytes(n: int) -> str:
-    return "0" if n == 0 else f"{n / 1024:.1f} KB"
+    return "0" if n == 0 else f"{n} B" if n < 1024 else f"{n / 1024:.0f} KB"
 
 
 def numbers(rows: list[dict]) -> list[str]:

@@ -373,7 +373,7 @@ def measure_all(targets, ops, models, processes: int, told: Callable[[int, int, 
             rows += part
             told(i, len(tasks), f"{part[0]['op']} {part[0]['target']}")
     order = {op: i for i, op in enumerate(_cases())}
-    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], [*MODELS, *LARGER_HEADS].index(r["model"]), r["kernel"]))
+    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], [*MODELS, *LARGER_HEADS].index(r["model"])))
 
 
 def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, told=lambda i, n, name: None) -> list[dict]:
