@@ -143,7 +143,7 @@ def test_every_head_size_is_exact_in_float64(device, head_dim):
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("block_m, block_n", [(16, 16), (16, 64), (64, 16), (32, 32)])
+@pytest.mark.parametrize("block_m, block_n", [(16, 64), (64, 16)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, block_n, name):
     with blocks(block_m, block_n):
@@ -162,7 +162,7 @@ def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, b
 def test_gradients_in_float64(device, name, packed):
     more = {**OPTIONS[name], **({"cu_seqlens": bounds([2, 0, 3, 1], device)} if packed else {})}
     attend = lambda *t: triton_attention(*t, **more)
-    assert torch.autograd.gradcheck(attend, heads(device, 6, 6, 2, 1, 3))
+    assert torch.autograd.gradcheck(attend, heads(device, 6, 6, 2, 1, 3), fast_mode=name != "all")
     more = {**OPTIONS[name], **({"cu_seqlens": bounds([20, 15], device)} if packed else {})}
     with blocks(16, 16):
         assert torch.autograd.gradcheck(attend, heads(device, 35, 35, 2, 1, 18), fast_mode=True)
@@ -177,8 +177,7 @@ def packed_qkv(device, n_query, n_head, n_kv_head, head_dim, dtype):
 
 
 @pytest.mark.usefixtures("seed")
-@pytest.mark.parametrize("name", ["causal", "everything", "window", "all"])
-@pytest.mark.parametrize("head_dim", [16, 20, 48])
+@pytest.mark.parametrize("name, head_dim", [("causal", 20), ("everything", 48), ("window", 16), ("all", 48)])  # one, masked, two tiles
 def test_touches_only_its_tensors_in_any_order(device, name, head_dim):
     dtype = torch.float32
     every_second = lambda t: (*torch.empty(*t.shape[:3], 2, t.shape[3]).stride()[:3], 1)

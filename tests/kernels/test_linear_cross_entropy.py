@@ -17,7 +17,7 @@ module = importlib.import_module("tritale.kernels.linear_cross_entropy")  # its 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = ["chunk", "recompute"]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_fp32_weight_beside_bf16_keeps_its_gradient_in_fp32(device, strategy):
 
 
 def test_touches_only_its_tensors_in_any_order(device, small_tiles):
-    for n, width, vocab_size in ((9, 10, 37), (8, 8, 16), (1, 1, 1)):
+    for n, width, vocab_size in ((9, 10, 37), (1, 1, 1)):
         x, weight, targets = draw(n, width, vocab_size, device, torch.float32)
         strided = torch.cat((x, x), dim=-1).detach()[:, :width].requires_grad_()
         targets = targets.masked_fill(targets == -100, IGNORED)
@@ -194,8 +194,7 @@ def test_compiled_whole_equals_eager(device, strategy, reduction, small_tiles):
         loss, stats = linear_cross_entropy(x * 2, weight, targets, **options)
         return (loss * 3).sum(), stats["correct"].sum(), stats["nll"]
 
-    compiler = "inductor" if (strategy, reduction) == ("chunk", "mean") else "aot_eager"  # one C++ compile is enough
-    eager, compiled = step(x, weight), torch.compile(step, fullgraph=True, backend=compiler)(x, weight)
+    eager, compiled = step(x, weight), torch.compile(step, fullgraph=True, backend="aot_eager")(x, weight)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(torch.autograd.grad(compiled[0], (x, weight)), torch.autograd.grad(eager[0], (x, weight)))
 

@@ -126,6 +126,13 @@ def _span(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + extent * t.element_size()
 
 
+def _all_near(addresses: np.ndarray, spans: list[tuple[int, int]]) -> bool:
+    near = np.zeros(addresses.shape, dtype=bool)
+    for start, end in spans:
+        near |= (addresses >= start - BAND) & (addresses < end + BAND)
+    return bool(near.all())
+
+
 class Recorder:
     """The addresses that kernels load and store inside a `with`, per launch. In the interpreter; on a GPU it stays empty."""
 
@@ -154,7 +161,12 @@ class Recorder:
         def note(builder, accesses: list, ptrs, mask) -> None:
             width = ptrs.get_element_ty().primitive_bitwidth // 8 or 1
             addresses, chosen = np.broadcast_arrays(ptrs.data, mask.data.astype(bool))
-            accesses.append((int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim)), addresses[chosen], width))
+            addresses = addresses[chosen]
+            accesses.append((int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim)), addresses, width))
+            if addresses.size:  # far outside it would bring this process down before anything is asserted
+                first, last = int(addresses.min()), int(addresses.max())
+                is_near = any(start - BAND <= first and last < end + BAND for start, end in spans)
+                assert is_near or _all_near(addresses, spans), "a kernel goes far outside the tensors it was given"
 
         def create_masked_load(self, ptrs, mask, *args):
             note(self, launches[-1].loads, ptrs, mask)
