@@ -4,21 +4,40 @@
     y = rms_norm(x, weight)
 """
 
-from .dispatch import backend
-from .flash_attention import flash_attention
-from .linear_cross_entropy import linear_cross_entropy
-from .reference import add_rms_norm, cross_entropy, document_positions, geglu, qk_norm_rope, rms_norm, rope, swiglu
+if __name__ == "kernels":
+    # transformers looks for a package of this name, and finds this folder where the repository's root is on sys.path. A second copy of the
+    # ops would take the place of the first one's under it: here it gets a package with nothing inside.
+    __all__ = []
+else:
+    from .cross_entropy import cross_entropy
+    from .dispatch import backend
+    from .flash_attention import attention_backend, flash_attention
+    from .hugging_face import patch_transformers, unpatch
+    from .linear_cross_entropy import linear_cross_entropy
+    from .modules import LinearCrossEntropy, RMSNorm, RotaryEmbedding, SwiGLU
+    from .qk_norm_rope import qk_norm_rope
+    from .reference import document_positions
+    from .rms_norm import add_rms_norm, rms_norm
+    from .rope import rope
+    from .swiglu import geglu, swiglu
 
-__all__ = [
-    "add_rms_norm",
-    "backend",
-    "cross_entropy",
-    "document_positions",
-    "flash_attention",
-    "geglu",
-    "linear_cross_entropy",
-    "qk_norm_rope",
-    "rms_norm",
-    "rope",
-    "swiglu",
-]
+    __all__ = [
+        "LinearCrossEntropy",
+        "RMSNorm",
+        "RotaryEmbedding",
+        "SwiGLU",
+        "add_rms_norm",
+        "attention_backend",
+        "backend",
+        "cross_entropy",
+        "document_positions",
+        "flash_attention",
+        "geglu",
+        "linear_cross_entropy",
+        "patch_transformers",
+        "qk_norm_rope",
+        "rms_norm",
+        "rope",
+        "swiglu",
+        "unpatch",
+    ]

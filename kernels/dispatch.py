@@ -1,24 +1,59 @@
-"""Which implementation an op runs. Today that is PyTorch's on every device: the Triton kernels are not part of the package yet."""
+"""Which implementation an op runs: Triton for CUDA and ROCm tensors, PyTorch for all others.
 
+`TRITON_INTERPRET=1` in the environment sends CPU tensors through the Triton kernels too (Triton's interpreter, for tests). The choice is
+made in Python before the op, from the device of its input; `backend(...)` overrides it.
+"""
+
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
+_forced = "auto"
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on one implementation: "auto" (by device) or "torch".
+    """Run the ops inside the block on one implementation: "auto" (by device), "triton" or "torch".
 
-    Raises ValueError for another name, "triton" among them until there are kernels."""
-    if name == "triton":
-        raise ValueError("backend 'triton' has no kernels in this version; choose one of auto, torch")
+    Raises ValueError for another name, or where Triton is asked for and not installed."""
+    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    yield
+    if name == "triton" and not has_triton():
+        raise ValueError("backend 'triton' needs the package triton (Linux only): pip install triton, or use 'torch'")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run on CPU tensors in this process, through the interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel."""
+    if _forced == "torch":
+        return False
+    if x.is_cuda:
+        return _forced == "triton" or has_triton()
+    if _forced == "triton" and not interprets():
+        raise ValueError(
+            f"backend 'triton' cannot run on a {x.device.type} tensor; move it to a GPU, or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels on the CPU (slow, for tests)"
+        )
+    return interprets()
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -28,3 +63,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def forbid_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
+    """Make differentiating `op`, the backward of `name`, raise an error that says what to do."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{name} has no second derivative: its Triton backward cannot be differentiated. Compute this part inside "
+            'tritale.kernels.backend("torch"), where autograd differentiates the plain definition twice'
+        )
+
+    op.register_autograd(backward)

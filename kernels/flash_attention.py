@@ -1,17 +1,628 @@
-"""Attention for the packed sequences of training and for the KV cache of generation.
+"""Attention for the packed sequences of training and for the KV cache of generation, without ever storing the scores.
+
+    s_ij = scale · q_i · k_j,   c·tanh(s/c) with a soft cap,   p_i = softmax over the keys j in [lo_i, hi_i),   o_i = Σ_j p_ij v_j
+    dv_j = Σ_i p_ij do_i,   ds_ij = p_ij (do_i · v_j − do_i · o_i),   dq_i = scale Σ_j ds_ij k_j,   dk_j = scale Σ_i ds_ij q_i
+
+Causal order, sliding window and packed documents all say the same thing: query i sees an interval of keys whose two ends never move back
+as i grows, and key j is seen by such an interval of queries. A block of rows then needs the blocks between its first row's beginning and
+its last row's end, and the blocks between its last row's beginning and its first row's end need no mask. So each kernel has two loops,
+one over the masked edges and one over the unmasked interior, and no block that nobody looks at is ever read. The beginnings and ends
+of documents are two int32 vectors made on the device: the grid depends on the number of tokens alone, and nothing waits for the host.
+
+Forward (arXiv 2205.14135, 2307.08691): online softmax in base 2, which saves the multiplication inside exp; lse = log2 Σ exp2(s log2 e)
+is kept, 4 bytes a row. Backward: one kernel for dQ (it also writes delta_i = do_i · o_i) and one for dK and dV, which walks the queries of
+all heads of the group, so every sum has one owner: no atomics, the same bits each time.
+
+FLOPs, with P = B · H · (number of pairs i, j that see each other) and D the head size: 4·P·D forward, 6·P·D in dQ, 8·P·D in dK/dV.
+Bytes, with BLOCK_M rows of q a program: forward q and o once and k, v once for every program that sees them, ≈ 2·P·D·itemsize / BLOCK_M,
+which the L2 cache serves; dQ the same with q, do, o and dq; dK/dV the mirror image, q and do ≈ 2·P·D·itemsize / BLOCK_N.
 
 Outside Triton it is PyTorch's `scaled_dot_product_attention`; packed documents on a CPU call its kernel once per document, which costs
 Σ len² instead of (Σ len)²: for 4,096 tokens in 40 stories 1/40 of the arithmetic of a masked product.
 """
 
+import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .dispatch import autocast
+from .launch import generation, launch_options
+from .triton_compat import jit, tl, triton
+
+# --- Kernels -------------------------------------------------------------------------------------------------------------------------
+#
+# A head of D entries is two tiles of D0 and D1 columns, both powers of two as Triton wants them: 48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32.
+# One tile of 64, 128 and 128 would make a third and more of the tensor cores' work padding. D1 = 0: one tile.
+#
+# Strides come divided by ALIGN and are multiplied again inside, so that the compiler knows that a row of a head size like 40 or 72 starts
+# on 16 bytes; of a plain argument it only ever learns divisibility by 16, and would load such rows two bytes at a time.
+#
+# The score in base 2 is UNIT · q·k, or UNIT · tanh(INNER · q·k) with a soft cap (INNER = 0: none). These are constants of the binary: a
+# float argument would be fp32, too coarse for the fp64 that gradcheck needs.
+
+
+@jit
+def _tile(p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, IS_FULL: tl.constexpr):
+    """Columns FIRST … FIRST + WIDTH of the ROWS rows at p_x, 0 beyond n_rows (unless IS_FULL: all are there) and beyond D."""
+    o_r = tl.arange(0, ROWS)
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p_x = p_x + o_r[:, None] * stride + o_d[None, :]
+    if IS_FULL:
+        if FIRST + WIDTH <= D:
+            b_x = tl.load(p_x)
+        else:
+            b_x = tl.load(p_x, mask=o_d[None, :] < D, other=0.0)
+    else:
+        if FIRST + WIDTH <= D:
+            b_x = tl.load(p_x, mask=o_r[:, None] < n_rows, other=0.0)
+        else:
+            b_x = tl.load(p_x, mask=(o_r[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
+    return b_x  # [ROWS, WIDTH]
+
+
+@jit
+def _tiles(
+    p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, IS_FULL: tl.constexpr
+):
+    b_0 = _tile(p_x, stride, n_rows, ROWS, D, 0, D0, IS_FULL)
+    b_1 = b_0
+    if D1:
+        b_1 = _tile(p_x, stride, n_rows, ROWS, D, D0, D1, IS_FULL)
+    return b_0, b_1  # [ROWS, D0], [ROWS, D1]
+
+
+@jit
+def _store(p_x, b_0, b_1, n_rows, stride, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    o_r = tl.arange(0, ROWS)
+    o_0 = tl.arange(0, D0)
+    m_r = o_r[:, None] < n_rows
+    p_x = p_x + o_r[:, None] * stride
+    tl.store(p_x + o_0[None, :], b_0.to(p_x.dtype.element_ty), mask=m_r & (o_0[None, :] < D))
+    if D1:
+        o_1 = D0 + tl.arange(0, D1)
+        tl.store(p_x + o_1[None, :], b_1.to(p_x.dtype.element_ty), mask=m_r & (o_1[None, :] < D))
+
+
+@jit
+def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.constexpr):
+    b_0 = tl.zeros([ROWS, D0], dtype=ACC)
+    b_1 = b_0
+    if D1:
+        b_1 = tl.zeros([ROWS, D1], dtype=ACC)
+    return b_0, b_1
+
+
+@jit
+def _products(b_a0, b_a1, b_b0, b_b1, D1: tl.constexpr):
+    """a bᵀ over the head's columns: [rows of a, rows of b]."""
+    b_s = tl.dot(b_a0, tl.trans(b_b0), input_precision="ieee")
+    if D1:
+        b_s = tl.dot(b_a1, tl.trans(b_b1), b_s, input_precision="ieee", out_dtype=b_s.dtype)
+    return b_s
+
+
+@jit
+def _accumulate(b_w, b_x0, b_x1, b_0, b_1, D1: tl.constexpr):
+    """(b_0, b_1) + w x, w rounded to x's dtype for the tensor cores."""
+    b_w = b_w.to(b_x0.dtype)
+    b_0 = tl.dot(b_w, b_x0, b_0, input_precision="ieee", out_dtype=b_0.dtype)
+    if D1:
+        b_1 = tl.dot(b_w, b_x1, b_1, input_precision="ieee", out_dtype=b_1.dtype)
+    return b_0, b_1
+
+
+@jit
+def _tanh(x, IS_EXACT: tl.constexpr):
+    """tanh, to an absolute 1e-7 by one exp2; IS_EXACT: to fp32's relative precision near 0 as well, by a polynomial below 0.6."""
+    b_t = 1.0 - 2.0 / (tl.exp2(x * (2 * 1.4426950408889634)) + 1.0)
+    if IS_EXACT:
+        x2 = x * x
+        b_p = -0.00626911965829229 * x2 + 0.021110958999627318
+        b_p = b_p * x2 - 0.053873948835105476
+        b_p = b_p * x2 + 0.13332915366851109
+        b_p = b_p * x2 - 0.33333330332727823
+        b_t = tl.where(x2 < 0.36, x + x * x2 * b_p, b_t)
+    return b_t
+
+
+@jit
+def _keys_seen(
+    o_m, p_start, p_end, n_query, n_key, window,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """The interval [lo, hi) of keys that query o_m sees; neither end falls as o_m grows."""
+    o_self = o_m + (n_key - n_query)  # aligned to the end
+    lo = o_m * 0
+    hi = lo + n_key
+    if IS_CAUSAL:
+        hi = tl.minimum(hi, o_self + 1)
+    if HAS_WINDOW:
+        lo = tl.maximum(lo, o_self - window + 1)
+    if HAS_DOCUMENTS:
+        lo = tl.maximum(lo, tl.load(p_start + o_m))
+        if not IS_CAUSAL:
+            hi = tl.minimum(hi, tl.load(p_end + o_m))
+    return lo, hi
+
+
+@jit
+def _queries_seeing(
+    o_n, p_start, p_end, n_query, n_key, window,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """The interval [lo, hi) of queries that see key o_n; neither end falls as o_n grows."""
+    o_self = o_n - (n_key - n_query)
+    lo = o_n * 0
+    hi = lo + n_query
+    if IS_CAUSAL:
+        lo = tl.maximum(lo, o_self)
+    if HAS_WINDOW:
+        hi = tl.minimum(hi, o_self + window)
+    if HAS_DOCUMENTS:
+        hi = tl.minimum(hi, tl.load(p_end + o_n))
+        if not IS_CAUSAL:
+            lo = tl.maximum(lo, tl.load(p_start + o_n))
+    return lo, hi
+
+
+@jit
+def _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK: tl.constexpr):
+    """What a block of rows, first to last, has to walk: blocks of the other side from `left` for n_left blocks and from `right` for
+    n_right, with a mask; and from `inner` up to `right` without."""
+    left = tl.maximum(lo_first, 0) // BLOCK * BLOCK
+    end = tl.maximum(hi_last, 0)
+    inner = tl.cdiv(tl.maximum(lo_last, 0), BLOCK) * BLOCK
+    right = tl.maximum(tl.maximum(hi_first, 0) // BLOCK * BLOCK, inner)
+    n_left = tl.cdiv(tl.maximum(tl.minimum(inner, end) - left, 0), BLOCK)
+    n_right = tl.cdiv(tl.maximum(end - right, 0), BLOCK)
+    return left, n_left, inner, right, n_right
+
+
+@jit
+def _fwd_step(
+    o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    n_rows = n_key - o_n
+    b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
+    b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
+    if INNER != 0.0:
+        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+    if IS_EDGE:
+        o_k = o_n + tl.arange(0, BLOCK_N)
+        b_s = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_s, float("-inf"))
+    # UNIT is positive and multiplied after the maximum, so that scaling and subtraction below are one fused multiply-add.
+    b_new = tl.maximum(b_top, tl.max(b_s, 1) * UNIT)
+    b_base = b_new
+    if IS_EDGE:
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row that has seen nothing yet: −inf − −inf would be NaN
+    b_p = tl.exp2(b_s * UNIT - b_base[:, None])
+    b_decay = tl.exp2(b_top - b_base)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_0 = b_0 * b_decay[:, None]
+    if D1:
+        b_1 = b_1 * b_decay[:, None]
+    b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
+    b_0, b_1 = _accumulate(b_p, b_v0, b_v1, b_0, b_1, D1)
+    return b_0, b_1, b_new, b_sum
+
+
+@jit
+def _flash_attention_fwd(
+    p_q, p_k, p_v, p_o, p_lse, p_start, p_end,
+    n_query, n_key, n_head, window,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    stride_qt, stride_kt, stride_vt = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    o_bh = tl.program_id(0) // n_blocks
+    o_b = (o_bh // n_head).to(tl.int64)
+    o_h = o_bh % n_head
+    o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # causal: the longest programs of a head first
+    o_m = o_block + tl.arange(0, BLOCK_M)
+    p_q += o_b * stride_qb * ALIGN + o_h * stride_qh * ALIGN + o_block.to(tl.int64) * stride_qt
+    p_k += o_b * stride_kb * ALIGN + o_h // GROUP * stride_kh * ALIGN
+    p_v += o_b * stride_vb * ALIGN + o_h // GROUP * stride_vh * ALIGN
+
+    o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
+    b_lo, b_hi = _keys_seen(
+        tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
+    )
+    lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
+
+    b_q0, b_q1 = _tiles(p_q, stride_qt, n_query - o_block, BLOCK_M, D, D0, D1, False)
+    b_0, b_1 = _zeros(BLOCK_M, D0, D1, ACC)
+    b_top = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    b_sum = tl.zeros([BLOCK_M], dtype=ACC)
+    for o_n in range(inner, right, BLOCK_N):
+        b_0, b_1, b_top, b_sum = _fwd_step(
+            o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+            UNIT, INNER, D, D0, D1, BLOCK_N, False,
+        )  # fmt: skip
+    for i in range(0, n_left + n_right):
+        o_n = tl.where(i < n_left, left + i * BLOCK_N, right + (i - n_left) * BLOCK_N)
+        b_0, b_1, b_top, b_sum = _fwd_step(
+            o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+            UNIT, INNER, D, D0, D1, BLOCK_N, True,
+        )  # fmt: skip
+
+    b_total = tl.where(b_sum == 0.0, 1.0, b_sum)  # 0: the row sees nothing, gives 0, and p = exp2(s − inf) = 0 in the backward pass
+    b_scale = 1.0 / b_total
+    b_0 = b_0 * b_scale[:, None]
+    if D1:
+        b_1 = b_1 * b_scale[:, None]
+    o_row = o_b * n_query + o_block
+    _store(p_o + (o_row * n_head + o_h) * D, b_0, b_1, n_query - o_block, n_head * D, BLOCK_M, D, D0, D1)
+    b_lse = tl.where(b_sum == 0.0, float("inf"), b_top + tl.log2(b_total))
+    tl.store(p_lse + o_bh.to(tl.int64) * n_query + o_m, b_lse, mask=o_m < n_query)
+
+
+@jit
+def _dq_step(
+    o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    n_rows = n_key - o_n
+    b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
+    b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
+    b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
+    if INNER != 0.0:
+        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+    b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
+    if IS_EDGE:
+        o_k = o_n + tl.arange(0, BLOCK_N)
+        b_p = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_p, 0.0)
+    b_ds = b_p * (_products(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
+    if INNER != 0.0:
+        b_ds = b_ds * (1.0 - b_s * b_s)
+    return _accumulate(b_ds, b_k0, b_k1, b_0, b_1, D1)
+
+
+@jit
+def _flash_attention_bwd_dq(
+    p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_start, p_end,
+    n_query, n_key, n_head, window,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    stride_qt, stride_kt, stride_vt = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN
+    stride_ot, stride_dot = stride_ot * ALIGN, stride_dot * ALIGN
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    o_bh = tl.program_id(0) // n_blocks
+    o_b = (o_bh // n_head).to(tl.int64)
+    o_h = o_bh % n_head
+    o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    o_m = o_block + tl.arange(0, BLOCK_M)
+    n_rows = n_query - o_block
+    p_q += o_b * stride_qb * ALIGN + o_h * stride_qh * ALIGN + o_block.to(tl.int64) * stride_qt
+    p_o += o_b * stride_ob * ALIGN + o_h * stride_oh * ALIGN + o_block.to(tl.int64) * stride_ot
+    p_do += o_b * stride_dob * ALIGN + o_h * stride_doh * ALIGN + o_block.to(tl.int64) * stride_dot
+    p_k += o_b * stride_kb * ALIGN + o_h // GROUP * stride_kh * ALIGN
+    p_v += o_b * stride_vb * ALIGN + o_h // GROUP * stride_vh * ALIGN
+
+    o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
+    b_lo, b_hi = _keys_seen(
+        tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
+    )
+    lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
+
+    # delta first: o is not needed any more when the loops start.
+    b_do0, b_do1 = _tiles(p_do, stride_dot, n_rows, BLOCK_M, D, D0, D1, False)
+    b_o0, b_o1 = _tiles(p_o, stride_ot, n_rows, BLOCK_M, D, D0, D1, False)
+    b_delta = tl.sum(b_do0.to(ACC) * b_o0.to(ACC), 1)
+    if D1:
+        b_delta += tl.sum(b_do1.to(ACC) * b_o1.to(ACC), 1)
+    o_row = o_bh.to(tl.int64) * n_query
+    tl.store(p_delta + o_row + o_m, b_delta, mask=o_m < n_query)
+    b_lse = tl.load(p_lse + o_row + o_m, mask=o_m < n_query, other=0.0)
+    b_q0, b_q1 = _tiles(p_q, stride_qt, n_rows, BLOCK_M, D, D0, D1, False)
+    b_0, b_1 = _zeros(BLOCK_M, D0, D1, ACC)
+    for o_n in range(inner, right, BLOCK_N):
+        b_0, b_1 = _dq_step(
+            o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+            UNIT, INNER, D, D0, D1, BLOCK_N, False,
+        )  # fmt: skip
+    for i in range(0, n_left + n_right):
+        o_n = tl.where(i < n_left, left + i * BLOCK_N, right + (i - n_left) * BLOCK_N)
+        b_0, b_1 = _dq_step(
+            o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
+            UNIT, INNER, D, D0, D1, BLOCK_N, True,
+        )  # fmt: skip
+    b_0 = b_0 * SCALE
+    if D1:
+        b_1 = b_1 * SCALE
+    _store(p_dq + ((o_b * n_query + o_block) * n_head + o_h) * D, b_0, b_1, n_rows, n_head * D, BLOCK_M, D, D0, D1)
+
+
+@jit
+def _dkv_step(
+    o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query, stride_qt, stride_dot,
+    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    n_rows = n_query - o_m
+    o_q = o_m + tl.arange(0, BLOCK_M)
+    b_q0, b_q1 = _tiles(p_q + tl.cast(o_m, tl.int64) * stride_qt, stride_qt, n_rows, BLOCK_M, D, D0, D1, not IS_EDGE)
+    b_do0, b_do1 = _tiles(p_do + tl.cast(o_m, tl.int64) * stride_dot, stride_dot, n_rows, BLOCK_M, D, D0, D1, not IS_EDGE)
+    if IS_EDGE:
+        b_lse = tl.load(p_lse + o_q, mask=o_q < n_query, other=0.0)
+        b_delta = tl.load(p_delta + o_q, mask=o_q < n_query, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_q)
+        b_delta = tl.load(p_delta + o_q)
+    # Scores lie with the keys in rows, so that p and ds are left operands as they come, and never turned around.
+    b_s = _products(b_k0, b_k1, b_q0, b_q1, D1)  # [BLOCK_N, BLOCK_M]
+    if INNER != 0.0:
+        b_s = _tanh(b_s * INNER, b_k0.dtype == tl.float32)
+    b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
+    if IS_EDGE:
+        b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
+    b_dv0, b_dv1 = _accumulate(b_p, b_do0, b_do1, b_dv0, b_dv1, D1)
+    b_ds = b_p * (_products(b_v0, b_v1, b_do0, b_do1, D1) - b_delta[None, :])
+    if INNER != 0.0:
+        b_ds = b_ds * (1.0 - b_s * b_s)
+    b_dk0, b_dk1 = _accumulate(b_ds, b_q0, b_q1, b_dk0, b_dk1, D1)
+    return b_dk0, b_dk1, b_dv0, b_dv1
+
+
+@jit
+def _flash_attention_bwd_dkv(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_end,
+    n_query, n_key, n_kv_head, window,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dob, stride_dot, stride_doh,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    stride_qt, stride_kt, stride_vt, stride_dot = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN, stride_dot * ALIGN
+    n_blocks = tl.cdiv(n_key, BLOCK_N)
+    o_bh = tl.program_id(0) // n_blocks
+    o_b = (o_bh // n_kv_head).to(tl.int64)
+    o_h = o_bh % n_kv_head
+    o_block = tl.program_id(0) % n_blocks * BLOCK_N  # causal: the first keys are seen most, and come first
+    o_n = o_block + tl.arange(0, BLOCK_N)
+    n_rows = n_key - o_block
+    p_k += o_b * stride_kb * ALIGN + o_h * stride_kh * ALIGN + o_block.to(tl.int64) * stride_kt
+    p_v += o_b * stride_vb * ALIGN + o_h * stride_vh * ALIGN + o_block.to(tl.int64) * stride_vt
+    p_q += o_b * stride_qb * ALIGN + o_h * GROUP * stride_qh * ALIGN
+    p_do += o_b * stride_dob * ALIGN + o_h * GROUP * stride_doh * ALIGN
+    p_lse += o_bh.to(tl.int64) * GROUP * n_query
+    p_delta += o_bh.to(tl.int64) * GROUP * n_query
+
+    o_last = tl.minimum(o_block + BLOCK_N, n_key) - 1
+    b_lo, b_hi = _queries_seeing(
+        tl.minimum(o_n, n_key - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
+    )
+    lo_first, hi_first = _queries_seeing(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    lo_last, hi_last = _queries_seeing(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_M)
+
+    b_k0, b_k1 = _tiles(p_k, stride_kt, n_rows, BLOCK_N, D, D0, D1, False)
+    b_v0, b_v1 = _tiles(p_v, stride_vt, n_rows, BLOCK_N, D, D0, D1, False)
+    b_dk0, b_dk1 = _zeros(BLOCK_N, D0, D1, ACC)
+    b_dv0, b_dv1 = _zeros(BLOCK_N, D0, D1, ACC)
+    for _ in range(0, GROUP):
+        for o_m in range(inner, right, BLOCK_M):
+            b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
+                o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query,
+                stride_qt, stride_dot, UNIT, INNER, D, D0, D1, BLOCK_M, False,
+            )  # fmt: skip
+        for i in range(0, n_left + n_right):
+            o_m = tl.where(i < n_left, left + i * BLOCK_M, right + (i - n_left) * BLOCK_M)
+            b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
+                o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query,
+                stride_qt, stride_dot, UNIT, INNER, D, D0, D1, BLOCK_M, True,
+            )  # fmt: skip
+        p_q += stride_qh * ALIGN
+        p_do += stride_doh * ALIGN
+        p_lse += n_query
+        p_delta += n_query
+    b_dk0 = b_dk0 * SCALE
+    if D1:
+        b_dk1 = b_dk1 * SCALE
+    o_out = ((o_b * n_key + o_block) * n_kv_head + o_h) * D
+    _store(p_dk + o_out, b_dk0, b_dk1, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
+    _store(p_dv + o_out, b_dv0, b_dv1, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
+
+
+# --- Launchers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _head_tiles(head_dim: int) -> tuple[int, int]:
+    """(D0, D1): the widths of the one or two column tiles a head is cut into, powers of two of at least 16, or 0."""
+    d0 = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - d0
+    if rest <= 0:
+        return d0, 0
+    d1 = max(16, triton.next_power_of_2(rest))
+    return (d0, d1) if d1 < d0 else (2 * d0, 0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy where the entries of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """(batch, token, head) strides of each tensor in units of ALIGN elements, and ALIGN."""
+    strides = [t.stride(i) if t.shape[i] > 1 else 0 for t in tensors for i in (0, 1, 2)]
+    align = math.gcd(*strides, 16)
+    return [s // align for s in strides], align
+
+
+def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, window: int, softcap: float, scale: float) -> dict:
+    d0, d1 = _head_tiles(q.shape[-1])
+    log2e = math.log2(math.e)
+    return dict(
+        UNIT=(softcap or scale) * log2e,
+        INNER=scale / softcap if softcap else 0.0,
+        GROUP=q.shape[2] // k.shape[2],
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=window > 0,
+        HAS_DOCUMENTS=start is not None,
+        D=q.shape[-1],
+        D0=d0,
+        D1=d1,
+        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
+    )
+
+
+def _launch_fwd(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, S, H_kv, D)
+    v: Tensor,
+    start: Tensor | None,  # (T,) int32
+    end: Tensor | None,
+    is_causal: bool,
+    window: int,  # 0: none
+    softcap: float,  # 0: none
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # (B, T, H, D), (B, H, T)
+    out, lse = _empty_outputs(q)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    n_batch, n_query, n_head, head_dim = q.shape
+    if out.numel() == 0:
+        return out, lse
+    options = launch_options("flash_attention_fwd", q, head_dim=head_dim, itemsize=q.itemsize)
+    strides, align = _strides(q, k, v)
+    grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+    _flash_attention_fwd[grid](
+        q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
+        **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def _launch_bwd(
+    grad: Tensor,  # (B, T, H, D)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
+    (n_batch, n_query, n_head, head_dim), (n_key, n_kv_head) = q.shape, k.shape[1:3]
+    delta = torch.empty_like(lse)
+    constants = {"SCALE": scale, **_constants(q, k, start, is_causal, window, softcap, scale)}
+    sizes = dict(head_dim=head_dim, itemsize=q.itemsize)
+    if dq.numel():
+        options = launch_options("flash_attention_bwd_dq", q, **sizes)
+        strides, align = _strides(q, k, v, out, grad)
+        grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+        _flash_attention_bwd_dq[grid](
+            q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
+            **constants, ALIGN=align, **options,
+        )  # fmt: skip
+    if dk.numel():
+        options = launch_options("flash_attention_bwd_dkv", q, **sizes)
+        strides, align = _strides(q, k, v, grad)
+        grid = (triton.cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
+        _flash_attention_bwd_dkv[grid](
+            q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
+            **constants, ALIGN=align, **options,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+# --- Custom ops ----------------------------------------------------------------------------------------------------------------------
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("tritale::flash_attention", mutates_args=())
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, is_causal: bool, window: int, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(o, log2 of the row's sum of exponents, inf where a query sees nothing)."""
+    return _launch_fwd(q, k, v, start, end, is_causal, window, softcap, scale)
+
+
+@_flash_attention.register_fake
+def _(q, k, v, start, end, is_causal, window, softcap, scale):
+    return _empty_outputs(q)
+
+
+@torch.library.custom_op("tritale::flash_attention_backward", mutates_args=())
+def _flash_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    is_causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_bwd(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale)
+
+
+@_flash_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _save_flash(ctx, inputs, output):
+    *tensors, ctx.is_causal, ctx.window, ctx.softcap, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _flash_backward(ctx, grad, _):
+    q, k, v, start, end, out, lse = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 9
+    options = (ctx.is_causal, ctx.window, ctx.softcap, ctx.scale)
+    return *_flash_attention_backward(grad, q, k, v, out, lse, start, end, *options), *(None,) * 6
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "flash_attention has no second derivative; for a double backward use its definition, tritale.kernels.reference.flash_attention"
+    )
+
+
+_flash_attention.register_autograd(_flash_backward, setup_context=_save_flash)
+_flash_attention_backward.register_autograd(_no_double_backward)
+
+
+# --- PyTorch's attention, and documents on a CPU -----------------------------------------------------------------------------------------
 
 _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -74,32 +685,42 @@ def _backward(ctx, grad, _):
 _document_attention.register_autograd(_backward, setup_context=_save)
 
 
-def flash_attention(
-    q: Tensor,  # (B, T, H, D)
-    k: Tensor,  # (B, S, H_kv, D)
-    v: Tensor,  # (B, S, H_kv, D)
-    *,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
+def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Where the document of each token starts and ends: two (T,) int32, made on the device."""
+    document = torch.searchsorted(cu_seqlens, torch.arange(n_tokens, device=cu_seqlens.device), right=True)
+    return cu_seqlens[document - 1].int(), cu_seqlens[document].int()
+
+
+def _attend_triton(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Exact attention softmax(scale · q kᵀ) v, without storing the scores (arXiv 2205.14135): (B, T, H, D), in q's dtype.
+    if q.shape[-1] > 256:
+        raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
+    if scale <= 0:  # the kernels want a positive unit, so that the maximum can be taken before scaling
+        q, scale = q * scale, 1.0
+    if window is not None:
+        window = min(window, q.shape[1] + k.shape[1])  # further back is nothing, and this fits 32 bits
+    start, end = (None, None) if cu_seqlens is None else _document_bounds(cu_seqlens, q.shape[1])
+    return _flash_attention(q, k, v, start, end, is_causal, window or 0, softcap or 0.0, scale)[0]
 
-    Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
-    `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
-    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other.
 
-    Raises ValueError where the shapes do not fit each other."""
-    if q.shape[2] % k.shape[2] or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, q their head "
-            "size, and q's heads (dimension 2) must be a multiple of theirs"
-        )
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
-        raise ValueError(f"cu_seqlens needs the batch flattened to B = 1 and T = S; got q {tuple(q.shape)}, k {tuple(k.shape)}")
-    q, k, v = autocast(q, k, v)
+def _attend_flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Dao's package; its causal masks are aligned to the end and its window (left, right) leaves the query itself out of the count."""
+    import flash_attn
+
+    left, right = (-1 if window is None else window - 1), (0 if is_causal else -1)
+    options = dict(softmax_scale=scale, causal=is_causal, window_size=(left, right), softcap=softcap or 0.0)
+    if cu_seqlens is None:
+        return flash_attn.flash_attn_func(q, k, v, **options)
+    n, bounds = q.shape[1], cu_seqlens.int()  # the longest document is on the device; T bounds it without a wait
+    return flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, n, n, **options).unsqueeze(0)
+
+
+def _attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
+) -> Tensor:
     if softcap is not None:
         return reference.flash_attention(
             q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens
@@ -108,7 +729,6 @@ def flash_attention(
     if cu_seqlens is not None and is_causal and window is None and q.device.type == "cpu":
         if group > 1:
             k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         return _document_attention(q, k, v, cu_seqlens, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and 1 < q.shape[1] != k.shape[1])
@@ -127,3 +747,80 @@ def flash_attention(
         enable_gqa=group > 1,
     )
     return out.transpose(1, 2)
+
+
+# --- The public function -------------------------------------------------------------------------------------------------------------
+
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
+_forced = "auto"
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Run `flash_attention` inside the block on one implementation: "triton", "sdpa" (PyTorch's scaled_dot_product_attention; packed
+    documents on a CPU one by one), "flash_attn" (the package of that name) or "auto".
+
+    "auto" follows `dispatch.backend` and takes Triton's kernels except where they would run badly: on sm_75 (no tensor-core path for
+    them), head sizes above 256, fp32 and fp64 on a GPU (exact products have no tensor cores, and PyTorch's own kernels are made for
+    it), and a single query (decoding), which would leave most of the GPU idle. There it takes SDPA.
+
+    Raises ValueError for another name, or for flash_attn where it is not installed."""
+    global _forced
+    if name not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("attention backend 'flash_attn' needs the package: pip install 'tritale[flash]', or use 'triton' or 'sdpa'")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _choose(q: Tensor) -> str:
+    """The backend for q: the forced one, or what "auto" means for its device, dtype and shape."""
+    if _forced == "triton" and not q.is_cuda and not dispatch.interprets():
+        raise ValueError(
+            f"attention backend 'triton' cannot run on a {q.device.type} tensor; move it to a GPU, use 'sdpa', or set "
+            "TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+        )
+    if _forced != "auto":
+        return _forced
+    if not dispatch.uses_triton(q) or q.shape[-1] > 256 or q.shape[1] == 1:
+        return "sdpa"
+    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or generation(q) == "sm_75")
+    return "sdpa" if is_slow else "triton"
+
+
+def flash_attention(
+    q: Tensor,  # (B, T, H, D)
+    k: Tensor,  # (B, S, H_kv, D)
+    v: Tensor,  # (B, S, H_kv, D)
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Exact attention softmax(scale · q kᵀ) v, without storing the scores (arXiv 2205.14135): (B, T, H, D), in q's dtype.
+
+    Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
+    `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
+    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other. A query that sees no key
+    gives 0. `attention_backend` chooses what computes it.
+
+    Raises ValueError where the shapes do not fit each other, or for a window or soft cap that is not positive."""
+    if q.shape[2] % k.shape[2] or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, q their batch and "
+            "head size, and q's heads (dimension 2) must be a multiple of theirs"
+        )
+    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
+        raise ValueError(f"cu_seqlens needs the batch flattened to B = 1 and T = S; got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"window ({window}) must be at least 1 and softcap ({softcap}) positive; None switches either off")
+    q, k, v = autocast(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q)]
+    return attend(q, k, v, is_causal, window, softcap, scale, cu_seqlens)

@@ -1,123 +1,482 @@
-"""Cross-entropy of the head's logits x Wᵀ without ever holding all of them.
+"""Cross-entropy of the head's logits x Wᵀ without ever holding all of them: x (N, K), W (V, K).
 
-The rows of x go through in chunks: logits of one chunk, their softmax, and at once the chunk's part of dx and dW, so that the largest
-tensor is (chunk, V) instead of (N, V). With the gradients known in the forward pass, backward only scales them. Arithmetic: 6·N·K·V FLOPs
-for forward and backward together, as without chunks. Memory: 2 · chunk · V · itemsize instead of up to 4 · N · V · 4 bytes.
+`strategy="chunk"`: the rows of x go through in chunks: logits of one chunk, their gradient d (see `cross_entropy`) written over them, and
+at once the chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). With the gradients known in
+the forward pass, backward only scales them. 6 · N · K · V FLOPs for forward and backward together, as without chunks. Bytes beyond the
+inputs and outputs: chunk · V · itemsize held; the logits are written, read twice, overwritten and read by two products, W is read twice per
+chunk and dW read and written once per chunk (the first only writes), so larger chunks are better until the memory they hold hurts.
+
+`strategy="recompute"`: no logits in memory at all, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward
+kernel keeps five numbers a row and slice of the vocabulary; backward makes each tile again, twice, since dx belongs to the rows of x and dW
+to the rows of W and no program adds to another's sums (no atomics, every run gives the same bits): 10 · N · K · V FLOPs.
 
 dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is what makes bf16 training drift (Liger-Kernel #512, #827).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .dispatch import autocast
+from .cross_entropy import (
+    check_options,
+    empty_rows,
+    launch_cross_entropy,
+    log_sum_exp,
+    logits_gradient,
+    refuse_double_backward,
+    row_loss,
+    statistics,
+    tanh,
+    unit_rows,
+)
+from .dispatch import autocast, uses_triton
+from .launch import generation, launch_options, processors
+from .triton_compat import jit, tl, triton
 
-STRATEGIES = ("chunk",)
+STRATEGIES = ("chunk", "recompute")
+IGNORED = -(2**31)  # stands for the ignored targets inside the ops, whatever the caller's ignore_index
 
 
-def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float) -> int:
-    """Rows of logits whose fp32 form fits the budget: a multiple of 128 of at least 128."""
-    rows = int(memory_budget_mb * 2**20 / (4 * vocab_size)) // 128 * 128
-    return max(128, min(rows, n_rows))
+def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
+    """Rows of logits that fit the budget: a multiple of 128 of at least 128, and chunks of like size."""
+    most = max(1, int(memory_budget_mb * 2**20 / (itemsize * vocab_size)) // 128)
+    blocks = max(1, -(-n_rows // 128))
+    n_chunks = -(-blocks // most)
+    return 128 * -(-blocks // n_chunks)
 
 
-@torch.library.custom_op("tritale::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    x: Tensor,  # (N, K)
-    weight: Tensor,  # (V, K)
-    targets: Tensor,  # (N,)
-    row_scale: Tensor,  # (N,) fp32: d(loss) / d(loss of the row); 0 where ignored
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,  # 0: none
-    rows: int,
-    needs_dx: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are those of the first, empty where not needed."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    n, vocab_size = x.shape[0], weight.shape[0]
-    loss, nll, lse = (x.new_empty(n, dtype=wide) for _ in range(3))
-    correct = x.new_empty(n, dtype=torch.bool)
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dw = torch.empty_like(weight, dtype=wide) if needs_dw else x.new_empty(0, dtype=wide)
-    if n == 0:
-        dw.zero_()
-    head = weight.to(x.dtype)
-    for start in range(0, n, rows):
-        c = slice(start, min(start + rows, n))
-        index = targets[c].unsqueeze(1).clamp(min=0)  # an ignored target may be negative; its row_scale is 0
-        s = (x[c] @ head.T).to(wide)  # (rows, V)
-        if softcap:
-            s.div_(softcap).tanh_().mul_(softcap)
-            slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
-        s_target = s.gather(1, index)
-        top, arg = s.max(dim=1, keepdim=True)
-        mean = s.mean(1) if label_smoothing else None
-        p = s.sub_(top).exp_()  # in place: s is the softmax's numerator from here on
-        total = p.sum(dim=1, keepdim=True)
-        lse[c] = (top + total.log()).squeeze(1)
-        nll[c] = lse[c] - s_target.squeeze(1)
-        correct[c] = arg.squeeze(1) == targets[c]
-        loss[c] = nll[c] + z_loss * lse[c].square()
-        if label_smoothing:
-            loss[c] += label_smoothing * (s_target.squeeze(1) - mean)
-        if not (needs_dx or needs_dw):
-            continue
+# The chunk's step: logits of the rows of a slice → the rows' results, and the gradient in place of the logits.
+
+
+def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
+    loss, nll, lse, correct = results
+    s = logits.to(loss.dtype)  # (rows, V)
+    vocab_size, is_ignored = s.shape[1], targets == IGNORED
+    index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
+    if softcap:
+        s.div_(softcap).tanh_().mul_(softcap)
+        slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
+    s_target = s.gather(1, index)
+    top, arg = s.max(dim=1, keepdim=True)
+    mean = s.mean(1) if label_smoothing else None
+    p = s.sub_(top).exp_()  # in place: s is the softmax's numerator from here on
+    total = p.sum(dim=1, keepdim=True)
+    lse.copy_((top + total.log()).squeeze(1))
+    nll.copy_(lse - s_target.squeeze(1))
+    correct.copy_(arg.squeeze(1) == targets)
+    loss.copy_(nll + z_loss * lse.square())
+    if label_smoothing:
+        loss += label_smoothing * (s_target.squeeze(1) - mean)
+    if needs_gradient:
         # d loss / d s_j = (1 + 2 z lse) p_j − (1 − ε) [j = target] − ε / V, subtracted in fp32 before any rounding.
-        scale = row_scale[c].unsqueeze(1)
-        p.mul_((1 + 2 * z_loss * lse[c].unsqueeze(1)) / total * scale)
+        scale = row_scale.unsqueeze(1)
+        p.mul_((1 + 2 * z_loss * lse.unsqueeze(1)) / total * scale)
         p.scatter_add_(1, index, (label_smoothing - 1) * scale)
         if label_smoothing:
             p.sub_(label_smoothing / vocab_size * scale)
         if softcap:
             p.mul_(slope)
-        d = p.to(x.dtype)
+    for row in (loss, nll, lse):
+        row.masked_fill_(is_ignored, 0)
+    return p.to(logits.dtype)
+
+
+def _triton_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
+    loss, nll, lse, correct = results
+    rows = (loss, nll, lse, torch.empty_like(lse), correct)  # lse holds the maximum until the logarithm of the sum is added
+    launch_cross_entropy(
+        logits, targets, rows, with_loss=True, gradient=logits if needs_gradient else None, scale=row_scale,
+        ignore_index=IGNORED, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+    )  # fmt: skip
+    lse += rows[3]
+    return logits
+
+
+def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
+    """dw += dᵀ x, summed in dw's dtype; the first product writes, so dw needs no zero fill."""
+    if d.dtype == dw.dtype:
+        torch.mm(d.T, x, out=dw) if is_first else dw.addmm_(d.T, x)
+    elif d.is_cuda and not torch.version.hip:  # fp32 out of the tensor cores, no (V, K) temporary
+        if is_first:
+            torch.mm(d.T, x, out_dtype=dw.dtype, out=dw)
+        else:
+            torch.addmm(dw, d.T, x, out_dtype=dw.dtype, out=dw)
+    else:
+        dw.copy_(d.T @ x) if is_first else dw.add_(d.T @ x)
+
+
+def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool):
+    loss, nll, lse, _, correct = empty_rows(x, x.shape[0])
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+    dw = torch.empty_like(weight, dtype=loss.dtype, memory_format=torch.contiguous_format) if needs_dw else x.new_empty(0, dtype=loss.dtype)
+    return loss, nll, lse, correct, dx, dw
+
+
+def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
+    *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+    n, needs_gradient = x.shape[0], needs_dx or needs_dw
+    if n == 0:
+        dw.zero_()
+    head, targets, row_scale = weight.to(x.dtype), targets.contiguous(), row_scale.contiguous()  # an incoming gradient may be expanded
+    buffer = x.new_empty(min(rows, n), weight.shape[0]) if step is _triton_step else None  # the gradient takes the logits' place
+    for start in range(0, n, rows):
+        c = slice(start, min(start + rows, n))
+        logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
+        d = step(logits, targets[c], row_scale[c], [t[c] for t in results], label_smoothing, z_loss, softcap, needs_gradient)
         if needs_dx:
             torch.mm(d, head, out=dx[c])
-        if needs_dw and start == 0:  # the first chunk writes, no zero fill
-            torch.mm(d.T, x[c], out=dw) if d.dtype == wide else dw.copy_(d.T @ x[c])
-        elif needs_dw:
-            dw.addmm_(d.T, x[c]) if d.dtype == wide else dw.add_(d.T @ x[c])
-    return (loss * row_scale).sum(), loss, nll, lse, correct, dx, dw
+        if needs_dw:
+            _add_product(dw, d, x[c], start == 0)
+        del logits, d
+    return (results[0] * row_scale).sum(), *results, dx, dw
 
 
-@_linear_cross_entropy.register_fake
-def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    n = x.shape[0]
-    loss, nll, lse = (x.new_empty(n, dtype=wide) for _ in range(3))
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dw = torch.empty_like(weight, dtype=wide) if needs_dw else x.new_empty(0, dtype=wide)
-    return x.new_empty((), dtype=wide), loss, nll, lse, x.new_empty(n, dtype=torch.bool), dx, dw
+class _Once(torch.autograd.Function):
+    """The gradient itself, refusing to be differentiated; `like` is any tensor with a graph."""
+
+    @staticmethod
+    def forward(ctx, gradient, like):
+        return gradient.view_as(gradient)
+
+    backward = staticmethod(refuse_double_backward("linear_cross_entropy"))
 
 
-def _save(ctx, inputs, output):
-    x, weight, targets, _, *ctx.options, needs_dx, needs_dw = inputs
-    ctx.has_gradients = needs_dx or needs_dw
-    ctx.save_for_backward(*(output[5:] if ctx.has_gradients else (x, weight, targets)))
-    ctx.dtype = weight.dtype
+def _chunked_op(name: str, step: Callable) -> Callable:
+    """The custom op of the chunked loss with one of the steps."""
+
+    @torch.library.custom_op(name, mutates_args=())
+    def op(
+        x: Tensor,  # (N, K)
+        weight: Tensor,  # (V, K)
+        targets: Tensor,  # (N,), IGNORED where ignored
+        row_scale: Tensor,  # (N,) fp32: d(loss) / d(loss of the row); 0 where ignored
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,  # 0: none
+        rows: int,
+        needs_dx: bool,
+        needs_dw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, empty where not needed."""
+        return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
+
+    @op.register_fake
+    def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
+        *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+        return results[0].new_empty(()), *results, dx, dw
+
+    def save(ctx, inputs, output):
+        x, weight, targets, _, *ctx.options, needs_dx, needs_dw = inputs
+        ctx.has_gradients = needs_dx or needs_dw
+        ctx.save_for_backward(*((output[1], *output[5:]) if ctx.has_gradients else (x, weight, targets)))
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_sum, grad_loss, *_):
+        if (grad_sum if ctx.has_gradients else grad_loss) is None:
+            return (None,) * 10
+        d_scale = None
+        needs_dx, needs_dw, _, needs_d_scale, *_ = ctx.needs_input_grad
+        if ctx.has_gradients:  # of the sum, computed in the forward pass
+            loss, dx, dw = ctx.saved_tensors
+            dx, dw = (g * grad_sum if is_needed else None for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
+            d_scale = loss * grad_sum if needs_d_scale else None
+            if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
+                dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
+        else:  # of each row (reduction "none", strategy "recompute"): the logits are made once more
+            x, weight, targets = ctx.saved_tensors
+            *_, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw)
+            dx, dw = (g if is_needed else None for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
+            if torch.is_grad_enabled():
+                dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
+        return dx, None if dw is None else dw.to(ctx.dtype), None, d_scale, *(None,) * 6
+
+    op.register_autograd(backward, setup_context=save)
+    return op
+
+
+_linear_cross_entropy = _chunked_op("tritale::linear_cross_entropy", _torch_step)
+_linear_cross_entropy_triton = _chunked_op("tritale::linear_cross_entropy_triton", _triton_step)
+
+
+@jit
+def _tile_logits(
+    p_a, p_b, o_a, o_b, m_a, m_b, width, stride_a, stride_b,
+    SOFTCAP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows o_a of A times rows o_b of B, capped: [BLOCK_A, BLOCK_B]."""
+    o_k = tl.arange(0, BLOCK_K)
+    b_s = tl.zeros([BLOCK_A, BLOCK_B], ACC)
+    for k in range(0, width, BLOCK_K):
+        m_k = k + o_k < width
+        b_a = tl.load(p_a + o_a[:, None] * stride_a + (k + o_k)[None, :], mask=m_a[:, None] & m_k[None, :], other=0.0)
+        b_b = tl.load(p_b + o_b[None, :] * stride_b + (k + o_k)[:, None], mask=m_b[None, :] & m_k[:, None], other=0.0)
+        b_s = tl.dot(b_a, b_b, b_s, input_precision="ieee", out_dtype=ACC)
+    if SOFTCAP != 0:
+        b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+    return b_s
+
+
+@jit
+def _recompute_forward_kernel(
+    p_x,  # (N, K)
+    p_weight,  # (V, K)
+    p_targets,  # (N,)
+    p_top, p_total, p_sum, p_target, p_best,  # (slices, N): maximum, Σ exp(s − maximum), Σ s, s_target, index of the maximum
+    n_rows, vocab_size, width, slice_size,
+    stride_x, stride_weight,
+    SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m_n = o_n < n_rows
+    target = tl.load(p_targets + o_n, mask=m_n, other=-1)
+    top = tl.full([BLOCK_N], float("-inf"), ACC)
+    total = tl.zeros([BLOCK_N], ACC)
+    sum_s = tl.zeros([BLOCK_N], ACC)
+    s_target = tl.zeros([BLOCK_N], ACC)
+    first = tl.program_id(1) * slice_size
+    best = tl.zeros([BLOCK_N], tl.int32) + first
+    for start in range(first, tl.minimum(first + slice_size, vocab_size), BLOCK_V):
+        o_v = start + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        m_v = o_v < vocab_size
+        b_s = _tile_logits(
+            p_x, p_weight, o_n, o_v.to(tl.int64), m_n, m_v, width, stride_x, stride_weight, SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_K, ACC
+        )
+        sum_s += tl.sum(tl.where(m_v[None, :], b_s, 0.0), axis=1)
+        b_s = tl.where(m_v[None, :], b_s, float("-inf"))
+        s_target += tl.sum(tl.where(o_v[None, :] == target[:, None], b_s, 0.0), axis=1)
+        peak, at = tl.max(b_s, axis=1, return_indices=True)
+        best = tl.where(peak > top, start + at, best)  # of equals the first, as argmax
+        new_top = tl.maximum(top, peak)
+        shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(b_s - shift[:, None]), axis=1)
+        top = new_top
+    o_out = tl.program_id(1).to(tl.int64) * n_rows + o_n
+    tl.store(p_top + o_out, top, mask=m_n)
+    tl.store(p_total + o_out, total, mask=m_n)
+    tl.store(p_sum + o_out, sum_s, mask=m_n)
+    tl.store(p_target + o_out, s_target, mask=m_n)
+    tl.store(p_best + o_out, best, mask=m_n)
+
+
+@jit
+def _recompute_combine_kernel(
+    p_targets,  # (N,)
+    p_top, p_total, p_sum, p_target, p_best,  # (slices, N), as the forward kernel leaves them
+    p_loss, p_nll, p_top_out, p_log_total, p_correct,  # (N,)
+    n_rows, vocab_size, n_slices,
+    IGNORE_INDEX: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # ≥ slices
+    ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_s = tl.arange(0, BLOCK_S)
+    m_n = o_n < n_rows
+    mask = m_n[:, None] & (o_s < n_slices)[None, :]
+    o_in = o_s[None, :].to(tl.int64) * n_rows + o_n[:, None]  # [BLOCK_N, BLOCK_S]
+    target = tl.load(p_targets + o_n, mask=m_n, other=IGNORE_INDEX)
+    is_valid = m_n & (target != IGNORE_INDEX)
+    tops = tl.load(p_top + o_in, mask=mask, other=float("-inf"))
+    totals = tl.load(p_total + o_in, mask=mask, other=0.0)
+    best = tl.load(p_best + o_in, mask=mask, other=0)
+    s_target = tl.sum(tl.load(p_target + o_in, mask=mask, other=0.0), axis=1)
+    s_target = tl.where((target >= 0) & (target < vocab_size), s_target, float("nan"))  # outside: a NaN that is seen
+    mean = tl.sum(tl.load(p_sum + o_in, mask=mask, other=0.0), axis=1) / vocab_size.to(ACC)
+    at = tl.argmax(tops, axis=1)  # the first of equals
+    arg = tl.sum(tl.where(o_s[None, :] == at[:, None], best, 0), axis=1)
+    top, log_total = log_sum_exp(tops, totals)
+    loss, nll = row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING, Z_LOSS)
+    tl.store(p_loss + o_n, loss, mask=m_n)
+    tl.store(p_nll + o_n, nll, mask=m_n)
+    tl.store(p_top_out + o_n, tl.where(is_valid, top, 0.0), mask=m_n)
+    tl.store(p_log_total + o_n, tl.where(is_valid, log_total, 0.0), mask=m_n)
+    tl.store(p_correct + o_n, is_valid & (arg == target) & (nll == nll), mask=m_n)
+
+
+@jit
+def _recompute_backward_kernel(
+    p_a,  # (n_a, K): the rows that own the result, x for dx and W for dW
+    p_b,  # (n_b, K): the others
+    p_out,  # (slices of B, n_a, K) in the accumulator's dtype
+    p_targets, p_top, p_log_total, p_scale,  # (tokens,)
+    n_a, n_b, width, slice_size, vocab_size,
+    stride_a, stride_b,
+    IGNORE_INDEX: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    A_IS_TOKENS: tl.constexpr,  # A = x, B = W for dx; A = W, B = x for dW
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """out[a] = Σ_b d[a, b] B[b] with tiles of d made anew. The sums lie in memory that this program alone reads and writes (it stays in the
+    L2 cache): K columns of BLOCK_A rows are too many for the registers."""
+    o_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)  # [BLOCK_A]
+    m_a = o_a < n_a
+    o_k = tl.arange(0, BLOCK_K)
+    p_out += tl.program_id(1).to(tl.int64) * n_a * width
+    first = tl.program_id(1) * slice_size
+    for start in range(first, tl.minimum(first + slice_size, n_b), BLOCK_B):
+        o_b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)  # [BLOCK_B]
+        m_b = o_b < n_b
+        b_s = _tile_logits(p_a, p_b, o_a, o_b, m_a, m_b, width, stride_a, stride_b, SOFTCAP, BLOCK_A, BLOCK_B, BLOCK_K, ACC)
+        o_token, m_token = (o_a, m_a) if A_IS_TOKENS else (o_b, m_b)
+        target = tl.load(p_targets + o_token, mask=m_token, other=IGNORE_INDEX)
+        top = tl.load(p_top + o_token, mask=m_token, other=0.0)
+        log_total = tl.load(p_log_total + o_token, mask=m_token, other=0.0)
+        scale = tl.load(p_scale + o_token, mask=m_token, other=0.0).to(ACC)
+        is_valid = m_token & (target != IGNORE_INDEX)
+        if A_IS_TOKENS:
+            is_target = target[:, None] == o_b[None, :]
+            b_d = logits_gradient(
+                b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+            )
+            b_d = tl.where(is_valid[:, None] & m_b[None, :], b_d, 0.0)
+        else:
+            is_target = target[None, :] == o_a[:, None]
+            b_d = logits_gradient(
+                b_s, is_target, top[None, :], log_total[None, :], scale[None, :], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+            )
+            b_d = tl.where(is_valid[None, :] & m_a[:, None], b_d, 0.0)
+        b_d = b_d.to(p_b.dtype.element_ty)  # [BLOCK_A, BLOCK_B]
+        for k in range(0, width, BLOCK_K):
+            m_k = k + o_k < width
+            b_b = tl.load(p_b + o_b[:, None] * stride_b + (k + o_k)[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
+            p_sum = p_out + o_a[:, None] * width + (k + o_k)[None, :]
+            m_sum = m_a[:, None] & m_k[None, :]
+            b_sum = tl.load(p_sum, mask=m_sum & (start > first), other=0.0)  # the first tile only writes: no zero fill
+            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)
+            tl.store(p_sum, b_sum, mask=m_sum)
+        tl.debug_barrier()  # the sums are read next by whichever thread the layout names: its block's stores must be done
+
+
+def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
+    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices comes near what is wanted; none empty."""
+    blocks = -(-size // block)
+    per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
+    return -(-blocks // per_slice), per_slice * block
+
+
+@torch.library.custom_op("tritale::linear_cross_entropy_recompute", mutates_args=())
+def _recompute(
+    x: Tensor,  # (N, K)
+    weight: Tensor,  # (V, K)
+    targets: Tensor,  # (N,), IGNORED where ignored
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll, top, log_total, correct) of each row. Differentiable in loss."""
+    (n, width), vocab_size = x.shape, weight.shape[0]
+    rows = empty_rows(x, n)
+    if n == 0:
+        return rows
+    x, weight, targets = unit_rows(x), unit_rows(weight.to(x.dtype)), targets.contiguous()
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    options = launch_options("linear_cross_entropy_recompute_fwd", x, itemsize=x.itemsize)
+    programs = triton.cdiv(n, options["BLOCK_N"])
+    n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * processors(x))
+    parts = [rows[0].new_empty(n_slices, n, dtype=dtype) for dtype in [rows[0].dtype] * 4 + [torch.int32]]
+    _recompute_forward_kernel[(programs, n_slices)](
+        x, weight, targets, *parts, n, vocab_size, width, slice_size, x.stride(0), weight.stride(0),
+        SOFTCAP=softcap, ACC=acc, **options,
+    )  # fmt: skip
+    block_s = triton.next_power_of_2(n_slices)
+    options = launch_options("linear_cross_entropy_combine", x, n_slices=block_s)
+    _recompute_combine_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        targets, *parts, *rows, n, vocab_size, n_slices,
+        IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK_S=block_s, ACC=acc, **options,
+    )  # fmt: skip
+    return rows
+
+
+@_recompute.register_fake
+def _(x, weight, targets, label_smoothing, z_loss, softcap):
+    return empty_rows(x, x.shape[0])
+
+
+@torch.library.custom_op("tritale::linear_cross_entropy_recompute_backward", mutates_args=())
+def _recompute_backward(
+    grad: Tensor,  # (N,)
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx in x's dtype, dW in fp32), empty where not needed."""
+    *_, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+    if x.shape[0] == 0:
+        return dx, dw.zero_()
+    x, weight = unit_rows(x), unit_rows(weight.to(x.dtype))
+    row_args = (targets.contiguous(), top, log_total, grad.contiguous())
+    options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
+
+    def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
+        _recompute_backward_kernel[(triton.cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
+            a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
+            IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
+            ACC=tl.float64 if a.dtype == torch.float64 else tl.float32, **options,
+        )  # fmt: skip
+
+    if needs_dx:  # few rows of x leave processors idle: the vocabulary is cut, one fp32 dx per slice, then summed
+        programs = triton.cdiv(x.shape[0], options["BLOCK_A"])
+        n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, processors(x))
+        sums = top.new_empty(n_slices, *x.shape)
+        launch(x, weight, sums, n_slices, slice_size, True)
+        torch.sum(sums, dim=0, out=dx) if dx.dtype == sums.dtype else dx.copy_(sums.sum(0))
+    if needs_dw:
+        launch(weight, x, dw, 1, x.shape[0], False)
+    return dx, dw
+
+
+@_recompute_backward.register_fake
+def _(grad, x, weight, targets, top, log_total, label_smoothing, z_loss, softcap, needs_dx, needs_dw):
+    return _empty_results(x, weight, needs_dx, needs_dw)[-2:]
+
+
+_recompute_backward.register_autograd(refuse_double_backward("linear_cross_entropy"))
+
+
+def _save_recompute(ctx, inputs, output):
+    x, weight, targets, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, targets, output[2], output[3])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_sum, grad_loss, *_):
-    if ctx.has_gradients:  # of the sum, computed in the forward pass
-        dx, dw = (g * grad_sum if g.numel() else None for g in ctx.saved_tensors)
-    else:  # of each row (reduction "none"): the logits are made once more
-        x, weight, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        *_, dx, dw = _linear_cross_entropy(x, weight, targets, grad_loss, *ctx.options, *needs)
-        dx, dw = (g if is_needed else None for g, is_needed in zip((dx, dw), needs, strict=True))
-    return dx, None if dw is None else dw.to(ctx.dtype), *(None,) * 8
+def _backward_recompute(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 6
+    needs = ctx.needs_input_grad[:2]
+    grads = _recompute_backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
+    dx, dw = (g if is_needed else None for g, is_needed in zip(grads, needs, strict=True))
+    return dx, None if dw is None else dw.to(ctx.saved_tensors[1].dtype), *(None,) * 4
 
 
-_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+_recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
 
 
 def linear_cross_entropy(
     x: Tensor,  # (…, K)
     weight: Tensor,  # (V, K)
-    targets: Tensor,  # (…) int64
+    targets: Tensor,  # (…) int
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -126,39 +485,56 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,  # (…)
     reduction: str = "mean",
     normalizer: Tensor | None = None,
+    inplace_backward: bool = False,
     return_stats: bool = False,
     strategy: str = "chunk",
-    memory_budget_mb: float = 64.0,
+    memory_budget_mb: float | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
     Products are made in x's dtype (autocast's where it is on), sums in fp32; the weight may be fp32 beside a bf16 x, and its gradient
     then keeps its fp32. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
-    targets of the global batch makes gradient accumulation exact. `memory_budget_mb` bounds the fp32 logits held at once.
+    targets of the global batch makes gradient accumulation exact. Nothing waits for the device.
+
+    `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
+    256 elsewhere, in x's dtype). "recompute" stores none and makes them again in backward: 10 instead of 6 N·K·V FLOPs, for when memory is
+    the limit (a CPU, and sm_75 for want of tensor cores, go chunk by chunk then too, but keep no gradients between forward and backward).
+    `inplace_backward` is accepted for `cross_entropy`'s sake: the logits are the op's own and always overwritten.
 
     Raises ValueError for an unknown strategy or reduction, or widths that differ."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction {reduction!r} is unknown; choose one of mean, sum, none")
+    check_options(reduction, label_smoothing, softcap)
     if x.shape[-1] != weight.shape[-1] or x.shape[:-1] != targets.shape:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: (…, K), (V, K), (…) expected")
     (x,) = autocast(x)
     shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     is_valid = targets != ignore_index
+    targets = targets.masked_fill(~is_valid, IGNORED)
     row_scale = is_valid.to(torch.promote_types(x.dtype, torch.float32))
     if reduction == "mean":
         row_scale = row_scale / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
     if token_weight is not None:
-        row_scale = row_scale * token_weight.reshape(-1)
-    rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb)
-    is_sum = reduction != "none"
-    needs_dx, needs_dw = (is_sum and torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-    total, loss, nll, lse, correct, _, _ = _linear_cross_entropy(
-        x, weight, targets, row_scale.detach(), label_smoothing, z_loss, softcap or 0.0, rows, needs_dx, needs_dw
-    )
-    result = total if is_sum else (loss * row_scale).view(shape)
+        row_scale = row_scale * token_weight.reshape(-1).masked_fill(~is_valid, 0)
+    options = (label_smoothing, z_loss, softcap or 0.0)
+    is_triton = uses_triton(x)
+    if strategy == "recompute" and is_triton and generation(x) != "sm_75":
+        loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
+        lse = top + log_total
+    else:
+        if memory_budget_mb is None:
+            memory_budget_mb = 64.0 if x.device.type == "cpu" else 256.0
+        rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, x.itemsize if is_triton else max(4, x.itemsize))
+        op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
+        in_forward = strategy == "chunk" and reduction != "none" and torch.is_grad_enabled()
+        needs_dx, needs_dw = (in_forward and t.requires_grad for t in (x, weight))
+        total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw)
+    if reduction == "none":
+        result = (loss * row_scale).view(shape)
+    elif strategy == "recompute" or not (needs_dx or needs_dw):
+        result = (loss * row_scale).sum()
+    else:
+        result = total
     if not return_stats:
         return result
-    stats = {"nll": nll, "lse": lse, "z_loss": z_loss * lse.square(), "correct": correct}
-    return result, {name: t.detach().masked_fill(~is_valid, 0).view(shape) for name, t in stats.items()}
+    return result, statistics(nll, lse, torch.zeros_like(lse), correct, z_loss, shape)

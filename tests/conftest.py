@@ -1,10 +1,28 @@
-"""Shared by all tests: a printed seed, and a finished tiny run."""
+"""Shared by all tests: the kernels decorated for the interpreter, a printed seed, and a finished tiny run.
 
+Whether Triton interprets a kernel is decided when it is decorated. So, without a GPU, the kernels (and Triton's own) are imported here,
+before any test module imports them, under TRITON_INTERPRET=1, and the variable is taken away again: all other tests, and the processes
+they start, see the plain environment and the PyTorch path. A kernel test asks for the fixture `device` (tests/kernels/conftest.py), which
+sets the variable for that test alone, since `dispatch.interprets` reads it at each call. With a GPU nothing of this happens and the same
+tests run natively. What must not be interpreted, the compile checks, runs in a process of its own (harness/compile_matrix.py).
+"""
+
+import importlib
+import os
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
 from runs import train
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import tritale.kernels
+
+    for module in pkgutil.iter_modules(tritale.kernels.__path__, "tritale.kernels."):
+        importlib.import_module(module.name)
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture

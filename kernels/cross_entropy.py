@@ -1,0 +1,401 @@
+"""Cross-entropy of given logits, with label smoothing ε, z-loss, soft cap, weights, and the statistics of a training log.
+
+    loss_i     = token_weight_i · ((1 − ε)(lse − s_t) + ε (lse − mean(s)) + z · lse²),     lse = log Σ_j exp(s_j),  s after the cap
+    d loss/ds_j = token_weight_i · ((1 + 2 z lse) p_j − (1 − ε)[j = t] − ε / V),           p_j = exp(s_j − lse)
+
+Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
+gradient once, over the logits themselves where asked: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
+by memory.
+
+Rows with an ignored target are not read: their loss and gradient are written as zeros.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import uses_triton
+from .launch import launch_options
+from .triton_compat import jit, tl, triton
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@jit
+def tanh(x):
+    """tanh to 1.5 ulp of fp32; Triton's own needs libdevice, which the interpreter lacks."""
+    e = tl.exp(-2 * tl.abs(x))  # no overflow
+    y = (1 - e) / (1 + e)
+    y = tl.where(x < 0, -y, y)
+    if x.dtype == tl.float32:  # 1 − e cancels near 0: there a polynomial (least squares to 0.6); float64 has digits to spare
+        u = x * x
+        p = -0.005893897326590947 * u + 0.02079457971270554
+        p = p * u - 0.05378328274105938
+        p = p * u + 0.13331915191092936
+        p = p * u - 0.33333297506666293
+        y = tl.where(tl.abs(x) < 0.55, x + x * (u * p), y)
+    return y
+
+
+@jit
+def log_sum_exp(top, total):
+    """(top, log Σ) over the last axis of running maxima and sums of exp(s − top), [M, N] → [M], [M]; lse is their sum. As in PyTorch an
+    infinite maximum is not subtracted, so that rows of −inf give −inf and rows with +inf give +inf."""
+    m = tl.max(top, axis=1)
+    m = tl.where(tl.abs(m) == float("inf"), 0.0, m)
+    return m, tl.log(tl.sum(total * tl.exp(top - m[:, None]), axis=1))
+
+
+@jit
+def row_loss(
+    s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
+):  # all [M]
+    """(loss, nll) of rows; 0 where ignored. lse − s is taken as (top − s) + log Σ, exact where the logits are large."""
+    nll = (top - s_target) + log_total
+    loss = nll
+    if LABEL_SMOOTHING != 0:
+        loss = (1 - LABEL_SMOOTHING) * nll + LABEL_SMOOTHING * ((top - mean) + log_total)
+    if Z_LOSS != 0:
+        lse = top + log_total
+        loss += Z_LOSS * lse * lse
+    return tl.where(is_valid, loss, 0.0), tl.where(is_valid, nll, 0.0)
+
+
+@jit
+def logits_gradient(
+    s,  # [M, N], after the cap
+    is_target,  # [M, N]
+    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] where the tokens lie along the second axis
+    vocab_size,
+    LABEL_SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logits, in the accumulator's dtype: softmax − 1 is formed before any rounding."""
+    d = tl.exp((s - top) - log_total)
+    if Z_LOSS != 0:
+        d *= 1 + 2 * Z_LOSS * (top + log_total)
+    d = tl.where(is_target, d - (1 - LABEL_SMOOTHING), d)
+    if LABEL_SMOOTHING != 0:
+        d -= LABEL_SMOOTHING / vocab_size.to(d.dtype)
+    if SOFTCAP != 0:
+        t = s / SOFTCAP
+        d *= 1 - t * t
+    return d * scale
+
+
+@jit
+def _cross_entropy_kernel(
+    p_logits,  # (N, V)
+    p_gradient,  # (N, V), may be p_logits
+    p_targets,  # (N,)
+    p_scale,  # (N,) d result / d loss of the row
+    p_loss, p_nll, p_top, p_log_total, p_correct,  # (N,), the third and fourth read where WITH_LOSS is off
+    n_rows,
+    vocab_size,
+    stride_logits,
+    stride_gradient,
+    IGNORE_INDEX: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,  # the options are constexpr: as arguments they would be rounded to fp32
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WITH_LOSS: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,  # neighbouring logits that one 128-bit load brings to one thread
+    ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N], 64 bit: N · V passes 2³¹
+    o_v = tl.arange(0, BLOCK_V)
+    m_n = o_n < n_rows
+    target = tl.load(p_targets + o_n, mask=m_n, other=IGNORE_INDEX)
+    is_valid = m_n & (target != IGNORE_INDEX)
+    p_row = p_logits + o_n * stride_logits
+    if WITH_LOSS:
+        # The logits of the target's group: s_target, and whether an entry beats it (argmax takes the first of equals). A target outside
+        # 0 … V − 1 finds no entry: its loss becomes NaN.
+        is_inside = is_valid & (target >= 0) & (target < vocab_size)
+        target_group = tl.where(is_inside, target // GROUP, 0).to(tl.int32)
+        o_g = target_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        m_g = is_inside[:, None] & (o_g < vocab_size)
+        b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
+        if SOFTCAP != 0:
+            b_g = SOFTCAP * tanh(b_g / SOFTCAP)
+        b_g = tl.where(m_g, b_g, float("-inf"))
+        s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
+        beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
+        n_beats = tl.sum(beats.to(tl.int32), axis=1)
+        # One maximum and one sum per group, which lies in one thread: no exchange between threads inside the loop.
+        top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
+        total = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
+        mean = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
+        ahead = tl.zeros([BLOCK_N, BLOCK_V // GROUP], tl.int1)
+        for start in range(0, vocab_size, BLOCK_V):
+            m_v = start + o_v < vocab_size
+            b_s = tl.load(p_row[:, None] + (start + o_v)[None, :], mask=is_valid[:, None] & m_v[None, :], other=float("-inf"))
+            b_s = b_s.to(ACC)  # [BLOCK_N, BLOCK_V]
+            if SOFTCAP != 0:
+                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP), float("-inf"))
+            b_s = tl.reshape(b_s, [BLOCK_N, BLOCK_V // GROUP, GROUP])
+            if LABEL_SMOOTHING != 0:
+                m_s = tl.reshape((o_n >= 0)[:, None] & m_v[None, :], [BLOCK_N, BLOCK_V // GROUP, GROUP])
+                mean += tl.sum(tl.where(m_s, b_s, 0.0), axis=2)
+            peak = tl.max(b_s, axis=2)  # [BLOCK_N, BLOCK_V // GROUP]
+            o_group = start // GROUP + tl.arange(0, BLOCK_V // GROUP)[None, :]
+            ahead |= (peak > s_target[:, None]) | ((peak == s_target[:, None]) & (o_group < target_group[:, None]))
+            new_top = tl.maximum(top, peak)
+            shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
+            total = total * tl.exp(top - shift) + tl.sum(tl.exp(b_s - shift[:, :, None]), axis=2)
+            top = new_top
+        top, log_total = log_sum_exp(top, total)
+        mean = tl.sum(mean, axis=1) / vocab_size.to(ACC)
+        loss, nll = row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING, Z_LOSS)
+        n_beats += tl.sum(ahead.to(tl.int32), axis=1)
+        tl.store(p_loss + o_n, loss, mask=m_n)
+        tl.store(p_nll + o_n, nll, mask=m_n)
+        tl.store(p_top + o_n, tl.where(is_valid, top, 0.0), mask=m_n)
+        tl.store(p_log_total + o_n, tl.where(is_valid, log_total, 0.0), mask=m_n)
+        tl.store(p_correct + o_n, is_valid & (n_beats == 0) & (nll == nll), mask=m_n)
+    if WITH_GRADIENT:
+        if not WITH_LOSS:
+            top = tl.load(p_top + o_n, mask=m_n, other=0.0)
+            log_total = tl.load(p_log_total + o_n, mask=m_n, other=0.0)
+        scale = tl.load(p_scale + o_n, mask=m_n, other=0.0).to(ACC)
+        p_out = p_gradient + o_n * stride_gradient
+        for start in range(0, vocab_size, BLOCK_V):
+            o_s = start + o_v
+            m_v = o_s < vocab_size
+            b_s = tl.load(p_row[:, None] + o_s[None, :], mask=is_valid[:, None] & m_v[None, :], other=0.0).to(ACC)
+            if SOFTCAP != 0:
+                b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+            is_target = o_s[None, :] == target[:, None]
+            b_d = logits_gradient(
+                b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+            )
+            b_d = tl.where(is_valid[:, None], b_d, 0.0)  # not 0 · b_d: an ignored row may hold anything
+            tl.store(p_out[:, None] + o_s[None, :], b_d.to(p_gradient.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+
+
+def launch_cross_entropy(
+    logits: Tensor,  # (N, V), rows of unit stride
+    targets: Tensor,  # (N,)
+    rows: tuple[Tensor, ...],  # loss, nll, top, log_total, correct: (N,)
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    with_loss: bool,
+    gradient: Tensor | None = None,  # (N, V), written where given; may be logits
+    scale: Tensor | None = None,  # (N,)
+) -> None:
+    """One pass over the logits for the rows' losses, one for the gradient, or both in one launch: the row is then still in the cache."""
+    n, vocab_size = logits.shape
+    if n == 0:
+        return
+    out = logits if gradient is None else gradient
+    options = launch_options("cross_entropy", logits, vocab_size=vocab_size)
+    _cross_entropy_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
+        IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
+        WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
+        GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+        **options,
+    )  # fmt: skip
+
+
+def empty_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for loss, nll, top, log_total (in fp32, or fp64 if x is) and correct of n rows."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return *(x.new_empty(n, dtype=wide) for _ in range(4)), x.new_empty(n, dtype=torch.bool)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x with rows of unit stride that do not overlap, itself if it has them."""
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+@torch.library.custom_op("tritale::cross_entropy", mutates_args=())
+def _cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,  # 0: none
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll, top, log_total, correct) of each row, before weights; lse = top + log_total. Differentiable in loss."""
+    rows = empty_rows(logits, logits.shape[0])
+    launch_cross_entropy(
+        unit_rows(logits), targets.contiguous(), rows, with_loss=True,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+    )  # fmt: skip
+    return rows
+
+
+@_cross_entropy.register_fake
+def _(logits, targets, ignore_index, label_smoothing, z_loss, softcap, inplace_backward):
+    return empty_rows(logits, logits.shape[0])
+
+
+def _launch_backward(grad, logits, out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
+    launch_cross_entropy(
+        logits, targets.contiguous(), (grad, grad, top, log_total, grad), with_loss=False, gradient=out, scale=grad.contiguous(),
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("tritale::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(
+    grad: Tensor,  # (N,)
+    logits: Tensor,
+    targets: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _launch_backward(grad, unit_rows(logits), out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
+    return out
+
+
+@_cross_entropy_backward.register_fake
+def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("tritale::cross_entropy_backward_", mutates_args=("logits",))
+def _cross_entropy_backward_(
+    grad: Tensor,  # (N,)
+    logits: Tensor,  # becomes the gradient; rows of unit stride that do not overlap
+    targets: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    _launch_backward(grad, logits, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
+
+
+@_cross_entropy_backward_.register_fake
+def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
+    return None
+
+
+def refuse_double_backward(op: str):
+    """The backward formula of a backward op: it has none, and says so."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{op} cannot be differentiated twice: its backward is a kernel without a derivative. For second derivatives run it "
+            "inside `tritale.kernels.backend('torch')`"
+        )
+
+    return backward
+
+
+_cross_entropy_backward.register_autograd(refuse_double_backward("cross_entropy"))
+
+
+def _save(ctx, inputs, output):
+    logits, targets, *ctx.options, ctx.inplace = inputs
+    ctx.save_for_backward(logits, targets, output[2], output[3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
+    logits, targets, top, log_total = ctx.saved_tensors
+    if ctx.inplace and not torch.is_grad_enabled():  # grad mode is on here for create_graph=True: then the logits are still needed
+        _cross_entropy_backward_(grad_loss, logits, targets, top, log_total, *ctx.options)
+        gradient = logits.detach()
+    else:
+        gradient = _cross_entropy_backward(grad_loss, logits, targets, top, log_total, *ctx.options)
+    return gradient, *(None,) * 6
+
+
+_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether the gradient may take the place of the logits: not of a leaf (a parameter, a user's input) or a view of one, nor of rows that
+    overlap. Under torch.compile never: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
+    if torch.compiler.is_compiling():
+        return False
+    root = logits if logits._base is None else logits._base
+    return not root.is_leaf and logits.stride(-1) == 1 and (logits.stride(0) >= logits.shape[1] or logits.shape[0] == 1)
+
+
+def check_options(reduction: str, label_smoothing: float, softcap: float | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing {label_smoothing} is no share of the loss; choose one in [0, 1]")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap {softcap} leaves no logits; choose a positive one, or None for no cap")
+
+
+def cross_entropy(
+    logits: Tensor,  # (…, V)
+    targets: Tensor,  # (…) int
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,  # (…)
+    reduction: str = "mean",
+    normalizer: Tensor | None = None,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy in fp32 (fp64 for fp64 logits) of logits of any float dtype; `reference.cross_entropy` is the definition.
+
+    `mean` divides by the number of targets that are not ignored, or by `normalizer`, a tensor on the device (the targets of the global
+    batch, for gradient accumulation); with none left loss and gradients are 0. `token_weight` multiplies the rows' losses. With
+    `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored, detached. Nothing waits for the device.
+
+    `inplace_backward` lets backward write the gradient over the logits: saves N · V · itemsize bytes; the logits then hold the gradient,
+    and autograd refuses a later use of their values. It is not done to a leaf, under torch.compile, or where backward keeps its graph
+    (`create_graph`). A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU, where checking is free).
+
+    Raises ValueError for an unknown reduction, options out of range, or targets that are not shaped as the rows of the logits."""
+    check_options(reduction, label_smoothing, softcap)
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: (…, V) and (…) expected")
+    if not uses_triton(logits):
+        return reference.cross_entropy(
+            logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            token_weight=token_weight, reduction=reduction, normalizer=normalizer, return_stats=return_stats,
+        )  # fmt: skip
+    shape, logits, targets = targets.shape, logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    loss, nll, top, log_total, correct = _cross_entropy(
+        logits, targets, ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)
+    )
+    is_valid = targets != ignore_index
+    if token_weight is not None:
+        loss = loss * token_weight.reshape(-1).masked_fill(~is_valid, 0)
+    if reduction == "none":
+        result = loss.view(shape)
+    else:
+        result = loss.sum()
+    if reduction == "mean":
+        result = result / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
+    if not return_stats:
+        return result
+    return result, statistics(nll, top, log_total, correct, z_loss, shape)
+
+
+def statistics(nll: Tensor, top: Tensor, log_total: Tensor, correct: Tensor, z_loss: float, shape: torch.Size) -> dict[str, Tensor]:
+    lse = top + log_total
+    stats = {"nll": nll, "lse": lse, "z_loss": z_loss * lse.square(), "correct": correct}
+    return {name: t.detach().view(shape) for name, t in stats.items()}

@@ -1,0 +1,157 @@
+"""SwiGLU and GeGLU: silu(gate) · up and gelu(gate) · up, of one packed tensor [gate | up] or of two.
+
+    forward    h = a(g) · u
+    backward   dg = dh · u · a'(g),   du = dh · a(g)
+    silu       a = g σ(g),                a' = σ(g) (1 + g (1 − σ(g)))
+    gelu       a = g σ(2 z), z = √(2/π) (g + 0.044715 g³)   (½ (1 + tanh z) = σ(2 z)),   a' = σ(2 z) + g σ(2 z) (1 − σ(2 z)) 2 z'
+
+Bytes for n results of s bytes: forward 3 n s, backward 5 n s (a(g) is computed again, only the input is saved). About 10 and 20 FLOPs an
+element: memory decides. One kernel computes both ways through IS_BACKWARD; packed gate and up are halves of one row, so the gradient of the
+packed tensor is written in place of two and no concatenation follows.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import forbid_double_backward, uses_triton
+from .launch import launch_options
+from .triton_compat import jit, tl, triton
+
+ACTIVATIONS = ("silu", "gelu")
+
+
+@jit
+def _glu(
+    p_gate,  # (M, N)
+    p_up,  # (M, N)
+    p_dh,  # (M, N)
+    p_h,  # (M, N)
+    p_dgate,  # (M, N)
+    p_dup,  # (M, N)
+    n_rows,
+    N,
+    stride_gate,
+    stride_up,
+    stride_dh,
+    stride_d,  # of dgate and dup
+    IS_GELU: tl.constexpr,
+    IS_BACKWARD: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]  # [BLOCK_M, 1]
+    o_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
+    mask = (o_m < n_rows) & (o_n < N)
+    b_g = tl.load(p_gate + o_m * stride_gate + o_n, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_N]
+    b_u = tl.load(p_up + o_m * stride_up + o_n, mask=mask, other=0.0).to(ACC)
+    if IS_GELU:
+        b_s = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (b_g + 0.044715 * b_g * b_g * b_g)))
+    else:
+        b_s = 1.0 / (1.0 + tl.exp(-b_g))
+    if IS_BACKWARD:
+        b_dh = tl.load(p_dh + o_m * stride_dh + o_n, mask=mask, other=0.0).to(ACC)
+        if IS_GELU:
+            b_slope = b_s + b_g * b_s * (1.0 - b_s) * (2.0 * 0.7978845608028654) * (1.0 + 3.0 * 0.044715 * b_g * b_g)
+        else:
+            b_slope = b_s * (1.0 + b_g * (1.0 - b_s))
+        tl.store(p_dgate + o_m * stride_d + o_n, (b_dh * b_u * b_slope).to(p_dgate.dtype.element_ty), mask=mask)
+        tl.store(p_dup + o_m * stride_d + o_n, (b_dh * b_g * b_s).to(p_dup.dtype.element_ty), mask=mask)
+    else:
+        tl.store(p_h + o_m * N + o_n, (b_g * b_s * b_u).to(p_h.dtype.element_ty), mask=mask)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (M, N) with one row stride and adjacent columns: a view where x's strides allow it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return _rows(gate_up), _rows(up)
+    rows = _rows(gate_up)
+    n = rows.shape[1] // 2
+    return rows[:, :n], rows[:, n:]
+
+
+def _launch(
+    gate: Tensor, up: Tensor, dh: Tensor | None, h: Tensor | None, dgate: Tensor | None, dup: Tensor | None, activation: str
+) -> None:
+    n_rows, width = gate.shape
+    options = launch_options("glu", gate, width=width, is_backward=dh is not None)
+    with torch.cuda.device_of(gate):
+        _glu[triton.cdiv(n_rows, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])](
+            gate, up, dh, h, dgate, dup, n_rows, width,
+            gate.stride(0), up.stride(0), 0 if dh is None else dh.stride(0), 0 if dgate is None else dgate.stride(0),
+            IS_GELU=activation == "gelu", IS_BACKWARD=dh is not None,
+            ACC=tl.float64 if torch.float64 in (gate.dtype, up.dtype) else tl.float32, **options,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("tritale::glu", mutates_args=())
+def _glu_op(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    gate, up = _halves(gate_up, up)
+    h = gate_up.new_empty((*gate_up.shape[:-1], gate.shape[1]))
+    if h.numel():
+        _launch(gate, up, None, h, None, None, activation)
+    return h
+
+
+@_glu_op.register_fake
+def _(gate_up, up, activation):
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2 if up is None else gate_up.shape[-1]))
+
+
+@torch.library.custom_op("tritale::glu_backward", mutates_args=())
+def _glu_backward_op(dh: Tensor, gate_up: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """(d gate_up, d up); the second is empty where gate and up are packed."""
+    d = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    d_up = gate_up.new_empty(0) if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
+    if dh.numel():
+        _launch(*_halves(gate_up, up), _rows(dh), None, *_halves(d, None if up is None else d_up), activation)
+    return d, d_up
+
+
+@_glu_backward_op.register_fake
+def _(dh, gate_up, up, activation):
+    d = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    return d, gate_up.new_empty(0) if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dh):
+    gate_up, up = ctx.saved_tensors
+    d, d_up = _glu_backward_op(dh, gate_up, up, ctx.activation)
+    return d, None if up is None else d_up, None
+
+
+_glu_op.register_autograd(_backward, setup_context=_save)
+forbid_double_backward(_glu_backward_op, "swiglu and geglu")
+
+
+def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    if up is None and gate_up.shape[-1] % 2:
+        raise ValueError(f"a packed [gate | up] needs an even last dimension; got {tuple(gate_up.shape)}")
+    if up is not None and up.shape != gate_up.shape:
+        raise ValueError(f"gate {tuple(gate_up.shape)} and up {tuple(up.shape)} must have one shape")
+    if uses_triton(gate_up):
+        return _glu_op(gate_up, up, activation)
+    return (reference.swiglu if activation == "silu" else reference.geglu)(gate_up, up)
+
+
+def swiglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) · up, of a packed (…, 2 N) [gate | up] or of two tensors (…, N): (…, N) in the gate's dtype (arXiv 2002.05202).
+
+    Raises ValueError where the shapes do not fit."""
+    return _apply(gate_up, up, "silu")
+
+
+def geglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """gelu(gate) · up with the tanh form of gelu, packed or separate as `swiglu`."""
+    return _apply(gate_up, up, "gelu")

@@ -1,0 +1,80 @@
+"""The binaries of all kernels on all generations: no spills, whole loads, tensor cores, within the budgets kept in budgets.json."""
+
+import json
+
+import pytest
+
+from tests.kernels.harness.compile_matrix import BUDGETS, NEEDS_TENSOR_CORES, REWRITE, TARGETS, budgets, worse_than
+from tritale.kernels.launch import SHARED_MEMORY
+
+# Kernels that stream their tensors; packed documents add the tokens' positions, 32 bits each, which stay in cache.
+MEMORY_BOUND = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "cross_entropy", "linear_cross_entropy")
+TENSOR_CORES = {
+    "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_120": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma",
+}  # fmt: skip
+SLACK = 8  # registers that another version of Triton may take more than the one of the budgets
+
+
+def name(row):
+    return f"{row['op']} / {row['model']} / {row['kernel']} / {row['pass']}"
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def rows(target, machine_code):
+    """The binaries of one target; a launch that failed is told by the first test alone."""
+    return [row for row in machine_code if row["target"] == target and "error" not in row]
+
+
+def test_every_op_compiles(target, machine_code):
+    rows = [row for row in machine_code if row["target"] == target]
+    assert not [f"{row['op']} / {row['model']}: {row['error']}" for row in rows if "error" in row]
+    ops = {row["op"] for row in rows}
+    assert {*MEMORY_BOUND} <= ops
+    assert target == "sm_75" or {*NEEDS_TENSOR_CORES} - {"flash_attention fp32"} <= ops
+
+
+def test_shared_memory_fits_a_block(target, rows):
+    assert not [f"{name(r)}: {r['shared']} bytes" for r in rows if r["shared"] > SHARED_MEMORY[target]]
+
+
+def test_nothing_spills(rows):
+    assert not [f"{name(r)}: STACK {r['stack']} LOCAL {r['local']}" for r in rows if r["stack"] or r["local"]]
+
+
+def test_nothing_is_atomic_or_in_double_precision(rows):
+    assert not [f"{name(r)}: {r['atomics']} atomics, {r['fp64']} fp64" for r in rows if r["atomics"] or r["fp64"]]
+
+
+def test_memory_bound_kernels_move_128_bits_at_a_time(rows):
+    """Of the losses only what is streamed counts, the logits: the few numbers of a row (target, scale; loss, nll, …) are 32 bits."""
+    narrow = []
+    for r in rows:
+        if r["kernel"] == "cross_entropy_kernel":
+            has_gradient = r["pass"] == "backward" or r["op"] == "linear_cross_entropy"
+            is_wide = r["load_128"] and r["load_narrower"] <= 4 and r["store_narrower"] <= 5 and (r["store_128"] or not has_gradient)
+        else:
+            is_wide = r["load_128"] > r["load_narrower"] and r["store_128"] > r["store_narrower"]
+        if r["op"].split()[0] in MEMORY_BOUND and "recompute" not in r["op"] and not is_wide:
+            loads, stores = (f"{r[f'{kind}_128']} of 128 bits and {r[f'{kind}_narrower']} narrower" for kind in ("load", "store"))
+            narrow.append(f"{name(r)}: loads {loads}; stores {stores}")
+    assert not narrow
+
+
+def test_products_of_blocks_use_tensor_cores(target, rows):
+    products = [r for r in rows if r["has_dot"]]
+    assert bool(products) == (target in TENSOR_CORES)
+    assert not [f"{name(r)}: {r['tensor_core']}" for r in products if TENSOR_CORES[target] not in r["tensor_core"]]
+
+
+def test_registers_shared_memory_and_occupancy_keep_to_the_budgets(target, rows):
+    import triton
+
+    kept = json.loads(BUDGETS.read_text())
+    worse = worse_than(kept.get(target, {}), budgets(rows)[target], slack=0 if kept["triton"] == triton.__version__ else SLACK)
+    listed = "\n  ".join(worse)
+    assert not worse, f"{target}:\n  {listed}\nIf the change is meant to cost this, write the budgets anew: {REWRITE}"

@@ -1,0 +1,196 @@
+"""RoPE alone and with the QK-norm before it: numbers, gradients, memory, integration, traffic."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.harness import check_memory, check_numbers, traffic
+from tritale.kernels import launch, qk_norm_rope, reference, rope
+
+pytestmark = pytest.mark.usefixtures("device", "seed")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shapes = {
+    "batch": st.sampled_from([0, 1, 2]),
+    "tokens": st.sampled_from([1, 2, 7]),
+    "heads": st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 6)]),
+    "head_dim": st.sampled_from([2, 10, 48, 64, 80, 96]),
+    "is_partial": st.booleans(),
+    "where": st.sampled_from(["count", "positions", "positions of each", "documents"]),
+}
+
+
+def randn(*shape, device, dtype=torch.float64, grad=True):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+
+def tables(half, device, dtype=torch.float32, n=12):
+    angles = torch.rand(n, half, dtype=torch.float64) * 6.3
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def places(where, batch, tokens, device):
+    """The option that says where tokens stand."""
+    if where == "documents":
+        return {"cu_seqlens": torch.tensor([0, tokens // 3, tokens, tokens], dtype=torch.int32, device=device)}
+    if where == "count":
+        return {}
+    return {"positions": torch.randint(12, (tokens,) if where == "positions" else (batch, tokens), device=device)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@quick
+@given(interleaved=st.booleans(), **shapes)
+def test_rope_errs_as_its_definition(device, dtype, interleaved, batch, tokens, heads, head_dim, is_partial, where):
+    batch = 1 if where == "documents" else batch
+    half = max(1, head_dim // 4) if is_partial else head_dim // 2
+    q, k = (randn(batch, tokens, h, head_dim, device=device, dtype=dtype) for h in heads)
+    options = {"interleaved": interleaved, **places(where, batch, tokens, device)}
+    check_numbers(rope, reference.rope, [q, k, *tables(half, device)], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@quick
+@given(**shapes)
+def test_qk_norm_rope_errs_as_its_definition(device, dtype, batch, tokens, heads, head_dim, is_partial, where):
+    batch = 1 if where == "documents" else batch
+    half = max(1, head_dim // 4) if is_partial else head_dim // 2
+    qkv = randn(batch, tokens, (heads[0] + 2 * heads[1]) * head_dim, device=device, dtype=dtype)
+    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    options = {"n_head": heads[0], "n_kv_head": heads[1], **places(where, batch, tokens, device)}
+    # The definition rounds to the input's dtype between norm and rotation, the kernel does not: it may only be better.
+    rstd = torch.rsqrt(qkv.detach().unflatten(-1, (-1, head_dim)).double().square().mean(-1) + 1e-6)
+    terms = [8 * max(w.abs().max().item() for w in weights) * rstd.max().item() if rstd.numel() else 0.0]
+    check_numbers(qk_norm_rope, reference.qk_norm_rope, [qkv, *weights, *tables(half, device)], gradient_terms=terms, **options)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("half", [3, 5])
+def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
+    head_dim, heads = 10, (3, 1)
+    qkv = randn(2, 3, 5 * head_dim, device=device, dtype=torch.float32, grad=False).unflatten(-1, (5, head_dim))
+    q, k = (t.requires_grad_() for t in qkv.split((*heads, 1), dim=2)[:2])
+    positions = torch.randint(12, (2, 3), device=device)
+    cos, sin = tables(half, device)
+    strides = lambda t: (t.shape[1] * t.shape[2] * 24, t.shape[2] * 24, 24, 1)
+    with launch.launch_override("rope", BLOCK_R=4):
+        check_memory(rope, [q, k, cos, sin], interleaved=interleaved, positions=positions, pull_strides=strides)
+        with torch.no_grad():
+            plain = [t.detach() for t in (q, k)]
+            check_memory(rope, [*plain, cos, sin], interleaved=interleaved, positions=positions[0], inplace=True)
+    if interleaved:
+        return
+    packed = randn(2, 3, 60, device=device, dtype=torch.float32, grad=False)[..., :50].requires_grad_()
+    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    with launch.launch_override("qk_norm_rope_fwd", BLOCK_R=4), launch.launch_override("qk_norm_rope_bwd", BLOCK_R=4, PER_PROCESSOR=1):
+        op = lambda *t, **o: qk_norm_rope(*t, n_head=3, n_kv_head=1, **o)
+        check_memory(op, [packed, *weights, cos, sin], positions=positions, pull_strides=strides)
+
+
+def test_gradients_in_float64(device):
+    cos, sin = tables(2, device, torch.float64)
+    q, k = (randn(1, 3, h, 6, device=device) for h in (2, 1))
+    for interleaved in (False, True):
+        assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, interleaved=interleaved), (q, k))  # noqa: B023
+    qkv, weights = randn(1, 2, 20, device=device), [randn(5, device=device) for _ in range(2)]
+    for half in (1, 2):
+        c, s = tables(half, device, torch.float64)
+        op = lambda *t: qk_norm_rope(*t, c, s, n_head=2, n_kv_head=1)  # noqa: B023
+        assert torch.autograd.gradcheck(op, (qkv, *weights))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_place_writes_where_no_gradient_is_asked(device, interleaved):
+    q, k = (randn(2, 3, h, 8, device=device, dtype=torch.float32, grad=False) for h in (2, 1))
+    cos, sin = tables(3, device)
+    expected = rope(q, k, cos, sin, interleaved=interleaved)
+    q_out, k_out = rope(q.clone().requires_grad_(), k, cos, sin, interleaved=interleaved, inplace=True)
+    assert q_out.requires_grad and torch.equal(q_out, expected[0])
+    q_out, k_out = rope(q, k, cos, sin, interleaved=interleaved, inplace=True)
+    assert q_out is q and k_out is k and torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
+def test_ops_pass_opcheck(device):
+    q, k = (randn(1, 3, h, 6, device=device, dtype=torch.float32) for h in (2, 1))
+    cos, sin = tables(2, device)
+    torch.library.opcheck(torch.ops.tritale.rope, (q, k, cos, sin, torch.tensor([3, 1, 0], device=device), False, False))
+    plain = (q.detach(), k.detach(), cos, sin)
+    torch.library.opcheck(torch.ops.tritale.rope_backward, (*plain, None, True, False))
+    torch.library.opcheck(torch.ops.tritale.rope_, (*(t.clone() for t in plain), None, False))
+    qkv, weights = randn(1, 3, 24, device=device, dtype=torch.float32), [randn(6, device=device, dtype=torch.float32) for _ in range(2)]
+    torch.library.opcheck(torch.ops.tritale.qk_norm_rope, (qkv, *weights, cos, sin, None, 2, 1, 1e-6))
+    detached = [t.detach() for t in (qkv, *weights)]
+    torch.library.opcheck(torch.ops.tritale.qk_norm_rope_backward, (q.detach(), *(k.detach(),) * 2, *detached, cos, sin, None, 1e-6))
+
+
+def test_compiled_whole_equals_eager(device):
+    qkv = randn(1, 5, 4 * 8, device=device, dtype=torch.float32)
+    weights = [randn(8, device=device, dtype=torch.float32) for _ in range(2)]
+    cos, sin = tables(4, device)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+
+    def step(qkv, wq, wk):
+        q, k, v = qk_norm_rope(qkv, wq, wk, cos, sin, n_head=2, n_kv_head=1, cu_seqlens=cu_seqlens)
+        q, k = rope(q, k, cos, sin, interleaved=True)
+        return (q * (k + v)).sum()
+
+    eager, compiled = step(qkv, *weights), torch.compile(step, fullgraph=True, backend="aot_eager")(qkv, *weights)
+    torch.testing.assert_close(compiled, eager)
+    pairs = zip(*(torch.autograd.grad(loss, (qkv, *weights)) for loss in (compiled, eager)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_keeps_the_inputs_dtype(device):
+    q, k = (randn(1, 3, h, 8, device=device, dtype=torch.bfloat16) for h in (2, 1))
+    cos, sin = tables(4, device)
+    with torch.autocast(device, torch.bfloat16):
+        assert all(t.dtype == torch.bfloat16 for t in rope(q, k, cos, sin))
+        qkv, w = randn(1, 3, 32, device=device, dtype=torch.bfloat16), torch.ones(8, device=device)
+        assert all(t.dtype == torch.bfloat16 for t in qk_norm_rope(qkv, w, w, cos, sin, n_head=2, n_kv_head=1))
+
+
+def test_wrong_arguments_say_what_is_expected(device):
+    q, (cos, sin) = torch.ones(1, 13, 2, 8, device=device), tables(4, device)
+    with pytest.raises(ValueError, match="hold 12 positions"):
+        rope(q, q, cos, sin)
+    with pytest.raises(ValueError, match="at most D / 2"):
+        rope(q[..., :6], q[..., :6], cos, sin)
+    with pytest.raises(ValueError, match="one of them"):
+        rope(q, q, cos, sin, positions=torch.arange(13), cu_seqlens=torch.tensor([0, 13]))
+    with pytest.raises(ValueError, match="expected"):
+        qk_norm_rope(q.flatten(2), *torch.ones(2, 8), cos, sin, n_head=2, n_kv_head=1)
+    q = q[:, :3].clone().requires_grad_()
+    (dq,) = torch.autograd.grad(rope(q, q, cos, sin)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
+@pytest.mark.parametrize("heads, head_dim", [((6, 6), 48), ((12, 4), 64)])
+def test_traffic_is_each_input_and_output_once(device, heads, head_dim):
+    tokens = 64
+    bf16 = {"device": device, "dtype": torch.bfloat16}
+    qkv = randn(1, tokens, (heads[0] + 2 * heads[1]) * head_dim, **bf16)
+    q, k, v = (t.detach().requires_grad_() for t in qkv.detach().unflatten(-1, (-1, head_dim)).split((heads[0], *heads[1:] * 2), dim=2))
+    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    cos, sin = tables(head_dim // 2, device, n=tokens)
+    both = (q.numel() + k.numel()) * 2
+    pulls, outputs = [torch.randn_like(t).detach() for t in (q, k, v)], []
+    for run, passes, size in (
+        (lambda: outputs.extend(rope(q, k, cos, sin)), 2, both),
+        (lambda: torch.autograd.grad(outputs, (q, k), pulls[:2]), 2, both),
+        (lambda: outputs.extend(qk_norm_rope(qkv, *weights, cos, sin, n_head=heads[0], n_kv_head=heads[1])), 2, qkv.numel() * 2),
+        (lambda: torch.autograd.grad(outputs[2:], qkv, pulls), None, qkv.numel() * 2),
+    ):
+        counted = traffic(run, [cos, sin, *weights])
+        # The last reads the gradients and q and k, and writes all; its v has no part in the norm.
+        ideal = passes * size if passes else 2 * size + both
+        partial_sums = 0 if passes else 2 * counted_programs(head_dim // 2, tokens * heads[0]) * head_dim * 4
+        assert counted["loaded"] + counted["stored"] <= 1.05 * ideal + partial_sums
+
+
+def counted_programs(half, rows):
+    row = launch.launch_options("qk_norm_rope_bwd", torch.empty(0), half=half)
+    return min(2 * row["PER_PROCESSOR"], -(-rows // row["BLOCK_R"]))
