@@ -3,17 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers, traffic
+from tests.kernels.harness import check_memory, check_numbers, quick, traffic
 from tritale.kernels import launch, reference
 from tritale.kernels.cross_entropy import cross_entropy, tanh
 from tritale.kernels.triton_compat import jit, tl
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SMALL = {"BLOCK_N": 2, "BLOCK_V": 16}  # several programs, and several turns of each loop, at small shapes
 
 
@@ -48,7 +47,7 @@ def check(logits, targets, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(10)
 @given(
     n=st.sampled_from([0, 1, 2, 5, 17]),
     vocab_size=st.one_of(st.integers(1, 140), st.sampled_from([4096, 5003])),

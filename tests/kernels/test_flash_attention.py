@@ -7,22 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import Recorder, check_memory, check_numbers, traffic
+from tests.kernels.harness import Recorder, check_memory, check_numbers, quick, traffic
 from tritale.kernels import dispatch, launch, reference
 from tritale.kernels.flash_attention import _choose, _document_bounds, attention_backend, flash_attention
 
 MODULE = sys.modules["tritale.kernels.flash_attention"]  # the package's attribute of that name is the function
 KERNELS = ("flash_attention_fwd", "flash_attention_bwd_dq", "flash_attention_bwd_dkv")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(  # without shrinking: a failing case would be run some hundred times more, minutes in the interpreter
-    max_examples=6,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 def triton_attention(q, k, v, **options):
@@ -97,7 +91,7 @@ options_strategy = st.sampled_from(list(OPTIONS.values()))
 
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(6)
 @given(
     n_query=st.sampled_from([0, 1, 2, 17, 33, 48, 70]),
     n_key=st.sampled_from([None, 1, 2, 16, 50]),
@@ -118,7 +112,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(device, dtype, n_query, n_key
 
 @pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(6)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 31, 40]), min_size=1, max_size=6).filter(sum),
     heads_=st.sampled_from([(1, 1), (4, 2)]),

@@ -6,10 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers
+from tests.kernels.harness import check_memory, check_numbers, quick
 from tritale.kernels import backend, launch, reference
 from tritale.kernels.linear_cross_entropy import IGNORED, chunk_rows, linear_cross_entropy
 
@@ -17,7 +17,6 @@ module = importlib.import_module("tritale.kernels.linear_cross_entropy")  # its 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = ["chunk", "recompute"]
-quick = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def terms(x, weight, targets, z_loss=0.0, **options):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(6)
 @given(
     n=st.sampled_from([0, 1, 2, 7, 130]),
     width=st.integers(1, 40),

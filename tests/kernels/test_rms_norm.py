@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers, traffic
+from tests.kernels.harness import check_memory, check_numbers, quick, traffic
 from tritale.kernels import launch, reference
 from tritale.kernels.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape, device, dtype=torch.float64, grad=True):
@@ -26,7 +25,7 @@ def dx_terms(x, weight, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(8)
 @given(
     rows=st.sampled_from([(), (1,), (2, 3), (7,), (33,), (0,), (2, 0)]),
     width=st.one_of(st.integers(1, 140), st.sampled_from([512, 768, 1000])),

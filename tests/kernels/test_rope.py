@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers, traffic
+from tests.kernels.harness import check_memory, check_numbers, quick, traffic
 from tritale.kernels import launch, qk_norm_rope, reference, rope
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = {
     "batch": st.sampled_from([0, 1, 2]),
     "tokens": st.sampled_from([1, 2, 7]),
@@ -40,7 +39,7 @@ def places(where, batch, tokens, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(8)
 @given(interleaved=st.booleans(), **shapes)
 def test_rope_errs_as_its_definition(device, dtype, interleaved, batch, tokens, heads, head_dim, is_partial, where):
     batch = 1 if where == "documents" else batch
@@ -51,7 +50,7 @@ def test_rope_errs_as_its_definition(device, dtype, interleaved, batch, tokens, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@quick
+@quick(8)
 @given(**shapes)
 def test_qk_norm_rope_errs_as_its_definition(device, dtype, batch, tokens, heads, head_dim, is_partial, where):
     batch = 1 if where == "documents" else batch

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers, traffic
+from tests.kernels.harness import check_memory, check_numbers, quick, traffic
 from tritale.kernels import geglu, launch, reference, swiglu
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 PAIRS = [(swiglu, reference.swiglu), (geglu, reference.geglu)]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape, device, dtype=torch.float64, grad=True):
@@ -19,7 +18,7 @@ def randn(*shape, device, dtype=torch.float64, grad=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op, definition", PAIRS)
-@quick
+@quick(8)
 @given(
     rows=st.sampled_from([(), (1,), (2, 3), (9,), (0,)]),
     width=st.one_of(st.integers(1, 70), st.sampled_from([512, 600])),

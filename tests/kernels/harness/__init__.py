@@ -7,6 +7,6 @@
 """
 
 from .memory import Recorder, check_memory, grid_order, guard, traffic
-from .numbers import check_numbers, differentiate
+from .numbers import check_numbers, differentiate, quick
 
-__all__ = ["Recorder", "check_memory", "check_numbers", "differentiate", "grid_order", "guard", "traffic"]
+__all__ = ["Recorder", "check_memory", "check_numbers", "differentiate", "grid_order", "guard", "quick", "traffic"]

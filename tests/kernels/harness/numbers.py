@@ -8,6 +8,14 @@ from torch import Tensor
 TINY = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}  # of the largest value
 
 
+def quick(examples: int) -> Callable:
+    """Few examples and no shrinking: a failing case would be run some hundred times more, minutes in the interpreter."""
+    from hypothesis import HealthCheck, Phase, settings  # not needed by the report, which uses this package too
+
+    phases, checks = (Phase.explicit, Phase.reuse, Phase.generate), [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, phases=phases, suppress_health_check=checks)
+
+
 def differentiate(op: Callable, inputs: Sequence, pulls: Sequence[Tensor] | None = None, **options) -> tuple[list[Tensor], list]:
     """(outputs, gradients of Σ pull · output for the float inputs that require one) of op(*inputs, **options)."""
     outputs = op(*inputs, **options)
