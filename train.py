@@ -234,7 +234,7 @@ def main(config: RunConfig) -> None:
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nThree stories:")
         write_samples(model, tokenizer, config, log, seed=config.seed)
-        log.print(f"Next: tritale generate --model {last} --prompt 小兔子")
+        log.print(f"Next: tritale generate --model {last} --prompt 小兔")
     processes.stop()
 
 

@@ -1,43 +1,28 @@
-"""The command `tritale`."""
+"""The command `tritale`. Each subcommand is a module of this package, named after it, with HELP, add_arguments and run."""
 
 import argparse
 import sys
 
-from ..model import LLM
+from . import generate
 
-
-def generate(args: argparse.Namespace) -> None:
-    llm = LLM.load(args.model, device=args.device)
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k or None, top_p=args.top_p)
-    for i in range(args.samples):
-        seed = None if args.seed is None else args.seed + i
-        print(args.prompt + llm.generate(args.prompt, seed=seed, **settings), flush=True)
-        if i + 1 < args.samples:
-            print()
+COMMANDS = {"generate": generate}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand. Ends the process with a message and status 1 on input that cannot work."""
     parser = argparse.ArgumentParser(prog="tritale", description="Small story models, trained from scratch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    p = commands.add_parser("generate", help="write stories with a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, such as out/quickstart/step-00000400")
-    p.add_argument("--prompt", default="", help="beginning of the story; without one the model begins")
-    p.add_argument("--samples", type=int, default=1, help="how many stories")
-    p.add_argument("--max-new-tokens", type=int, default=500, help="longest continuation")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    p.add_argument("--top-k", type=int, default=30, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=float, default=0.9, help="keep the likeliest tokens that reach this probability together")
-    p.add_argument("--seed", type=int, default=None, help="repeats the same stories")
-    p.add_argument("--device", default=None, help="cuda, cpu; chosen by itself where not given")
-    p.set_defaults(run=generate)
-
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        p = subparsers.add_parser(name, help=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_arguments(p)
+        p.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"tritale {args.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
