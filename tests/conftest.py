@@ -12,6 +12,9 @@ import os
 import pkgutil
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores; before torch counts its threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from runs import train
@@ -23,6 +26,14 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     for module in pkgutil.iter_modules(tritale.kernels.__path__, "tritale.kernels."):
         importlib.import_module(module.name)
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one xdist_group (they share something that took minutes to make) go to one worker, whatever --dist says."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    return LoadGroupScheduling(config, log)
 
 
 @pytest.fixture

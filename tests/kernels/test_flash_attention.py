@@ -160,14 +160,16 @@ def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, b
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n != "scale of zero"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_in_float64(device, name, packed):
-    more = {**OPTIONS[name], **({"cu_seqlens": bounds([2, 0, 3, 1], device)} if packed else {})}
-    attend = lambda *t: triton_attention(*t, **more)
-    assert torch.autograd.gradcheck(attend, heads(device, 6, 6, 2, 1, 3), fast_mode=name != "all")
-    more = {**OPTIONS[name], **({"cu_seqlens": bounds([20, 15], device)} if packed else {})}
+    """By finite differences, along a random direction; every entry of the Jacobian for tensors of one block."""
+    attend = lambda lengths: lambda *t: triton_attention(
+        *t, **OPTIONS[name], **({"cu_seqlens": bounds(lengths, device)} if packed else {})
+    )
+    if name in ("causal", "all"):
+        assert torch.autograd.gradcheck(attend([1, 0, 1]), heads(device, 2, 2, 2, 1, 2))
     with blocks(16, 16):
-        assert torch.autograd.gradcheck(attend, heads(device, 35, 35, 2, 1, 18), fast_mode=True)
+        assert torch.autograd.gradcheck(attend([12, 7]), heads(device, 19, 19, 2, 1, 18), fast_mode=True)
         if not packed:
-            assert torch.autograd.gradcheck(attend, heads(device, 19, 35, 2, 2, 18, n_batch=2), fast_mode=True)
+            assert torch.autograd.gradcheck(attend(None), heads(device, 19, 35, 1, 1, 18, n_batch=2), fast_mode=True)
 
 
 def packed_qkv(device, n_query, n_head, n_kv_head, head_dim, dtype):

@@ -138,6 +138,7 @@ class Recorder:
 
     def __init__(self):
         self.launches: list[Launch] = []
+        self._alive: list[Tensor] = []  # what was launched on: freed, its memory could become a guarded tensor's
         self._stack = ExitStack()
 
     def __enter__(self):
@@ -146,7 +147,7 @@ class Recorder:
         from triton.runtime.interpreter import GridExecutor
         from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-        launches, spans = self.launches, []
+        launches, spans, alive = self.launches, [], self._alive
         arguments, load, store, set_dim = (
             GridExecutor._init_args_hst,
             Builder.create_masked_load,
@@ -155,7 +156,9 @@ class Recorder:
         )
 
         def init_args(self, args, kwargs):
-            spans[:] = [_span(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.numel()]
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.numel()]
+            alive.extend(tensors)
+            spans[:] = [_span(t) for t in tensors]
             return arguments(self, args, kwargs)
 
         def note(builder, accesses: list, ptrs, mask) -> None:
