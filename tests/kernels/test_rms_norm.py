@@ -97,6 +97,17 @@ def test_residual_of_another_dtype(device, dtypes):
     check_numbers(add_rms_norm, reference.add_rms_norm, [x, residual, weight], gradient_terms=[dx_terms(x + residual, weight, 0.0)] * 2)
 
 
+@pytest.mark.parametrize("block_n", [None, 32])  # rows in registers, and rows wider than a block
+def test_what_is_normed_is_the_residual_that_goes_on(device, block_n):
+    x, residual = (randn(5, 70, device=device, dtype=torch.bfloat16, grad=False) for _ in range(2))
+    weight = randn(70, device=device, dtype=torch.float32, grad=False)
+    row = {} if block_n is None else {"BLOCK_N": block_n}
+    with launch.launch_override("rms_norm_fwd", **row), launch.launch_override("rms_norm_sums", BLOCK_N=32):
+        y, total = add_rms_norm(x, residual, weight)
+        torch.testing.assert_close(y, rms_norm(total, weight), rtol=0, atol=0)  # rounding of the sum included
+    torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
+
+
 def test_rows_of_equal_values_and_of_zeros(device):
     x = torch.stack((torch.zeros(40), torch.full((40,), 3e4), torch.full((40,), -1e-7))).to(device).requires_grad_()
     weight = randn(40, device=device, dtype=torch.float32)
