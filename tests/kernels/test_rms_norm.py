@@ -81,6 +81,14 @@ def test_gradients_in_float64(device, block_n):
             assert torch.autograd.gradcheck(lambda *t: add_rms_norm(*t)[1] * 2, (x, residual))
 
 
+@pytest.mark.parametrize("block_n", [64, 32])  # rows in registers, and rows wider than a block
+def test_programs_that_walk_several_blocks_of_rows(device, block_n):
+    x, residual = (randn(11, 40, device=device, dtype=torch.float32) for _ in range(2))
+    weight = randn(40, device=device, dtype=torch.float32)
+    with launch.launch_override("rms_norm_bwd", BLOCK_M=2, BLOCK_N=block_n, PER_PROCESSOR=1):  # 2 programs in the interpreter
+        check_numbers(add_rms_norm, reference.add_rms_norm, [x, residual, weight], gradient_terms=[dx_terms(x + residual, weight, 0.0)] * 2)
+
+
 @pytest.mark.parametrize("width", [9000, 65536])
 def test_rows_wider_than_the_registers(device, width):
     x, residual = (randn(3, width, device=device, dtype=torch.bfloat16) for _ in range(2))

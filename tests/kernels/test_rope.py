@@ -88,6 +88,13 @@ def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
         check_memory(op, [packed, *weights, cos, sin], positions=positions, pull_strides=strides)
 
 
+def test_programs_that_walk_several_blocks_of_heads(device):
+    qkv, weights = randn(1, 9, 4 * 6, device=device), [randn(6, device=device) for _ in range(2)]
+    options = {"n_head": 2, "n_kv_head": 1}
+    with launch.launch_override("qk_norm_rope_bwd", BLOCK_R=2, PER_PROCESSOR=1):  # 2 programs in the interpreter
+        check_numbers(qk_norm_rope, reference.qk_norm_rope, [qkv, *weights, *tables(2, device, torch.float64)], factor=4.0, **options)
+
+
 def test_gradients_in_float64(device):
     cos, sin = tables(2, device, torch.float64)
     q, k = (randn(1, 3, h, 6, device=device) for h in (2, 1))
