@@ -17,7 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the core
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from runs import train
+
+# Without shrinking: in the interpreter a failing case would run some hundred times more, for minutes.
+settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+settings.load_profile("tritale")
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"

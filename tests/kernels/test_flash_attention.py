@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.harness import Recorder, check_memory, check_numbers, traffic
@@ -17,12 +17,7 @@ from tritale.kernels.flash_attention import _choose, _document_bounds, attention
 MODULE = sys.modules["tritale.kernels.flash_attention"]  # the package's attribute of that name is the function
 KERNELS = ("flash_attention_fwd", "flash_attention_bwd_dq", "flash_attention_bwd_dkv")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(  # without shrinking: a failing case would be run some hundred times more, minutes in the interpreter
-    max_examples=6,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+quick = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def triton_attention(q, k, v, **options):

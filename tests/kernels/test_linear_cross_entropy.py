@@ -17,7 +17,7 @@ module = importlib.import_module("tritale.kernels.linear_cross_entropy")  # its 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = ["chunk", "recompute"]
-quick = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

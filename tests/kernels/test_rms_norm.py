@@ -11,7 +11,7 @@ from tritale.kernels.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape, device, dtype=torch.float64, grad=True):

@@ -10,7 +10,7 @@ from tritale.kernels import launch, qk_norm_rope, reference, rope
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = {
     "batch": st.sampled_from([0, 1, 2]),
     "tokens": st.sampled_from([1, 2, 7]),

@@ -10,7 +10,7 @@ from tritale.kernels import geglu, launch, reference, swiglu
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 PAIRS = [(swiglu, reference.swiglu), (geglu, reference.geglu)]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def randn(*shape, device, dtype=torch.float64, grad=True):
