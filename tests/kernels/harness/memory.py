@@ -209,19 +209,28 @@ class Recorder:
         starts = np.array([g.start for g in guards], dtype=np.uint64)
         for launch in self.launches:
             for kind, accesses in (("loaded", launch.loads), ("stored", launch.stores)):
-                for program, addresses, width in accesses:
+                for program, addresses, _ in accesses:
                     which = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
                     outside = np.ones(addresses.shape, dtype=bool)
                     for i in np.unique(which[which >= 0]):
                         g, here = guards[i], which == i
-                        index = ((addresses[here] - np.uint64(g.start)) // np.uint64(width)).astype(np.int64)
+                        index = ((addresses[here] - np.uint64(g.start)) // np.uint64(g.buffer.element_size())).astype(np.int64)
                         is_past = index >= g.is_ours.size
                         outside[here] = np.where(is_past, True, ~g.is_ours[np.where(is_past, 0, index)])
                         which[here] = np.where(is_past, -1, i)
                     for start, end in launch.spans:
                         outside &= ~((which < 0) & (addresses >= start) & (addresses < end))
-                    n = int(outside.sum())
-                    assert not n, f"program {program} of grid {launch.grid} {kind} {n} elements outside its tensors"
+                    if outside.any():
+                        at = int(addresses[outside][0])
+                        near = ", ".join(
+                            f"{at - g.start} of {g.buffer.nbytes} bytes of the guarded {tuple(g.view.shape)} {g.view.dtype}"
+                            for g in guards
+                            if g.start <= at < g.start + g.buffer.nbytes
+                        )
+                        raise AssertionError(
+                            f"program {program} of grid {launch.grid} {kind} {int(outside.sum())} elements outside its tensors, "
+                            f"the first at {near or 'memory of no guarded tensor'}"
+                        )
 
     def check_races(self) -> None:
         """No element is stored by two programs of a launch, and none is loaded by a program when another stores it."""
