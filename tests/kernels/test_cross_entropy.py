@@ -1,5 +1,7 @@
 """Cross-entropy of given logits: numbers, gradients, memory, integration, traffic."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,12 @@ def test_rows_of_equal_values_and_of_minus_infinity(device, dtype):
         check(logits[:2].detach().requires_grad_(), targets[:2], label_smoothing=0.1, softcap=30.0)
     loss, stats = cross_entropy(logits, targets, reduction="none", return_stats=True)
     assert loss[3] == 0 and stats["correct"].tolist()[3] and not stats["correct"].tolist()[6] and not stats["correct"].tolist()[7]
+
+
+def test_loss_keeps_its_digits_where_the_logits_are_large(device):
+    logits, targets = torch.full((3, 50), 3e4, device=device), torch.tensor([0, 7, 49], device=device)
+    loss = cross_entropy(logits, targets, reduction="none")  # lse − s would keep 2e-3 of it
+    torch.testing.assert_close(loss.cpu(), torch.full((3,), math.log(50)), rtol=1e-6, atol=0)
 
 
 def test_infinite_rows_are_as_infinite_as_pytorchs(device):

@@ -166,6 +166,20 @@ def test_fp32_weight_beside_bf16_keeps_its_gradient_in_fp32(device, strategy):
     assert (dw - exact).norm() <= 4e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ignored_tokens_with_huge_logits_leave_no_trace(device, strategy, small_tiles):
+    x, weight, targets = draw(9, 10, 37, device, torch.float32)
+    with torch.no_grad():
+        x[3:5] = 1e3  # exp of these logits is infinite, and infinity times 0 is NaN
+    targets = targets.clamp(min=0)
+    targets[3:5] = -100
+    kept = torch.arange(9, device=device)[targets != -100]
+    loss = linear_cross_entropy(x, weight, targets, strategy=strategy)
+    alone = linear_cross_entropy(x[kept], weight, targets[kept], strategy=strategy)
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(alone, (x, weight)))
+
+
 def test_touches_only_its_tensors_in_any_order(device, small_tiles):
     for n, width, vocab_size in ((9, 10, 37), (1, 1, 1)):
         x, weight, targets = draw(n, width, vocab_size, device, torch.float32)
