@@ -29,9 +29,11 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("n_layer", "n_head", "n_kv_head", "head_dim", "width", "mlp_width", "vocab_size", "window", "is_bf16")),
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "width", "mlp_width", "vocab_size")),
+        ("window", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
         ("eps", ctypes.c_float),
-        *((n, ctypes.c_void_p) for n in ("embedding", "head", "norm", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "head", "norm", "cos", "sin")),
         ("layers", ctypes.POINTER(_Layer)),
     ]
 
@@ -59,12 +61,13 @@ def library() -> ctypes.CDLL | str:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 built = Path(temporary) / path.name
-                result = subprocess.run([compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, timeout=120)
+                result = subprocess.run([compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120)
                 if result.returncode:
-                    return f"{compiler} could not compile {SOURCE.name} ({result.stderr.strip().splitlines()[0]}); the slower PyTorch path runs"
+                    why = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[0]
+                    return f"{compiler} could not compile {SOURCE.name} ({why}); the slower PyTorch path runs"
                 built.rename(path)
         lib = ctypes.CDLL(str(path))
-    except (OSError, IndexError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         return f"{SOURCE.name} could not be compiled or loaded ({error}); the slower PyTorch path runs"
     lib.scratch_size.restype = ctypes.c_int64
     return lib
