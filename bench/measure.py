@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -70,6 +71,38 @@ def children() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._inductor.compile_fx", "torch._dynamo", "tritale.model", "transformers.models.mistral"])
     return context
+
+
+def _call(pipe, function: Callable, job: tuple) -> None:
+    try:
+        pipe.send(("done", function(*job)))
+    except Exception as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def each_in_a_fresh_process(function: Callable, jobs: list[tuple], at_once: int, tick: Callable) -> dict[tuple, object]:
+    """{job: function(*job)}, each computed by a process that does nothing else. Raises RuntimeError where one fails or dies."""
+    context, waiting, running, results = children(), list(jobs), {}, {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            job = waiting.pop(0)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_call, args=(theirs, function, job), daemon=True)
+            process.start()
+            theirs.close()
+            running[ours] = job, process
+        for pipe in wait(list(running)):
+            job, process = running.pop(pipe)
+            try:
+                state, result = pipe.recv()
+            except EOFError:
+                state, result = "failed", "the process died (out of memory?)"
+            process.join()
+            if state == "failed":
+                raise RuntimeError(f"{function.__name__}{job}: {result}")
+            results[job] = result
+            tick()
+    return results
 
 
 # ---- time -------------------------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,13 @@
 backward of the same round.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 import torch
 
 from bench import ops
 from bench.conftest import selected
-from bench.measure import DTYPES, Stopwatch, children, device, half_precision, interleaved, one_round, spread
-from bench.ops import COMPILED, CONTENDERS, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
+from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, half_precision, interleaved, one_round, spread
+from bench.ops import CONTENDERS, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
 
 PASSES = ("forward", "backward", "both")
 MODELS = ("44m", "124m", "1b")
@@ -51,11 +49,8 @@ def peaks(request, progress) -> dict[tuple, dict[str, int]]:
                 tick()
         else:
             threads = torch.get_num_threads()
-            with ProcessPoolExecutor(threads, mp_context=children(), max_tasks_per_child=1) as pool:
-                futures = {job: pool.submit(ops.memory, *job, threads) for job in jobs}
-                for job, future in futures.items():
-                    found[job] = future.result()
-                    tick()
+            results = each_in_a_fresh_process(ops.memory, [(*job, threads) for job in jobs], threads, tick)
+            found = {tuple(job): value for (*job, _), value in results.items()}
     return found
 
 

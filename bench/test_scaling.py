@@ -8,8 +8,8 @@ import torch
 from bench import trainers
 from bench.conftest import selected
 from bench.measure import device, half_precision, spread
-from bench.trainers import MISTRAL, OURS, REFERENCE, Job, disagreement, missing
 from bench.test_training_step import TOLERANCE
+from bench.trainers import MISTRAL, OURS, REFERENCE, Job, disagreement, missing
 from tritale.model.gpt import GPTConfig
 
 # On a CPU the quick start's shape with Mistral's norms (0.8 M parameters beside the embedding), on a GPU microstories-44m.
