@@ -242,8 +242,8 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def ideal_bytes(inputs: list[Tensor], grads: list[Tensor]) -> dict[str, int]:
-    """Bytes that must move: forward reads the inputs and writes the outputs; backward reads the inputs and the outputs' gradients and writes
-    the inputs' gradients."""
+    """Bytes that must move: forward reads the inputs and writes the outputs; backward reads the inputs and the outputs' gradients and
+    writes the inputs' gradients."""
     size = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)
     forward = size(inputs) + size(grads)  # outputs have the shapes of their gradients
     backward = forward + size(t for t in inputs if t.requires_grad)

@@ -54,8 +54,8 @@ def test_scaling(size, axis, point, contender, request, benchmarking, progress, 
     value, batch, context, vocab = point
     config = replace(SHAPES[size], context=max(context, SHAPES[size].context))
     config = replace(config, vocab_size=vocab or config.vocab_size)
-    row = {"suite": "scaling", "case": axis, "value": value, "contender": contender, "tokens": batch * context, "dtype": half_precision() or "fp32"}
-    row |= {"batch": batch, "context": context, "vocabulary": config.vocab_size}
+    row = {"suite": "scaling", "case": axis, "value": value, "contender": contender, "dtype": half_precision() or "fp32"}
+    row |= {"tokens": batch * context, "batch": batch, "context": context, "vocabulary": config.vocab_size}
     reason = missing(contender)
     if reason:
         return report(row | {"status": "cannot run", "note": reason}, None)

@@ -179,7 +179,7 @@ def serve(pipe, job: Job) -> None:
 
 @contextlib.contextmanager
 def _started(jobs: list[Job], at_once: int, tick: Callable) -> Iterator[tuple[dict[str, tuple], dict[str, dict]]]:
-    """({trainer: (process, pipe)}, {trainer: first loss and norm, or {"failed": …}}): all jobs built and warm, `at_once` starting together."""
+    """({name: (process, pipe)}, {name: first loss and norm, or {"failed": …}}): all jobs built and warm, `at_once` starting together."""
     context = children()
     running: dict[str, tuple] = {}
     first: dict[str, dict] = {}
@@ -218,8 +218,8 @@ def answer(pipe) -> dict:
 
 
 def measure(jobs: list[Job], rounds: int, tick: Callable = lambda: None) -> dict[str, dict]:
-    """{trainer: {"loss", "grad_norm", "parameters", "seconds": […], "bytes"}} of the jobs, steps taken in turns; {"failed": why} for one that
-    did not run. On a CPU as many start (and compile) together as there are cores; when the timing begins all are done."""
+    """{name: {"loss", "grad_norm", "parameters", "seconds": […], "bytes"}} of the jobs, steps taken in turns; {"failed": why} for one that
+    did not run. On a CPU as many start (and compile) together as there are threads; when the timing begins all are done."""
     at_once = 1 if device().type == "cuda" else torch.get_num_threads()
     with _started(jobs, at_once, tick) as (running, found):
         alive = [t for t in found if "failed" not in found[t]]
