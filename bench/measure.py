@@ -242,4 +242,3 @@ def write_results(file: Path, machine: dict, rows: list[dict]) -> None:
         out.flush()
         os.fsync(out.fileno())
     aside.replace(file)
-

@@ -21,7 +21,8 @@ PASSES = ("forward", "backward", "both")
 GREY, SKY, BLUE, GREEN, YELLOW, PURPLE, ORANGE, RED = "#9a9a9a #56b4e9 #0072b2 #009e73 #e0c000 #cc79a7 #e69f00 #d55e00".split()
 COLORS = {
     "reference": GREY, "reference, eager": GREY, "reference, compiled": SKY, "ours": RED, "ours, recompute": ORANGE, "SDPA": BLUE,
-    "F.rms_norm": BLUE, "F.cross_entropy": BLUE, "F.linear_cross_entropy, 256 rows": BLUE, "F.linear_cross_entropy, default options": "#7fb2d8",
+    "F.rms_norm": BLUE, "F.cross_entropy": BLUE, "F.linear_cross_entropy, 256 rows": BLUE,
+    "F.linear_cross_entropy, default options": "#7fb2d8",
     "cut-cross-entropy": GREEN, "Liger-Kernel": PURPLE, "flash-attn": YELLOW, "litgpt": GREEN, "transformers Mistral": BLUE,
     "transformers Mistral, eager": "#7fb2d8",
 }  # fmt: skip
@@ -99,7 +100,19 @@ def distinct(rows: list[dict], *keys: str) -> list[tuple]:
 
 def op_tables(rows: list[dict]) -> list[Table]:
     result = []
-    columns = ["model", "shape", "implementation", "forward ms", "backward ms", "both ms", "rounds", "speed", "of the machine", "peak MiB", "memory"]
+    columns = [
+        "model",
+        "shape",
+        "implementation",
+        "forward ms",
+        "backward ms",
+        "both ms",
+        "rounds",
+        "speed",
+        "of the machine",
+        "peak MiB",
+        "memory",
+    ]
     for (op,) in distinct(of_suite(rows, "ops"), "case"):
         table = Table(f"{op}", [*columns, "note"])
         mine = [r for r in of_suite(rows, "ops") if r["case"] == op]
@@ -109,7 +122,11 @@ def op_tables(rows: list[dict]) -> list[Table]:
             if any_row["status"] == "cannot run":
                 table.lines.append([model, "", contender, *[""] * (len(columns) - 3), any_row["note"]])
                 continue
-            base = {r["pass"]: r for r in mine if (r["model"], r["dtype"], r["contender"]) == (model, dtype, "reference") and r["status"] == "ok"}
+            base = {
+                r["pass"]: r
+                for r in mine
+                if (r["model"], r["dtype"], r["contender"]) == (model, dtype, "reference") and r["status"] == "ok"
+            }
             both, ms = found.get("both"), [milliseconds(found[p]["seconds"]) if p in found else "" for p in PASSES]
             rest = [""] * 5
             if both and both["status"] == "ok":
@@ -121,8 +138,8 @@ def op_tables(rows: list[dict]) -> list[Table]:
         result.append(table)
     if result:
         result[-1].note = (
-            "speed: of forward and backward, over the reference's; memory: peak beyond the inputs, over the reference's; rounds: spread about the "
-            "median; of the machine: beside the bytes/s of a plain copy or the FLOP/s of a matrix product."
+            "speed: of forward and backward, over the reference's; memory: peak beyond the inputs, over the reference's; rounds: spread about "
+            "the median; of the machine: beside the bytes/s of a plain copy or the FLOP/s of a matrix product."
         )
     return result
 
@@ -157,8 +174,8 @@ def step_tables(rows: list[dict]) -> list[Table]:
         shape = next(r for r in [*mine] if r["status"] != "cannot run" or r is mine[-1])
         if "tokens" in shape:
             trainers.note = (
-                f"{shape['tokens']:,} tokens a step, {shape['parameters'] / 1e6:.1f} M parameters, {shape['dtype']}; torch.compile where not "
-                "eager; peak memory of the process, less what it held before it built the model."
+                f"{shape['tokens']:,} tokens a step, {shape['parameters'] / 1e6:.1f} M parameters, {shape['dtype']}; torch.compile where "
+                "not eager; peak memory of the process, less what it held before it built the model."
             )
         off.note = "ours with this one op as the reference, over ours timed in turns with it."
         result += [t for t in (trainers, off) if t.lines]
@@ -207,10 +224,11 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
 
 
 def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
-    about = f"{machine['name']} ({machine['simd']}, 16-bit products: {machine['half_precision'] or 'none, so fp32'}), PyTorch {machine['torch']}, "
+    about = f"{machine['name']} ({machine['simd']}, 16-bit products: {machine['half_precision'] or 'none, so fp32'}), "
+    about += f"PyTorch {machine['torch']}, "
     about += f"commit {machine['commit']}, {machine['date']}, {machine['seconds'] / 60:.0f} minutes: `pytest bench --benchmark`."
     if machine["device"] == "cpu":
-        about += " On a CPU *ours* is what `tritale.kernels` runs there, PyTorch code and not the Triton kernels; tokens are cut (docs/bench.md)."
+        about += " On a CPU *ours* is what `tritale.kernels` runs there, PyTorch code and not the Triton kernels, and the tokens are cut."
     pictures = "\n".join(f"![{name}]({name})\n" for name in images)
     slower = "\n".join(slower_than_peers(rows))
     parts = [f"# Benchmarks: {machine['name']}\n\n{about}\n\n{pictures}", f"## Where another is faster or smaller than ours\n\n{slower}\n"]
@@ -294,7 +312,9 @@ def chart_training_step(rows: list[dict], file: Path, about: str) -> None:
     ok = [r for r in of_suite(rows, "training step") if r["status"] == "ok" and not r["contender"].startswith("ours without")]
     models = [m for (m,) in distinct(ok, "model")]
     count = max(sum(r["model"] == m for r in ok) for m in models)
-    figure, axes = plt.subplots(len(models), 2, figsize=(11, (0.36 * count + 0.75) * len(models) + 0.7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(models), 2, figsize=(11, (0.36 * count + 0.75) * len(models) + 0.7), squeeze=False, layout="constrained"
+    )
     for line, model in zip(axes, models, strict=True):
         group = [r for r in ok if r["model"] == model]
         base = next((r for r in group if r["contender"] == "reference, eager"), group[0])
@@ -304,7 +324,9 @@ def chart_training_step(rows: list[dict], file: Path, about: str) -> None:
         labels = [f"{s:,.0f}   {times(s / tokens_per_second(base))}" for s in speeds]
         bars(line[0], names, speeds, labels, colors, is_reference=False)
         line[0].set_title(f"{model}: tokens/s")
-        bars(line[1], [""] * len(group), sizes, [f"{s:,.0f}   {times(s * 2**20 / base['bytes'])}" for s in sizes], colors, is_reference=False)
+        bars(
+            line[1], [""] * len(group), sizes, [f"{s:,.0f}   {times(s * 2**20 / base['bytes'])}" for s in sizes], colors, is_reference=False
+        )
         line[1].set_title("peak MiB")
         for axis in line:
             axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
@@ -373,7 +395,9 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="bench/results/MACHINE.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench")
     parser.add_argument("--pages", action="store_true", help="also write the tables into docs/bench.md and docs/bench-readme.md")
@@ -389,7 +413,9 @@ def main() -> None:
     print("\n".join(f"written: {a.out / name}" for name in [page.name, *images]))
     if a.pages:
         steps = "\n".join(t.markdown() for t in step_tables(rows))
-        head = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`.\n"
+        head = (
+            f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`.\n"
+        )
         slower = "\n".join(slower_than_peers(rows))
         picture = f"![Training step](bench/{machine['slug']}-training-step.png)\n"
         body = f"{head}\n{picture}\n{steps}\n### Where another is faster or smaller than ours\n\n{slower}\n"
