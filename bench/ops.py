@@ -39,6 +39,9 @@ CONTENDERS = {
     "flash_attention, packed": (REFERENCE, COMPILED, OURS, SDPA, FLASH_ATTN),
 }
 
+# What `tritale.kernels` computes on a CPU by the definition itself; training compiles it together with the model around it.
+DEFINITION_ON_CPU = {"rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "cross_entropy"}
+
 # On a CPU the models keep their widths, heads and vocabularies; the tokens are cut. "head" is the rows of the two losses.
 CPU_TOKENS = {
     "44m": {"batch": 2, "context": 512, "head": 1024},

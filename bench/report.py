@@ -138,8 +138,8 @@ def op_tables(rows: list[dict]) -> list[Table]:
         result.append(table)
     if result:
         result[-1].note = (
-            "speed: of forward and backward, over the reference's; memory: peak beyond the inputs, over the reference's; rounds: spread about "
-            "the median; of the machine: beside the bytes/s of a plain copy or the FLOP/s of a matrix product."
+            "speed: of forward and backward, over the reference's; memory: peak beyond the inputs, over the reference's; rounds: spread "
+            "about the median; of the machine: beside the bytes/s of a plain copy or the FLOP/s of a matrix product."
         )
     return result
 
@@ -205,21 +205,33 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
-    """One line for every case in which another implementation is faster or smaller than ours, by more than `margin`."""
-    lines = []
+    """One line for every case in which another implementation is faster or smaller than ours, by more than `margin`. An op that on a CPU is
+    its definition has that one said once: it is what "reference, compiled" compiles."""
+    lines, compiled = [], {}
     ok = [r for r in rows if r["status"] == "ok" and r["suite"] != "scaling" and r.get("pass", "both") == "both"]
     for suite, op, model, dtype in distinct(ok, "suite", "case", "model", "dtype"):
         group = {r["contender"]: r for r in ok if (r["suite"], r["case"], r["model"], r["dtype"]) == (suite, op, model, dtype)}
         ours = group.get("ours")
         others = {n: r for n, r in group.items() if not n.startswith("ours")}
-        if ours is None or not others:
+        if ours is None:
             continue
         faster = {n: ours["seconds"]["median"] / r["seconds"]["median"] for n, r in others.items()}
         smaller = {n: r["bytes"] / ours["bytes"] for n, r in others.items() if ours["bytes"]}
+        if ours.get("is_definition"):
+            if "reference, compiled" in faster:
+                compiled.setdefault(op, []).append(faster["reference, compiled"])
+            for n in ("reference", "reference, compiled"):
+                faster.pop(n, None), smaller.pop(n, None)
         parts = [f"{n} is {x:.2f} × as fast" for n, x in faster.items() if x > 1 + margin]
         parts += [f"{n} needs {x:.2f} × the memory" for n, x in smaller.items() if x < 1 - margin]
         if parts:
             lines.append(f"- {op if suite == 'ops' else suite}, {model}: {'; '.join(parts)}.")
+    if compiled:
+        spans = ", ".join(f"{op} {min(v):.1f}–{max(v):.1f} ×" for op, v in compiled.items())
+        lines.append(
+            "- On a CPU these ops of ours are their definition, meant to be compiled with the model around them; alone and uncompiled they "
+            f"take this many times as long as compiled: {spans}."
+        )
     return lines or ["- nothing: no implementation measured here is faster or smaller than ours."]
 
 
@@ -261,7 +273,15 @@ def bars(axis, names: list[str], values: list[float], labels: list[str], colors:
     axis.barh(positions, values, color=colors, height=0.72)
     top = max([*values, 1.0] if is_reference else values)
     for y, (value, label) in enumerate(zip(values, labels, strict=True)):
-        axis.text(value + 0.015 * top, y, label, va="center", fontsize=8.5, color="#222222")
+        axis.text(
+            value + 0.015 * top,
+            y,
+            label,
+            va="center",
+            fontsize=8.5,
+            color="#222222",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
     axis.set_yticks(positions, names)
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()

@@ -10,7 +10,7 @@ import torch
 from bench import ops
 from bench.conftest import selected
 from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, half_precision, interleaved, one_round, spread
-from bench.ops import CONTENDERS, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
+from bench.ops import CONTENDERS, DEFINITION_ON_CPU, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
 
 PASSES = ("forward", "backward", "both")
 MODELS = ("44m", "124m", "1b")
@@ -104,7 +104,12 @@ def test_op(op, model, dtype, which, contender, request, benchmarking, progress,
     seconds, error = found["times"][contender][which], found["errors"][contender]
     median = spread(seconds)["median"]
     row |= {"sizes": found["case"].sizes, "seconds": spread(seconds), "bytes": peaks[op, model, dtype, contender].get(which)}
-    row |= {"error": error, "status": "ok", "note": ""}
+    row |= {
+        "error": error,
+        "status": "ok",
+        "note": "",
+        "is_definition": contender == OURS and op in DEFINITION_ON_CPU and device().type == "cpu",
+    }
     if found["case"].flops is None:
         rate, best = found["bytes"][which] / median, "copy"
     else:  # the fused losses shift work from backward to forward: only their sum has a rate
