@@ -215,7 +215,7 @@ def describe_machine() -> dict:
     """Name, versions, commit and date, for the head of a results file; "slug" names the file."""
     is_gpu = device().type == "cuda"
     threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name() if is_gpu else f"{_cpu_name()}, {threads} threads"
+    name = torch.cuda.get_device_name() if is_gpu else f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     simd = torch.backends.cpu.get_cpu_capability()
     is_changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
     return {
