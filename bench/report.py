@@ -363,7 +363,7 @@ def chart_scaling(rows: list[dict], file: Path, about: str) -> None:
     ok = [r for r in of_suite(rows, "scaling") if r["status"] == "ok"]
     axes_names = [a for (a,) in distinct(ok, "case")]
     names = [n for (n,) in distinct(ok, "contender")]
-    figure, axes = plt.subplots(2, len(axes_names), figsize=(3.9 * len(axes_names), 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(axes_names), figsize=(max(8.0, 3.9 * len(axes_names)), 6.4), squeeze=False, layout="constrained")
     for column, name in enumerate(axes_names):
         mine = [r for r in ok if r["case"] == name]
         values = [v for (v,) in distinct(mine, "value")]
@@ -376,7 +376,7 @@ def chart_scaling(rows: list[dict], file: Path, about: str) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(values, [f"{v:,}" if v < 10_000 else f"{v / 1024:.0f} k" for v in values])
             axis.minorticks_off()
-            axis.set_ylim(0, None)
+            axis.set_ylim(0, 1.06 * max(of(r) for r in mine))
             axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
             axis.grid(axis="y", color="#e6e6e6", lw=0.8)
             axis.set_axisbelow(True)
