@@ -1,7 +1,7 @@
 """A results file → tables in Markdown and charts: python -m bench.report bench/results/MACHINE.json
 
-Writes docs/bench/MACHINE.md and docs/bench/MACHINE-{speed,memory,training-step,scaling}.png, and with --pages also puts the training-step
-table and what is slower than a peer between the markers of docs/bench.md and docs/bench-readme.md.
+Writes docs/bench/MACHINE.md and docs/bench/MACHINE-{speed,memory,training-step,scaling}.png, and with --pages also puts the
+training-step table and what is slower than a peer between the markers of docs/bench.md and of the README's section.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/bench.md", ROOT / "docs/bench-readme.md")
+# Pages with a place for the summary, and the folder of their pictures as seen from README.md's place or from docs/.
+PAGES = {"docs/bench.md": "bench", "docs/bench-readme.md": "docs/bench", "README.md": "docs/bench", "README.zh.md": "docs/bench"}
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
 LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis"}
 PASSES = ("forward", "backward", "both")
@@ -250,6 +251,18 @@ def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
     return "\n".join(parts)
 
 
+def summary(machine: dict, rows: list[dict], folder: str, is_short: bool) -> str:
+    """The training step, and where another is faster or smaller than ours; `is_short`: in the training step and the fused loss only."""
+    head = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`."
+    picture = f"![Tokens per second and memory of a training step]({folder}/{machine['slug']}-training-step.png)"
+    slower = slower_than_peers(rows)
+    if is_short:
+        slower = [line for line in slower if line.startswith(("- training step", "- linear_cross_entropy", "- nothing"))]
+        slower = slower or ["- nothing in the training step or the fused loss; the rest is in the full tables."]
+    steps = "\n".join(t.markdown() for t in step_tables(rows) if not (is_short and t.title.startswith("Ablation")))
+    return "\n\n".join([head, picture, steps, "### Where another is faster or smaller than ours", "\n".join(slower)]) + "\n"
+
+
 # ---- charts -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +309,8 @@ def chart_ops(rows: list[dict], what: str, file: Path, about: str) -> None:
     ok = [r for r in of_suite(rows, "ops") if r["status"] == "ok" and r["pass"] == "both"]
     dtype = ok[0]["dtype"]
     ok = [r for r in ok if r["dtype"] == dtype]
-    cases, models = [c for (c,) in distinct(ok, "case")], [m for (m,) in distinct(ok, "model")]
+    cases = [c for (c,) in distinct(ok, "case")]
+    models = sorted({r["model"] for r in ok}, key=["tiny", "44m", "124m", "1b"].index)
     groups = {key: [r for r in ok if (r["case"], r["model"]) == key] for key in ((c, m) for c in cases for m in models)}
     heights = [max(len(groups[c, m]) for m in models) for c in cases]
     size = (4.1 * len(models) + 1.6, 0.27 * sum(heights) + 0.62 * len(cases) + 0.9)
@@ -420,7 +434,7 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, help="bench/results/MACHINE.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench")
-    parser.add_argument("--pages", action="store_true", help="also write the tables into docs/bench.md and docs/bench-readme.md")
+    parser.add_argument("--pages", action="store_true", help="also write the summary between the markers of docs/bench.md and the README")
     a = parser.parse_args()
     try:
         machine, rows = read_results(a.results)
@@ -432,17 +446,12 @@ def main() -> None:
     page.write_text(markdown(machine, rows, images), encoding="utf-8")
     print("\n".join(f"written: {a.out / name}" for name in [page.name, *images]))
     if a.pages:
-        steps = "\n".join(t.markdown() for t in step_tables(rows))
-        head = (
-            f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`.\n"
-        )
-        slower = "\n".join(slower_than_peers(rows))
-        picture = f"![Training step](bench/{machine['slug']}-training-step.png)\n"
-        body = f"{head}\n{picture}\n{steps}\n### Where another is faster or smaller than ours\n\n{slower}\n"
-        for file in PAGES:
-            before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-            file.write_text(f"{before}{BEGIN}\n{body}{END}{rest.partition(END)[2]}", encoding="utf-8")
-            print(f"written: {file}")
+        for name, folder in PAGES.items():
+            before, marker, rest = (ROOT / name).read_text(encoding="utf-8").partition(BEGIN) if (ROOT / name).is_file() else ("", "", "")
+            if marker:
+                body = summary(machine, rows, folder, is_short=name != "docs/bench.md")
+                (ROOT / name).write_text(f"{before}{BEGIN}\n{body}{END}{rest.partition(END)[2]}", encoding="utf-8")
+                print(f"written: {ROOT / name}")
 
 
 if __name__ == "__main__":
