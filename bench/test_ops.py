@@ -1,0 +1,122 @@
+"""Every op against the reference, torch.compile of it, and the peers: time, rate and memory of forward, backward and both.
+
+*forward* is a training forward (it keeps what backward needs; the fused losses already make their gradients there), *both* its sum with the
+backward of the same round.
+"""
+
+import pytest
+import torch
+
+from bench import ops
+from bench.conftest import selected
+from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, half_precision, interleaved, one_round, spread
+from bench.ops import CONTENDERS, DEFINITION_ON_CPU, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
+
+PASSES = ("forward", "backward", "both")
+MODELS = ("44m", "124m", "1b")
+MOST_ROUNDS = 50  # on a GPU always
+PATIENCE = 1.0  # seconds of timing for a contender on a CPU, but at least 3 rounds
+SLOW = {TORCH_LCE} if device().type == "cpu" else set()  # measured once
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.config.getoption("--benchmark"):
+        half = half_precision()
+        dtypes = [half, "fp32"] if device().type == "cuda" else [half or "fp32"]
+        models = {op: ("44m", "1b") if op in DEFINITION_ON_CPU and device().type == "cpu" else MODELS for op in CONTENDERS}
+        groups = [(op, model, dtype, which) for op in CONTENDERS for model in models[op] for dtype in dtypes for which in PASSES]
+        keys = [(*group, contender) for group in groups for contender in CONTENDERS[group[0]]]
+    else:
+        keys = [("linear_cross_entropy", "tiny", "fp32", "both", c) for c in (REFERENCE, OURS, TORCH_LCE_CHUNK, LIGER)]
+    metafunc.parametrize(("op", "model", "dtype", "which", "contender"), keys, ids=["-".join(key) for key in keys])
+
+
+def available(request, **key) -> list[str]:
+    return [c for c in selected(request, **key) if missing(c) is None]
+
+
+@pytest.fixture(scope="session")
+def peaks(request, progress) -> dict[tuple, dict[str, int]]:
+    """{(op, model, dtype, contender): peak bytes by pass} of all the tests of this session: two fresh processes at a time on a CPU, which
+    also fill torch.compile's cache for the timing."""
+    params = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == "test_op"]
+    jobs = list(dict.fromkeys((p["op"], p["model"], p["dtype"], p["contender"]) for p in params if missing(p["contender"]) is None))
+    found: dict[tuple, dict[str, int]] = {}
+    with progress("memory of the ops", len(jobs)) as tick:
+        if device().type == "cuda":
+            for job in jobs:
+                found[job] = ops.memory(*job, threads=0)
+                torch._dynamo.reset()
+                tick()
+        else:
+            threads = torch.get_num_threads()
+            results = each_in_a_fresh_process(ops.memory, [(*job, threads) for job in jobs], threads, tick)
+            found = {tuple(job): value for (*job, _), value in results.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """{(op, model, dtype): what `measure` found}, filled by the first test of each."""
+    return {}
+
+
+def measure(op: str, model: str, dtype: str, contenders: list[str], progress) -> dict:
+    """Compare the contenders with float64, then time them in turns: {"case", "bytes" that must move, "errors", "times" by contender}."""
+    torch._dynamo.reset()
+    case = ops.case(op, model, dtype)
+    grads = ops.output_gradients(case.functions[REFERENCE], case.inputs)
+    want = ops.exact(case.functions[REFERENCE], case.inputs, grads)
+    calls, errors, times, watch = {}, {}, {}, Stopwatch()
+    with progress(f"{op} {model} {dtype}: compare", len(contenders)) as tick:
+        for name in contenders:
+            inputs = case.inputs, grads
+            if name == LIGER:  # its kernels write over what they are given
+                inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in case.inputs], [g.clone() for g in grads]
+            calls[name] = case.functions[name], *inputs
+            outputs, found, marks = one_round(watch, *calls[name])
+            errors[name] = ops.error([*outputs, *found], want)
+            del outputs, found
+            if name in SLOW:  # tens of seconds: this one call is its measurement
+                forward, backward = watch.seconds(*marks[:2]), watch.seconds(*marks[1:])
+                times[name] = {"forward": [forward], "backward": [backward], "both": [forward + backward]}
+                del calls[name]
+            tick()
+    del want
+    rounds = MOST_ROUNDS
+    if calls and device().type == "cpu":
+        once = interleaved(calls, 1)
+        rounds = max(3, min(MOST_ROUNDS, int(PATIENCE * len(calls) / sum(t["both"][0] for t in once.values()))))
+    with progress(f"{op} {model} {dtype}: {rounds} rounds", rounds * len(calls)) as tick:
+        times |= interleaved(calls, rounds, tick)
+    return {"case": case, "bytes": ops.ideal_bytes(case.inputs, grads), "errors": errors, "times": times}
+
+
+def test_op(op, model, dtype, which, contender, request, benchmarking, progress, peaks, measured, rates, report):
+    row = {"suite": "ops", "case": op, "model": model, "dtype": dtype, "pass": which, "contender": contender}
+    reason = missing(contender)
+    if reason:
+        return report(row | {"status": "cannot run", "note": reason}, None)
+    key = {"op": op, "model": model, "dtype": dtype}
+    if tuple(key.values()) not in measured:
+        measured.clear()  # the tensors of the op before
+        measured[tuple(key.values())] = measure(*key.values(), available(request, **key), progress)
+    found = measured[tuple(key.values())]
+    seconds, error = found["times"][contender][which], found["errors"][contender]
+    median = spread(seconds)["median"]
+    row |= {"sizes": found["case"].sizes, "seconds": spread(seconds), "bytes": peaks[op, model, dtype, contender].get(which)}
+    row |= {
+        "error": error,
+        "status": "ok",
+        "note": "",
+        "is_definition": contender == OURS and op in DEFINITION_ON_CPU and device().type == "cpu",
+    }
+    if found["case"].flops is None:
+        rate, best = found["bytes"][which] / median, "copy"
+    else:  # the fused losses shift work from backward to forward: only their sum has a rate
+        rate, best = (found["case"].flops / median if which == "both" else None), "product"
+    if rate and benchmarking:
+        row |= {"rate": rate, "unit": "B/s" if best == "copy" else "FLOP/s", "share": rate / rates(DTYPES[dtype])[best]}
+    if not error < TOLERANCE[dtype]:
+        row |= {"status": "wrong", "note": f"differs from float64 by {error:.1e} of the largest entry (allowed: {TOLERANCE[dtype]:.0e})"}
+    report(row, seconds)

@@ -1,0 +1,89 @@
+"""A whole training step: ours, ours with every op as the reference, transformers' Mistral, litgpt's GPT, and each fused op switched off.
+
+The shape is microstories-44m, with its borrowed vocabulary of 65,024 and with one of 6,000. Forward, backward, clipping and AdamW.
+"""
+
+import pytest
+import torch
+
+from bench import trainers
+from bench.conftest import selected
+from bench.measure import device, half_precision, spread
+from bench.trainers import ABLATIONS, LITGPT, MISTRAL, OURS, REFERENCE, Job, ablation, disagreement, missing
+from tritale.model.gpt import GPTConfig
+
+MODELS = {
+    "microstories-44m": GPTConfig.preset("microstories-44m"),
+    "microstories-44m, 6 k vocabulary": GPTConfig.preset("microstories-44m", vocab_size=6000),
+    "tiny": GPTConfig.preset("tiny"),
+}
+EAGER = ", eager"
+TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))  # compiled where not eager
+BATCH = {"cuda": 32, "cpu": 2}  # sequences of 512 tokens
+ROUNDS = {"cuda": 30, "cpu": 5}
+# bf16's rounding of activations moves the gradient norm by about a percent.
+TOLERANCE = 1e-3 if half_precision() is None else 3e-2
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.config.getoption("--benchmark"):
+        keys = [(model, trainer) for model in MODELS if model != "tiny" for trainer in TRAINERS]
+    else:
+        keys = [("tiny", trainer) for trainer in (REFERENCE + EAGER, OURS + EAGER)]
+    metafunc.parametrize(("model", "contender"), keys, ids=["-".join(key) for key in keys])
+
+
+def cannot_run(model: str, name: str) -> str | None:
+    """Why a trainer is not measured here, or None."""
+    if device().type == "cpu" and name.startswith("ours without") and model != "microstories-44m" and not missing(name):
+        return "on a CPU left out, to end in time; see the full vocabulary"
+    return missing(name.removesuffix(EAGER))
+
+
+def groups(names: list[str]) -> list[list[str]]:
+    """The trainers in turns: those of the main table, and the ablations beside ours and the reference. No more live at once than must."""
+    ablations = [n for n in names if n.startswith("ours without")]
+    main = [n for n in names if n not in ablations]
+    return [main] + ([[OURS, *ablations]] if ablations else [])
+
+
+def measure(model: str, names: list[str], progress, rounds: int) -> dict[str, dict]:
+    config, found = MODELS[model], {}
+    batch, context = BATCH[device().type], min(512, config.context)
+    for group in groups(names):
+        jobs = []
+        for name in group:
+            trainer, is_compiled = name.removesuffix(EAGER), not name.endswith(EAGER)
+            jobs.append(Job(trainer, config, batch, context, is_compiled, torch.get_num_threads(), name))
+        with progress(f"{model}: {len(jobs)} trainers", len(jobs) * (rounds + 1)) as tick:
+            measured = trainers.measure(jobs, rounds, tick)
+        found |= {name: {**value, "base": measured.get(OURS)} for name, value in measured.items() if name not in found}
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict]:
+    """{model: what `measure` found}, filled by the first test of each model."""
+    return {}
+
+
+def test_training_step(model, contender, request, benchmarking, progress, measured, report):
+    row = {"suite": "training step", "case": "training step", "model": model, "contender": contender}
+    reason = cannot_run(model, contender)
+    if reason:
+        return report(row | {"status": "cannot run", "note": reason}, None)
+    if model not in measured:
+        names = [n for n in selected(request, model=model) if cannot_run(model, n) is None]
+        names = list(dict.fromkeys([REFERENCE + EAGER, *names]))  # what the others are compared with
+        measured[model] = measure(model, names, progress, ROUNDS[device().type] if benchmarking else 1)
+    found, base = measured[model][contender], measured[model][REFERENCE + EAGER]
+    if "failed" in found:
+        return report(row | {"status": "cannot run", "note": found["failed"]}, None)
+    tokens = BATCH[device().type] * min(512, MODELS[model].context)
+    row |= {"dtype": half_precision() or "fp32", "tokens": tokens, "parameters": found["parameters"]}
+    row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "loss": found["loss"], "grad_norm": found["grad_norm"]}
+    if contender in map(ablation, ABLATIONS):
+        row["ours_beside_it"] = spread(found["base"]["seconds"])  # ours, in turns with the ablations
+    off = disagreement(found, base)
+    wrong = f"first loss or gradient norm {off:.1e} from the reference's (allowed: {TOLERANCE:.0e})"
+    report(row | ({"status": "ok", "note": ""} if off < TOLERANCE else {"status": "wrong", "note": wrong}), found["seconds"])

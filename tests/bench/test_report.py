@@ -1,0 +1,113 @@
+"""The benchmark's tables tell what is wrong, what cannot run and what is faster than ours; its charts are drawn from the same rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ops
+from bench.measure import Stopwatch, interleaved, one_round, write_results
+from bench.report import slower_than_peers, tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def op_rows(contender: str, seconds: float, n_bytes: int | None, **changes) -> list[dict]:
+    spread = {"median": seconds, "low": 0.9 * seconds, "high": 1.2 * seconds, "rounds": 5}
+    row = {"suite": "ops", "case": "swiglu", "model": "44m", "dtype": "fp32", "contender": contender, "status": "ok", "note": ""}
+    row |= {"sizes": "8 × 16", "seconds": spread, "bytes": n_bytes, "rate": 1e9, "unit": "B/s", "share": 0.5, **changes}
+    return [row | {"pass": p} for p in ("forward", "backward", "both")]
+
+
+def step_row(contender: str, seconds: float, **changes) -> dict:
+    spread = {"median": seconds, "low": seconds, "high": seconds, "rounds": 5}
+    row = {"suite": "training step", "case": "training step", "model": "small", "contender": contender, "status": "ok", "note": ""}
+    return row | {"dtype": "fp32", "tokens": 100, "parameters": 10, "seconds": spread, "bytes": 2**20, "loss": 1.0, **changes}
+
+
+def scaling_row(contender: str, value: int) -> dict:
+    return step_row(contender, 0.5) | {"suite": "scaling", "case": "batch", "value": value}
+
+
+def test_what_is_wrong_or_cannot_run_is_listed_without_figures():
+    rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**19)
+    rows += op_rows("SDPA", 0.001, 1, status="wrong", note="differs by 3")
+    rows += [r | {"contender": "Liger-Kernel", "status": "cannot run", "note": "needs a GPU"} for r in op_rows("x", 1, 1)]
+    lines = {line[2]: line for line in tables(rows)[0].lines}
+    assert lines["ours"][7] == "2.00 ×" and lines["ours"][10] == "0.50 ×"
+    assert lines["SDPA"][7] == "" and lines["SDPA"][-1] == "WRONG: differs by 3"
+    assert lines["Liger-Kernel"][-1] == "needs a GPU"
+    assert slower_than_peers(rows) == ["- nothing: no implementation measured here is faster or smaller than ours."]
+
+
+def test_a_faster_or_smaller_peer_is_said_plainly():
+    rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**20) + op_rows("SDPA", 0.5, 2**19)
+    assert slower_than_peers(rows) == ["- swiglu, 44m: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
+    rows = [step_row("reference, eager", 2.0), step_row("ours", 1.0), step_row("litgpt", 0.8)]
+    assert slower_than_peers(rows) == ["- training step, small: litgpt is 1.25 × as fast."]
+
+
+def test_an_op_that_is_its_definition_on_a_cpu_says_what_compiling_gains():
+    rows = op_rows("reference, compiled", 0.25, 2**18) + op_rows("ours", 1.0, 2**20, is_definition=True)
+    (line,) = slower_than_peers(rows)
+    assert "swiglu 4.0–4.0 ×" in line
+
+
+def test_training_step_table_has_tokens_per_second_and_the_ablation_its_own():
+    off = step_row("ours without attention", 2.0, ours_beside_it={"median": 1.0})
+    rows = [step_row("reference, eager", 2.0), step_row("ours", 0.5), off]
+    trainers, ablation = tables(rows)
+    assert trainers.lines[1][:2] == ["ours", "200"] and trainers.lines[1][3] == "4.00 ×"
+    assert ablation.lines[0][:2] == ["attention", "0.50 ×"]
+
+
+def test_report_writes_page_and_charts(tmp_path):
+    rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**20)
+    rows += [step_row("reference, eager", 2.0), step_row("ours", 1.0)]
+    rows += [scaling_row(name, value) for name in ("reference", "ours") for value in (1, 2)]
+    machine = {"name": "Test", "slug": "test", "device": "cpu", "simd": "AVX2", "half_precision": None, "seconds": 60}
+    machine |= {"torch": "2", "commit": "abc", "date": "now"}
+    write_results(tmp_path / "test.json", machine, rows)
+    assert json.loads((tmp_path / "test.json").read_text(encoding="utf-8"))["rows"] == rows
+    arguments = [sys.executable, "-m", "bench.report", str(tmp_path / "test.json"), "--out", str(tmp_path)]
+    subprocess.run(arguments, cwd=ROOT, check=True)
+    page = (tmp_path / "test.md").read_text(encoding="utf-8")
+    for part in ("training-step", "speed", "memory", "scaling"):
+        assert (tmp_path / f"test-{part}.png").stat().st_size > 10_000 and f"(test-{part}.png)" in page
+
+
+def test_report_says_what_file_it_wants(tmp_path):
+    for name, content, complaint in (("none.json", None, "does not exist"), ("bad.json", '{"a": 1}', "no results file")):
+        if content:
+            (tmp_path / name).write_text(content, encoding="utf-8")
+        run = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 1 and complaint in run.stderr
+
+
+@pytest.mark.parametrize("op", ops.CONTENDERS)
+def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, seed):
+    case = ops.case(op, "tiny", "fp32")
+    definition = case.functions[ops.REFERENCE]
+    grads = ops.output_gradients(definition, case.inputs)
+    want = ops.exact(definition, case.inputs, grads)
+    for name, function in case.functions.items():
+        if name in (ops.COMPILED, ops.CUT):  # seconds of C++ compiler
+            continue
+        outputs, found, _ = one_round(Stopwatch(), function, case.inputs, grads)
+        assert ops.error([*outputs, *found], want) < ops.TOLERANCE["fp32"], name
+        bad = [outputs[0] * 1.001, *outputs[1:], *found]
+        assert ops.error(bad, want) > ops.TOLERANCE["fp32"]
+        nan = [*outputs, found[0] * torch.nan, *found[1:]]
+        assert ops.error(nan, want) == float("inf")
+
+
+def test_rounds_are_taken_in_turns():
+    called = []
+    x = torch.ones(2, requires_grad=True)
+    calls = {name: (lambda t, name=name: called.append(name) or t.sum(), [x], [torch.ones(())]) for name in "ABC"}
+    times = interleaved(calls, 2)
+    assert "".join(called) == "ABCABC"
+    assert all(len(t["both"]) == 2 and t["both"][0] == t["forward"][0] + t["backward"][0] for t in times.values())
