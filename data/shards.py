@@ -143,9 +143,14 @@ def write_split(
     return Split.open(folder, verify=False)
 
 
+def dtype_name(vocab_size: int) -> str:
+    """The name of the type that ids of this vocabulary are stored in, a key of DTYPES."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 def _write_files(folder: Path, texts, tokenizer: Tokenizer, max_shard_tokens: int) -> dict:
     # Writes shards and starts; returns the index, but for `entropy_bits`.
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    dtype = dtype_name(tokenizer.vocab_size)
     shards, shard, n_tokens, n_documents, characters = [], None, 0, 0, 0
     with _HashedFile(folder / STARTS) as starts:
         while batch := list(islice(texts, TEXTS_AT_ONCE)):
