@@ -1,8 +1,8 @@
 """Encoding a corpus: the ids of `Tokenizer.encode_batch`, several times faster than the library makes them.
 
 The library spends most of its time cutting text into pieces (`tokenizer.PIECES`) with a regular expression. Here the cuts of a whole
-batch come from a few array operations over its characters, and each distinct piece is encoded once and then looked up. That gives the same ids:
-no merge crosses a piece, so the ids of a text are those of its pieces one after another.
+batch come from a few array operations over its characters, and each distinct piece is encoded once and then looked up. That gives the
+same ids: no merge crosses a piece, so the ids of a text are those of its pieces one after another.
 """
 
 import json
