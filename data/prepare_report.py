@@ -65,7 +65,7 @@ def facts(report: dict) -> list[tuple[str, str]]:
             "leak check, near",
             "not made (--dedup near)" if chosen["near_leaks"] is None else f"{chosen['near_leaks']:,} pairs with one in each side",
         ),
-        ("held out", f"--val-fraction {chosen['val_fraction']:.17g}, by hash of " + ("the group" if options["fields"]["group_key"] else "the text")),
+        ("held out", f"--val-fraction {chosen['val_fraction']!r}, by hash of " + ("the group" if options["fields"]["group_key"] else "the text")),
         ("vocabulary", f"{report['vocab_size']:,} entries"),
     ]
     for side, split in splits.items():

@@ -6,6 +6,7 @@ Files are never held whole in memory. A csv or json may be of any size; a single
 
 import csv
 import gzip
+import io
 import json
 import re
 import string
@@ -22,6 +23,7 @@ MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSED = (".gz", ".zst")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
 CHUNK = 1 << 20
 EXTRA = "pip install 'tritale[data]'"
 PIP = {"zstandard": EXTRA, "pyarrow": EXTRA, "datasets": "pip install datasets"}
@@ -199,10 +201,13 @@ class Reader:
 
 def _json_lines(stream: BinaryIO, file: str):
     loads = _json_loads()
-    for number, line in enumerate(_lines(stream, file), 1):
+    for number, line in enumerate(_lines(stream), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
+            continue
+        if len(line) > LONGEST_LINE:
+            yield BadInput(_too_long(file, number)), number
             continue
         try:
             yield loads(line), number
@@ -235,7 +240,7 @@ def _json_values(stream: BinaryIO, file: str):
                     position = end
                     continue
             except ValueError as error:
-                if at_end or len(text) - position > 2 * MAX_DOCUMENT:
+                if at_end or len(text) - position > LONGEST_LINE:
                     problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                     at = line + (text.count("\n", position, error.pos) if isinstance(error, json.JSONDecodeError) else 0)
                     raise BadInput(f"{file}:{at}: broken JSON ({problem}): {text[position : position + 60]!r}") from None
@@ -263,7 +268,7 @@ _JSON_GAP = re.compile(r"[\s,]*")
 def _csv_rows(stream: BinaryIO, file: str, delimiter: str):
     csv.field_size_limit(2**31 - 1)
     # Bytes that are not UTF-8 become surrogates, which _check_text finds: so the place is known and the next row is read.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream, file))
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -281,8 +286,8 @@ def _csv_rows(stream: BinaryIO, file: str, delimiter: str):
 
 
 def _txt_documents(stream: BinaryIO, file: str, documents: str):
-    lines, first, number = [], 1, 0
-    for number, raw in enumerate(_lines(stream, file), 1):
+    lines, first, length = [], 1, 0
+    for number, raw in enumerate(_lines(stream), 1):
         line = raw.decode("utf-8", "surrogateescape")
         if number == 1:
             line = line.removeprefix("\ufeff")
@@ -290,11 +295,12 @@ def _txt_documents(stream: BinaryIO, file: str, documents: str):
             if not lines:
                 first = number
             lines.append(line)
-            if sum(map(len, lines[-1:])) and len(lines) % 4096 == 0 and sum(map(len, lines)) > MAX_DOCUMENT:
+            length += len(line)
+            if length > LONGEST_LINE:
                 raise BadInput(_too_long(file, first))
         elif lines:
             yield Document("".join(lines).rstrip("\r\n"), None, first), first
-            lines = []
+            lines, length = [], 0
     if lines:
         yield Document("".join(lines).rstrip("\r\n"), None, first), first
 
@@ -326,14 +332,12 @@ def _hub_rows(name: str):
         yield row, number
 
 
-def _lines(stream: BinaryIO, file: str) -> Iterator[bytes]:
-    # Lines with their ends; one that is longer than any document can be is not read to its end.
-    number = 0
-    while line := stream.readline(2 * MAX_DOCUMENT + 1):
-        number += 1
-        if len(line) > 2 * MAX_DOCUMENT:
-            raise BadInput(_too_long(file, number))
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    # Lines with their ends; of one that is longer than any document can be, the first LONGEST_LINE + 1 bytes.
+    while line := stream.readline(LONGEST_LINE + 1):
         yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE + 1)
 
 
 def _check_text(text: str, file: str, line: int) -> None:
@@ -367,16 +371,18 @@ def _not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
             sample = _decompressed(f, Path(file)).read(1 << 16)
         except Exception:
             sample = raw
-    sample = sample if _is_not_utf8(sample) else raw
-    try:
-        from charset_normalizer import from_bytes
-
-        best = from_bytes(sample).best()
-        encoding = best.encoding if best else None
-    except ImportError:
-        encoding = next((e for e in ("gb18030", "big5", "utf-16") if _decodes(sample, e)), None)
+    encoding = next(filter(None, (_guess(data) for data in (sample, raw) if _is_not_utf8(data))), None)
     guess = f"it may be {encoding}: iconv -f {encoding} -t utf-8" if encoding else "its encoding could not be guessed"
     return BadInput(f"{file}:{line}: not UTF-8 (byte 0x{raw[place]:02X}); {guess}")
+
+
+def _guess(data: bytes) -> str | None:
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return next((e for e in ("gb18030", "big5", "utf-16") if _decodes(data, e)), None)
+    best = from_bytes(data).best()
+    return best.encoding if best else None
 
 
 def _is_not_utf8(raw: bytes) -> bool:
@@ -399,10 +405,34 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(raw)
     if path.suffix == ".zst":
-        import io
-
-        return io.BufferedReader(_import("zstandard", str(path)).ZstdDecompressor().stream_reader(raw, read_across_frames=True), CHUNK)
+        return io.BufferedReader(_ZstdStream(raw, _import("zstandard", str(path))), CHUNK)
     return raw
+
+
+class _ZstdStream(io.RawIOBase):
+    # The library's own stream takes a file that was cut off for one that ends there.
+    def __init__(self, raw: BinaryIO, zstandard):
+        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._data, self._compressed = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._data:
+            self._compressed = self._compressed or self._raw.read(1 << 16)
+            if not self._compressed:
+                if self._frame:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._data = self._frame.decompress(self._compressed)
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        n = min(len(buffer), len(self._data))
+        buffer[:n], self._data = self._data[:n], self._data[n:]
+        return n
 
 
 def _zstd_error() -> type[Exception]:
