@@ -82,7 +82,7 @@ def prepare(inputs: list[str], out: str | Path, options: Options, *, workers: in
     input; OSError where the disk is full. After all of them the same command goes on where it was.
     """
     out, console = Path(out), console or Console(quiet=True)
-    files = find_files(inputs)
+    files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     if options.dedup == "near":
         try:
