@@ -20,7 +20,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     held_out.add_argument("--val-documents", type=int, metavar="N", help="number of documents held out")
     p.add_argument("--group-key", metavar="KEY", help="documents with the same value here go to the same side")
     p.add_argument("--dedup", choices=("exact", "near", "off"), default="exact", help="which duplicates are removed")
-    p.add_argument("--near-threshold", type=float, default=0.8, metavar="X", help="share of common 5-character runs from which two are near")
+    p.add_argument(
+        "--near-threshold", type=float, default=0.8, metavar="X", help="share of common 5-character runs from which two are near"
+    )
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a document that cannot be read")
     p.add_argument("--workers", type=int, metavar="N", help="processes; the number of cores, at most 8, where not given")
 

@@ -362,7 +362,7 @@ def _note_strangest(strangest: dict, batch: "_Batch", side: int, lengths, charac
     for kind, key in (("shortest", characters), ("longest", -characters), ("most byte fallback", -share)):
         best = strangest.setdefault(kind, [])
         for j in np.argsort(key, kind="stable")[: N_STRANGEST[kind]].tolist():
-            if len(best) == N_STRANGEST[kind] and key[j] >= best[-1]["key"] or (kind == "most byte fallback" and not n_bytes[j]):
+            if (len(best) == N_STRANGEST[kind] and key[j] >= best[-1]["key"]) or (kind == "most byte fallback" and not n_bytes[j]):
                 break
             i = batch.of_side[side][j]
             text, (file, line) = batch.texts[i], batch.lines[i]
@@ -397,7 +397,10 @@ def report_of(
         characters += np.bincount(length_bin(records["characters"][kept]), minlength=64)
     tokens = sum(np.bincount(length_bin(split.lengths), minlength=64) for split in splits.values())
     task = progress.add_task("comparing vocabularies", total=None)
-    texts = sample(files, options, fates, work, TRAIN, MEASURED_CHARACTERS), sample(files, options, fates, work, VALIDATION, MEASURED_CHARACTERS // 5)
+    texts = (
+        sample(files, options, fates, work, TRAIN, MEASURED_CHARACTERS),
+        sample(files, options, fates, work, VALIDATION, MEASURED_CHARACTERS // 5),
+    )
     table = vocabulary_table(*texts, pool, lambda done, total: progress.update(task, completed=done, total=total))
     return {
         "files": len(files),
@@ -535,12 +538,15 @@ def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> 
         stat = Path(name).stat() if Path(name).is_file() else None
         listing[name] = [stat.st_size, stat.st_mtime_ns] if stat else None
     chosen = asdict(options) | {"vocab_size": None if tokenizer else options.vocab_size, "tokenizer": tokenizer and tokenizer.hash}
+    del chosen["skip_errors"]  # who was stopped by an error may go on with skip
     return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
 
 
 def _is_finished(out: Path, recipe: dict) -> bool:
     """Raises ValueError where `out` holds something else."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file() and [p.name for p in out.iterdir()] != [WORK]):
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file() and [p.name for p in out.iterdir()] != [WORK]
+    ):
         raise ValueError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
     found = _read_json(out / RECIPE)
     if not found:
@@ -576,7 +582,12 @@ def _only_one(work: Path):
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=console,
     )
 

@@ -65,7 +65,10 @@ def facts(report: dict) -> list[tuple[str, str]]:
             "leak check, near",
             "not made (--dedup near)" if chosen["near_leaks"] is None else f"{chosen['near_leaks']:,} pairs with one in each side",
         ),
-        ("held out", f"--val-fraction {chosen['val_fraction']!r}, by hash of " + ("the group" if options["fields"]["group_key"] else "the text")),
+        (
+            "held out",
+            f"--val-fraction {chosen['val_fraction']!r}, by hash of " + ("the group" if options["fields"]["group_key"] else "the text"),
+        ),
         ("vocabulary", f"{report['vocab_size']:,} entries"),
     ]
     for side, split in splits.items():
@@ -86,7 +89,9 @@ def is_leaking(report: dict) -> bool:
 def print_report(report: dict, console: Console) -> None:
     for name, value in facts(report):
         console.print(Text(f"{name:26} {value}", style="red" if name.startswith("leak") and is_leaking(report) else ""))
-    table = Table("vocabulary", "characters per token", "byte fallback", *(f"embedding in {name}" for name in PRESETS), title="What to choose")
+    table = Table(
+        "vocabulary", "characters per token", "byte fallback", *(f"embedding in {name}" for name in PRESETS), title="What to choose"
+    )
     for row in report["vocabularies"]:
         shares = (f"{row['embedding_share'][name]:.0%}" for name in PRESETS)
         table.add_row(f"{row['vocab_size']:,}", f"{row['characters_per_token']:.3f}", f"{row['byte_fallback_share']:.2%}", *shares)
@@ -131,7 +136,9 @@ def _bars(counts: list[int], edges: list[float], unit: str) -> dict:
         low, high = -(-edges[i] // 1), -(-edges[i + 1] // 1) - 1
         label = f"{low:,.0f}" if high <= low else f"{low:,.0f}–{high:,.0f}"
         at = (i - first) * width
-        bars.append({"x": at, "y": 160 - height, "width": width * 0.9, "height": height, "title": f"{label} {unit}: {counts[i]:,} documents"})
+        bars.append(
+            {"x": at, "y": 160 - height, "width": width * 0.9, "height": height, "title": f"{label} {unit}: {counts[i]:,} documents"}
+        )
     every = max(1, (last - first + 1) // 8)
     ticks = [{"x": (i - first) * width, "label": f"{edges[i]:,.0f}"} for i in range(first, last + 1, every)]
     return {"unit": unit, "bars": bars, "ticks": ticks, "highest": highest}
@@ -152,8 +159,9 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>prepare: report</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd;
-vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } .warning { color: #b00020; font-weight: 600 }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.warning { color: #b00020; font-weight: 600 }
 .bad { color: #b00020 } svg { display: block; margin: .5rem 0 1.5rem; overflow: visible } svg text { font-size: 11px; fill: #555 }
 .bar { fill: #4878a8 } .line { fill: none; stroke-width: 2 } .a { stroke: #222 } .b { stroke: #4878a8 } .c { stroke: #d07030 }
 .axis { stroke: #bbb } .excerpt { word-break: break-all }
@@ -166,20 +174,21 @@ vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabu
 <h2>Length of the documents</h2>
 {% for chart in charts %}
 <svg viewBox="-10 -20 640 215" width="640" height="215" role="img" aria-label="Histogram of the length in {{ chart.unit }}">
-<text x="0" y="-6">documents by length in {{ chart.unit }}, highest bar {{ "{:,}".format(chart.highest) }}; each bar is 19 % longer than the one before</text>
-{% for bar in chart.bars %}<rect class="bar" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" height="{{ bar.height }}"><title>{{ bar.title
-}}</title></rect>{% endfor %}
+<text x="0" y="-6">documents by length in {{ chart.unit }}; highest bar {{ "{:,}".format(chart.highest) }}, four bars to a doubling</text>
+{% for bar in chart.bars %}<rect class="bar" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" height="{{ bar.height }}">
+<title>{{ bar.title }}</title></rect>{% endfor %}
 <line class="axis" x1="0" x2="600" y1="160.5" y2="160.5"/>
 {% for tick in chart.ticks %}<text x="{{ tick.x }}" y="176">{{ tick.label }}</text>{% endfor %}
 </svg>{% endfor %}
 <h2>Vocabulary size</h2>
-<p>A larger vocabulary makes fewer tokens of the same text, and takes a larger share of the parameters. Each row is a tokenizer trained on a sample of
-the training documents and measured on a sample of the validation documents; embeddings are tied.</p>
-<table><tr><th class="n">vocabulary</th><th class="n">characters per token</th><th class="n">byte fallback</th>{% for name in presets
-%}<th class="n">embedding in {{ name }}</th>{% endfor %}</tr>
-{% for row in report.vocabularies %}<tr><td class="n">{{ "{:,}".format(row.vocab_size) }}</td><td class="n">{{
-"%.3f" | format(row.characters_per_token) }}</td><td class="n">{{ "%.2f" | format(100 * row.byte_fallback_share) }} %</td>{% for name in presets %}<td class="n">{{
-"%.0f" | format(100 * row.embedding_share[name]) }} %</td>{% endfor %}</tr>{% endfor %}</table>
+<p>A larger vocabulary makes fewer tokens of the same text, and takes a larger share of the parameters. Each row is a tokenizer trained
+on a sample of the training documents and measured on a sample of the validation documents; embeddings are tied.</p>
+<table><tr><th class="n">vocabulary</th><th class="n">characters per token</th><th class="n">byte fallback</th>
+{% for name in presets %}<th class="n">embedding in {{ name }}</th>{% endfor %}</tr>
+{% for row in report.vocabularies %}<tr><td class="n">{{ "{:,}".format(row.vocab_size) }}</td>
+<td class="n">{{ "%.3f" | format(row.characters_per_token) }}</td>
+<td class="n">{{ "%.2f" | format(100 * row.byte_fallback_share) }} %</td>
+{% for name in presets %}<td class="n">{{ "%.0f" | format(100 * row.embedding_share[name]) }} %</td>{% endfor %}</tr>{% endfor %}</table>
 <svg viewBox="-10 -20 840 250" width="840" height="250" role="img" aria-label="Characters per token and embedding share by vocabulary size">
 <line class="axis" x1="0" x2="600" y1="200.5" y2="200.5"/>
 {% for line in curve.lines %}<polyline class="line {{ line.class }}" points="{% for p in line.points %}{{ p.x }},{{ p.y }} {% endfor %}"/>
@@ -188,9 +197,10 @@ the training documents and measured on a sample of the validation documents; emb
 <text x="0" y="-6">top: {{ "%.2f" | format(curve.top) }} characters per token, or 100 % of the parameters</text>
 </svg>
 <h2>The strangest documents</h2>
-<table><tr><th></th><th>where</th><th>side</th><th class="n">characters</th><th class="n">tokens</th><th class="n">byte fallback</th><th>begins</th></tr>
-{% for kind, entries in report.strangest.items() %}{% for e in entries %}<tr><td>{{ kind }}</td><td class="excerpt">{{ e.place }}</td><td>{{ e.side }}</td>
-<td class="n">{{ "{:,}".format(e.characters) }}</td><td class="n">{{ "{:,}".format(e.tokens) }}</td><td class="n">{{
-"%.1f" | format(100 * e.byte_fallback) }} %</td><td class="excerpt">{{ e.excerpt }}</td></tr>{% endfor %}{% endfor %}</table>
+<table><tr><th></th><th>where</th><th>side</th><th class="n">characters</th><th class="n">tokens</th><th class="n">byte fallback</th>
+<th>begins</th></tr>
+{% for kind, entries in report.strangest.items() %}{% for e in entries %}<tr><td>{{ kind }}</td><td class="excerpt">{{ e.place }}</td>
+<td>{{ e.side }}</td><td class="n">{{ "{:,}".format(e.characters) }}</td><td class="n">{{ "{:,}".format(e.tokens) }}</td>
+<td class="n">{{ "%.1f" | format(100 * e.byte_fallback) }} %</td><td class="excerpt">{{ e.excerpt }}</td></tr>{% endfor %}{% endfor %}</table>
 </body></html>
 """

@@ -89,7 +89,9 @@ def test_worker_processes_give_the_same_bytes(tmp_path, tokenizer_folder, seed, 
 
 def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path, seed):
     texts = stories(seed, 100) + ["".join(chr(0x4E00 + (seed + 50 * i + j) % 20000) for j in range(50)) for i in range(100)]
-    report = prepare([str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", Options(vocab_size=2000, val_fraction=0.3), workers=1)
+    report = prepare(
+        [str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", Options(vocab_size=2000, val_fraction=0.3), workers=1
+    )
     train, validation = texts_by_side(tmp_path / "out")
     assert sorted(train + validation) == sorted(texts)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == saved(Tokenizer.train(train, 2000), tmp_path / "other")
@@ -113,8 +115,8 @@ def test_text_is_normalised_and_nothing_else(tmp_path, tokenizer_folder):
 
 def test_planted_exact_duplicates_are_all_removed(tmp_path, tokenizer_folder, seed):
     draw = random.Random(seed)
-    texts = stories(seed, 150) + ["caf\u00e9\n" * 5]
-    copies = draw.choices(texts[:-1], k=70) + ["cafe\u0301\r\n" * 5]
+    texts = [*stories(seed, 150), "café\n" * 5]
+    copies = [*draw.choices(texts[:-1], k=70), "café\r\n" * 5]
     mixed = texts + copies + ["", " \n"]
     draw.shuffle(mixed)
     files = [write_jsonl(tmp_path / f"{i}.jsonl", mixed[i::3]) for i in range(3)]
@@ -261,9 +263,9 @@ DRIVER = """
 import os, random, resource, signal, sys
 from tritale.data import prepare as module, prepare_report, shards
 from tritale.data.prepare import Options, prepare
-module.BATCH_DOCUMENTS, module.BATCHES_PER_COMMIT, prepare_report.VOCABULARIES = 16, 2, (512,)
+out, tokenizer, dedup, kill_at, file_limit, batch, *inputs = sys.argv[1:]
+module.BATCH_DOCUMENTS, module.BATCHES_PER_COMMIT, prepare_report.VOCABULARIES = int(batch), 2, (512,)
 prepare_report._bodies = lambda: dict.fromkeys(prepare_report.PRESETS, (1, 1))  # does not import torch
-out, tokenizer, dedup, kill_at, file_limit, *inputs = sys.argv[1:]
 n = 0
 def counted(function):
     def counting(*args, **kwargs):
@@ -280,15 +282,16 @@ module._fingerprint = counted(module._fingerprint)
 if int(file_limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_limit), int(file_limit)))
 try:
-    prepare(inputs, out, Options(tokenizer=tokenizer or None, vocab_size=600, val_fraction=0.2, dedup=dedup, max_shard_tokens=3000), workers=1)
+    options = dict(tokenizer=tokenizer or None, vocab_size=600, val_fraction=0.2, dedup=dedup, max_shard_tokens=3000)
+    prepare(inputs, out, Options(**options), workers=1)
 except (ValueError, OSError) as error:
     sys.exit(f"tritale prepare: {error}")
 print("steps", n, "peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def drive(inputs, out: Path, tokenizer: Path | str, dedup: str, kill_at: int = 0, file_limit: int = 0) -> subprocess.CompletedProcess:
-    arguments = [str(out), str(tokenizer), dedup, str(kill_at), str(file_limit), *map(str, inputs)]
+def drive(inputs, out: Path, tokenizer, dedup: str, kill_at=0, file_limit=0, batch=16) -> subprocess.CompletedProcess:
+    arguments = list(map(str, [out, tokenizer, dedup, kill_at, file_limit, batch, *inputs]))
     return subprocess.run([sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, encoding="utf-8")
 
 
@@ -379,7 +382,7 @@ def test_a_tokenizer_that_does_not_match_is_named(tmp_path, tokenizer_folder, se
     Tokenizer.load(tokenizer_folder).save(path)
     text = (path / "tokenizer.json").read_text(encoding="utf-8").replace("<|im_start|>", "<|user|>")
     (path / "tokenizer.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="not one that Tokenizer.train made"):
+    with pytest.raises(ValueError, match=r"not one that Tokenizer\.train made"):
         run([file], tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
 
@@ -391,7 +394,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer_folder, seed):
         with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as file:
             for _ in range(copies):
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        done = drive([tmp_path / "a.jsonl"], tmp_path / f"out{copies}", tokenizer_folder, "exact")
+        done = drive([tmp_path / "a.jsonl"], tmp_path / f"out{copies}", tokenizer_folder, "exact", batch=512)
         peaks.append(int(re.search(r"peak (\d+)", done.stdout)[1]) / 1024)
     assert peaks[1] - peaks[0] < 12, peaks  # MiB; the text alone would take 20
 
@@ -411,14 +414,12 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     with pytest.raises(SystemExit, match=r"tritale prepare: .*a\.jsonl:63 has a number under 'text', not text"):
         main([*command, "--out", str(out)])
     assert not (out / "train").exists()
-    with pytest.raises(SystemExit, match=r"made in another way: skip_errors \(false there, true now\)"):
-        main([*command, "--on-error", "skip", "--out", str(out)])
-    main([*command, "--on-error", "skip", "--out", str(tmp_path / "out2")])
+    main([*command, "--on-error", "skip", "--out", str(out)])
     printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "out2" / "report.json").read_text(encoding="utf-8"))
-    assert sum(report["errors"].values()) >= 3
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert sum(report["errors"].values()) == len(report["first_errors"]) == 3
     assert "left out, broken           3" in printed and "[red]短[/red]" in printed
-    page = (tmp_path / "out2" / "report.html").read_text(encoding="utf-8")
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page
     assert not re.search(r"(src|href)=|http", page)
     assert page.count("<svg") == 3 and "a.jsonl:61" in page
