@@ -160,7 +160,8 @@ PAGE = """<!doctype html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem }
-th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .warning { color: #b00020; font-weight: 600 }
 .bad { color: #b00020 } svg { display: block; margin: .5rem 0 1.5rem; overflow: visible } svg text { font-size: 11px; fill: #555 }
 .bar { fill: #4878a8 } .line { fill: none; stroke-width: 2 } .a { stroke: #222 } .b { stroke: #4878a8 } .c { stroke: #d07030 }
@@ -201,6 +202,7 @@ on a sample of the training documents and measured on a sample of the validation
 <th>begins</th></tr>
 {% for kind, entries in report.strangest.items() %}{% for e in entries %}<tr><td>{{ kind }}</td><td class="excerpt">{{ e.place }}</td>
 <td>{{ e.side }}</td><td class="n">{{ "{:,}".format(e.characters) }}</td><td class="n">{{ "{:,}".format(e.tokens) }}</td>
-<td class="n">{{ "%.1f" | format(100 * e.byte_fallback) }} %</td><td class="excerpt">{{ e.excerpt }}</td></tr>{% endfor %}{% endfor %}</table>
+<td class="n">{{ "%.1f" | format(100 * e.byte_fallback) }} %</td>
+<td class="excerpt">{{ e.excerpt }}</td></tr>{% endfor %}{% endfor %}</table>
 </body></html>
 """
