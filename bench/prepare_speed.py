@@ -29,7 +29,8 @@ from tritale.data.prepare import Options, prepare
 from tritale.data.read import Fields
 if __name__ == "__main__":
     began = time.perf_counter()
-    row = {"vocab_size": 1, "characters_per_token": 1, "byte_fallback_share": 0, "embedding_share": dict.fromkeys(prepare_report.PRESETS, 0.5)}
+    shares = dict.fromkeys(prepare_report.PRESETS, 0.5)
+    row = {"vocab_size": 1, "characters_per_token": 1, "byte_fallback_share": 0, "embedding_share": shares}
     prepare_report.vocabulary_table = lambda *arguments: [row]
     files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:]
     prepare(files, out, Options(Fields(key), tokenizer=tokenizer), workers=2)
