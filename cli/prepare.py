@@ -1,6 +1,7 @@
 """tritale prepare: raw text to training data."""
 
 import argparse
+from pathlib import Path
 
 HELP = "turn raw text into training data: tokenizer, shards, report"
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..data.prepare import Options, prepare
     from ..data.prepare_report import print_report
-    from ..data.read import Fields
+    from ..data.read import EXTRA, Fields
 
     fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
     options = Options(
@@ -48,4 +49,6 @@ def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     report = prepare(args.input, args.out, options, workers=args.workers, console=console)
     print_report(report, console)
-    console.print(f"\nreport  {args.out}/report.html\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)
+    page = Path(args.out) / "report.html"
+    page = page if page.exists() else f"not written: {EXTRA}"
+    console.print(f"\nreport  {page}\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)

@@ -152,6 +152,9 @@ def _curve(rows: list[dict]) -> dict:
     lines = [{"name": "characters per token", "points": at([row["characters_per_token"] / top for row in rows]), "class": "a"}]
     for name, css in zip(PRESETS, "bc", strict=True):
         lines.append({"name": f"embedding share, {name}", "points": at([row["embedding_share"][name] for row in rows]), "class": css})
+    lowest = -20.0  # the names stand under each other, at least a line apart
+    for line in sorted(lines, key=lambda line: line["points"][-1]["y"]):
+        line["label_y"] = lowest = max(line["points"][-1]["y"] + 4, lowest + 14)
     return {"lines": lines, "top": top, "ticks": [{"x": i * step, "label": f"{row['vocab_size']:,}"} for i, row in enumerate(rows)]}
 
 
@@ -193,7 +196,7 @@ on a sample of the training documents and measured on a sample of the validation
 <svg viewBox="-10 -20 840 250" width="840" height="250" role="img" aria-label="Characters per token and embedding share by vocabulary size">
 <line class="axis" x1="0" x2="600" y1="200.5" y2="200.5"/>
 {% for line in curve.lines %}<polyline class="line {{ line.class }}" points="{% for p in line.points %}{{ p.x }},{{ p.y }} {% endfor %}"/>
-<text x="608" y="{{ line.points[-1].y + 4 }}">{{ line.name }}</text>{% endfor %}
+<text x="608" y="{{ line.label_y }}">{{ line.name }}</text>{% endfor %}
 {% for tick in curve.ticks %}<text x="{{ tick.x }}" y="216" text-anchor="middle">{{ tick.label }}</text>{% endfor %}
 <text x="0" y="-6">top: {{ "%.2f" | format(curve.top) }} characters per token, or 100 % of the parameters</text>
 </svg>

@@ -472,3 +472,13 @@ def test_splits_need_a_document_each(tmp_path, tokenizer_folder):
     file = write_jsonl(tmp_path / "a.jsonl", ["一", "二", " "])
     with pytest.raises(ValueError, match="of 3 documents 2 are for training and 0 for validation"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=1e-9)
+
+
+def test_what_was_written_after_the_last_commit_is_cut_off(tmp_path):
+    path = tmp_path / "documents.bin"
+    path.write_bytes(b"committed, and more")
+    with module._open_at(path, 9) as file:
+        file.write(b"!")
+    assert path.read_bytes() == b"committed!"
+    with pytest.raises(ValueError, match="fewer bytes than were written"):
+        module._open_at(path, 11)
