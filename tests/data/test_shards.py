@@ -195,7 +195,9 @@ def test_a_writer_goes_on_from_its_last_commit_to_the_same_bytes(tmp_path):
 
     def add(writer, some):
         ids = CharTokenizer().encode_batch(some, bos=True)
-        writer.add(np.concatenate([np.zeros(0), *ids]).astype(writer.dtype), np.array([len(i) for i in ids]), characters=sum(map(len, some)))
+        writer.add(
+            np.concatenate([np.zeros(0), *ids]).astype(writer.dtype), np.array([len(i) for i in ids]), characters=sum(map(len, some))
+        )
 
     cut = random.randrange(60)
     writer = SplitWriter(tmp_path / "a", CharTokenizer(), max_shard_tokens=200)
