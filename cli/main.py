@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import generate
+from . import generate, prepare
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"generate": generate, "prepare": prepare}
 
 
 def main(arguments: list[str] | None = None) -> None:

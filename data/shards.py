@@ -15,8 +15,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -118,82 +119,160 @@ def write_split(
 
     Raises ValueError if `texts` is empty, or if `folder` holds something that is not a split.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / INDEX).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    writer = SplitWriter(folder, tokenizer, max_shard_tokens=max_shard_tokens)
+    texts = iter(texts)
     try:
-        index = _write_files(aside, iter(texts), tokenizer, max_shard_tokens)
-        index["entropy_bits"] = entropy_bits() if callable(entropy_bits) else entropy_bits
-        if not index["documents"]:
-            raise ValueError(f"there are no documents to write to {folder}; check the input files and the filters on them")
-        with _HashedFile(aside / INDEX) as file:
-            file.write((json.dumps(index, indent=2) + "\n").encode())
-        _sync_folder(aside)
-        if folder.exists():
-            (folder / INDEX).unlink(missing_ok=True)  # first: what is left of the old split is then no split
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        _sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return Split.open(folder, verify=False)
-
-
-def _write_files(folder: Path, texts, tokenizer: Tokenizer, max_shard_tokens: int) -> dict:
-    # Writes shards and starts; returns the index, but for `entropy_bits`.
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    shards, shard, n_tokens, n_documents, characters = [], None, 0, 0, 0
-    with _HashedFile(folder / STARTS) as starts:
         while batch := list(islice(texts, TEXTS_AT_ONCE)):
-            characters += sum(map(len, batch))
-            for ids in tokenizer.encode_batch(batch, bos=True):
-                if shard is None or shards[-1]["tokens"] + len(ids) > max_shard_tokens:
-                    if shard is not None:
-                        shards[-1]["sha256"] = shard.close()
-                    shards.append({"file": f"tokens-{len(shards):05d}.bin", "tokens": 0, "documents": 0})
-                    shard = _HashedFile(folder / shards[-1]["file"])
-                shard.write(np.array(ids, DTYPES[dtype]).tobytes())
-                starts.write(np.array(n_tokens, "<i8").tobytes())
-                n_tokens += len(ids)
-                n_documents += 1
-                shards[-1]["tokens"] += len(ids)
-                shards[-1]["documents"] += 1
-        if shard is not None:
-            shards[-1]["sha256"] = shard.close()
-        starts.write(np.array(n_tokens, "<i8").tobytes())
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_hash": tokenizer.hash,
-        "tokens": n_tokens,
-        "documents": n_documents,
-        "characters": characters,
-        "shards": shards,
-        "starts": {"file": STARTS, "sha256": starts.close()},
-    }
+            ids = tokenizer.encode_batch(batch, bos=True)
+            lengths = np.array([len(i) for i in ids])
+            writer.add(np.fromiter(chain.from_iterable(ids), writer.dtype), lengths, characters=sum(map(len, batch)))
+        return writer.finish(entropy_bits() if callable(entropy_bits) else entropy_bits)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+class SplitWriter:
+    """Writes a split bit by bit, in `<folder>.partial`, which becomes `folder` when it is finished.
+
+    `commit` gives a state (JSON) with which a later process goes on from there, whatever was written after it.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, max_shard_tokens: int = 2**27, state: dict | None = None):
+        """Without `state` it begins anew. Raises ValueError if `folder` holds something that is not a split, or if the files do not go
+        with `state`."""
+        self.folder = Path(folder)
+        if self.folder.exists() and not (self.folder / INDEX).is_file() and (self.folder.is_file() or any(self.folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
+        self._tokenizer, self._max_shard_tokens = tokenizer, max_shard_tokens
+        self._dtype_name = dtype_name(tokenizer.vocab_size)
+        self.dtype = DTYPES[self._dtype_name]
+        self._aside = self.folder.with_name(f"{self.folder.name}.partial")
+        self._shard = None  # the file being filled, of _state["shards"][-1]
+        if state is None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside.mkdir(parents=True)
+            self._state = {"tokens": 0, "documents": 0, "characters": 0, "shards": []}
+            self._starts = _HashedFile(self._aside / STARTS)
+            return
+        self._state = json.loads(json.dumps(state))
+        known = {STARTS, *(shard["file"] for shard in state["shards"])}
+        for path in self._aside.iterdir():
+            if path.name not in known:
+                path.unlink()
+        self._starts = _HashedFile(self._aside / STARTS, keep=8 * state["documents"])
+        if state["shards"] and "sha256" not in state["shards"][-1]:
+            last = state["shards"][-1]
+            self._shard = _HashedFile(self._aside / last["file"], keep=last["tokens"] * self.dtype.itemsize)
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray, characters: int) -> None:
+        """Documents one after another: `ids` (tokens,) in `dtype`, `lengths` (documents,) with lengths.sum() == tokens; `characters` of
+        all of them together."""
+        state, shards = self._state, self._state["shards"]
+        ends = np.cumsum(lengths)
+        self._starts.write((state["tokens"] + ends - lengths).astype("<i8").tobytes())
+        done, document = 0, 0  # tokens and documents of this call
+        while document < len(lengths):
+            room = self._max_shard_tokens - shards[-1]["tokens"] if self._shard else 0
+            stop = int(np.searchsorted(ends, done + room, side="right"))
+            if stop <= document:  # the next one does not fit, or there is no shard
+                self._close_shard()
+                shards.append({"file": f"tokens-{len(shards):05d}.bin", "tokens": 0, "documents": 0})
+                self._shard = _HashedFile(self._aside / shards[-1]["file"])
+                stop = max(document + 1, int(np.searchsorted(ends, done + self._max_shard_tokens, side="right")))
+            end = int(ends[stop - 1])
+            self._shard.write(ids[done:end].tobytes())
+            shards[-1]["tokens"] += end - done
+            shards[-1]["documents"] += stop - document
+            done, document = end, stop
+        state["tokens"] += done
+        state["documents"] += len(lengths)
+        state["characters"] += characters
+
+    def commit(self) -> dict:
+        """Put everything on the disk for certain; the state from which a writer of the same folder goes on."""
+        self._starts.sync()
+        if self._shard:
+            self._shard.sync()
+        _sync_folder(self._aside)
+        return json.loads(json.dumps(self._state))
+
+    def finish(self, entropy_bits: float | None = None) -> Split:
+        """Move the split into place; one that was there is replaced. Raises ValueError if it has no documents."""
+        if not self._state["documents"]:
+            raise ValueError(f"there are no documents to write to {self.folder}; check the input files and the filters on them")
+        self._close_shard()
+        self._starts.write(np.array(self._state["tokens"], "<i8").tobytes())
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self._dtype_name,
+            "vocab_size": self._tokenizer.vocab_size,
+            "tokenizer_hash": self._tokenizer.hash,
+            **self._state,
+            "starts": {"file": STARTS, "sha256": self._starts.close()},
+            "entropy_bits": entropy_bits,
+        }
+        with _HashedFile(self._aside / INDEX) as file:
+            file.write((json.dumps(index, indent=2) + "\n").encode())
+        _sync_folder(self._aside)
+        if self.folder.exists():
+            (self.folder / INDEX).unlink(missing_ok=True)  # first: what is left of the old split is then no split
+            shutil.rmtree(self.folder)
+        self._aside.rename(self.folder)
+        _sync_folder(self.folder.parent)
+        return Split.open(self.folder, verify=False)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        with suppress(OSError):  # a full disk
+            self._close_shard()
+        with suppress(OSError):
+            self._starts.close()
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _close_shard(self) -> None:
+        if self._shard:
+            self._state["shards"][-1]["sha256"] = self._shard.close()
+            self._shard = None
+
+
+def dtype_name(vocab_size: int) -> str:
+    """The name of the type that ids of this vocabulary are stored in, a key of DTYPES."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class _HashedFile:
-    # A new file that takes its sha256 while it is written and is on the disk for certain once closed.
-    def __init__(self, path: Path):
-        self._file = open(path, "xb")
+    # A file that takes its sha256 while it is written and is on the disk for certain once closed: a new one, or one that goes on
+    # after its first `keep` bytes.
+    def __init__(self, path: Path, keep: int | None = None):
+        self._file = open(path, "xb" if keep is None else "r+b")
         self._sha256 = hashlib.sha256()
+        if keep is not None:
+            left = keep
+            while left and (data := self._file.read(min(left, 1 << 20))):
+                self._sha256.update(data)
+                left -= len(data)
+            if left:
+                self._file.close()
+                raise ValueError(f"{path} has {keep - left:,} bytes, and {keep:,} were written; {REMEDY}")
+            self._file.seek(keep)
+            self._file.truncate()
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha256.update(data)
 
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> str:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                self._file.close()
         return self._sha256.hexdigest()
 
     def __enter__(self):

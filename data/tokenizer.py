@@ -154,10 +154,14 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def to_json(self) -> str:
+        """`tokenizer.json` as the library writes it without white space."""
+        return self._backend.to_str()
+
     @cached_property
     def hash(self) -> str:
-        """sha256 of `tokenizer.json` as the library writes it without white space; a file saved by another program has the same."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        """sha256 of `to_json()`; a file saved by another program has the same."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`, all of it ordinary text; with `bos` the id of `<|endoftext|>`, with which every document begins, in front."""
@@ -167,9 +171,15 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
 
+<<<<<<< HEAD
     def token_bytes(self, i: int) -> bytes:
         """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
         return self._bytes[i]
+=======
+    def encode_piece(self, piece: str) -> list[int]:
+        """Ids of one piece as `PIECES` cuts them; `encode` is this for every piece, one after another."""
+        return [token.id for token in self._backend.model.tokenize(piece)]
+>>>>>>> w-prepare
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.

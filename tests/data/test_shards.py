@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tritale.data.shards import Split, write_split
+from tritale.data.shards import Split, SplitWriter, write_split
 
 
 class CharTokenizer:
@@ -187,3 +187,27 @@ def test_no_documents_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no documents to write"):
         write_split(tmp_path / "a", [], CharTokenizer())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_goes_on_from_its_last_commit_to_the_same_bytes(tmp_path):
+    texts = draw_texts(60)
+    whole = write_split(tmp_path / "whole", texts, CharTokenizer(), max_shard_tokens=200)
+
+    def add(writer, some):
+        ids = CharTokenizer().encode_batch(some, bos=True)
+        writer.add(
+            np.concatenate([np.zeros(0), *ids]).astype(writer.dtype), np.array([len(i) for i in ids]), characters=sum(map(len, some))
+        )
+
+    cut = random.randrange(60)
+    writer = SplitWriter(tmp_path / "a", CharTokenizer(), max_shard_tokens=200)
+    add(writer, texts[:cut])
+    state = json.loads(json.dumps(writer.commit()))
+    add(writer, draw_texts(40))  # lost with the process
+    writer.commit()
+    again = SplitWriter(tmp_path / "a", CharTokenizer(), max_shard_tokens=200, state=state)
+    add(again, texts[cut:])
+    again.finish()
+    for path in whole.folder.iterdir():
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert len(list((tmp_path / "a").iterdir())) == len(list(whole.folder.iterdir()))

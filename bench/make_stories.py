@@ -1,0 +1,41 @@
+"""A corpus of any size out of the built-in stories: python -m bench.make_stories OUT --megabytes 2000 --files 8
+
+Each file holds the stories of a seed of its own, as JSON lines with the keys id and story_zh.
+"""
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tritale.data.stories import story
+
+
+def write(path: Path, seed: int, size: int) -> None:
+    """Stories of `seed` into `path` until it has `size` bytes; a file that is there already is kept."""
+    if path.exists():
+        return
+    aside = path.with_suffix(".tmp")
+    with open(aside, "wb") as file:
+        i = 0
+        while file.tell() < size:
+            file.write((json.dumps({"id": i, "story_zh": story(seed, i).text}, ensure_ascii=False) + "\n").encode())
+            i += 1
+    aside.rename(path)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--megabytes", type=int, default=2000)
+    p.add_argument("--files", type=int, default=8)
+    p.add_argument("--seed", type=int, default=1)
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        jobs = [
+            pool.submit(write, args.out / f"stories-{i:02d}.jsonl", args.seed + i, args.megabytes * 10**6 // args.files)
+            for i in range(args.files)
+        ]
+        for job in jobs:
+            job.result()

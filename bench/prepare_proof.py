@@ -1,0 +1,98 @@
+"""What `tritale prepare` holds in memory, and that a killed run ends with the same bytes:
+
+    python -m bench.make_stories out/corpus --megabytes 2000
+    python -m bench.prepare_proof 'out/corpus/*.jsonl' out/proof --text-key story_zh --kills 3
+
+Runs it undisturbed, then again with SIGKILL at random moments of its time, and compares the sha256 of every file. The memory is the
+largest sum of the resident sets of all its processes, looked at ten times a second (pages that they share count for each).
+"""
+
+import argparse
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def tree(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid] + [p for child in children for p in tree(int(child))]
+
+
+def resident(pid: int) -> int:
+    # bytes
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def run(command: list[str], kill_after: float | None = None) -> tuple[float, int]:
+    """(seconds, peak bytes)"""
+    began, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, sum(map(resident, tree(process.pid))))
+        if kill_after is not None and time.perf_counter() - began > kill_after:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.1)
+    if process.returncode not in (0, -signal.SIGKILL):
+        sys.exit(f"{command} ended with {process.returncode}")
+    return time.perf_counter() - began, peak
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(p for part in ("tokenizer", "train", "validation") for p in (folder / part).iterdir()):
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while data := file.read(1 << 20):
+                digest.update(data)
+            found[f"{path.parent.name}/{path.name}"] = digest.hexdigest()
+    return found
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("input")
+    p.add_argument("out", type=Path)
+    p.add_argument("--text-key", default="text")
+    p.add_argument("--kills", type=int, default=3)
+    p.add_argument("--seed", type=int, default=None)
+    p.add_argument("--dedup", default="exact")
+    args = p.parse_args()
+    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    draw = random.Random(seed)
+    prepare = [
+        sys.executable,
+        "-m",
+        "tritale.cli.main",
+        "prepare",
+        "--input",
+        args.input,
+        "--text-key",
+        args.text_key,
+        "--dedup",
+        args.dedup,
+    ]
+    seconds, peak = run([*prepare, "--out", str(args.out / "whole")])
+    print(f"seed {seed}; undisturbed: {seconds:.0f} s, peak {peak / 2**20:.0f} MiB of all processes together", flush=True)
+    for i in range(args.kills):
+        after, most = run([*prepare, "--out", str(args.out / "killed")], kill_after=draw.uniform(0, seconds / args.kills))
+        print(f"kill {i + 1} after {after:.0f} s, peak {most / 2**20:.0f} MiB", flush=True)
+    seconds, peak = run([*prepare, "--out", str(args.out / "killed")])
+    print(f"the rest: {seconds:.0f} s, peak {peak / 2**20:.0f} MiB")
+    whole, killed = digests(args.out / "whole"), digests(args.out / "killed")
+    if whole != killed:
+        sys.exit(f"the files differ: {sorted(name for name in whole if whole[name] != killed.get(name))}")
+    print(f"{len(whole)} files with the same sha256")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""How fast `tritale prepare` makes token shards of jsonl, against `datasets.map` with the same tokenizer.
+
+    python -m bench.make_stories out/corpus --megabytes 100 --files 2
+    python -m bench.prepare_speed 'out/corpus/*.jsonl' --text-key story_zh
+
+Both start from the same files in a process of their own, with two processes for the tokenizing, and end with token ids on the disk:
+`load_dataset("json")` and a batched `map` that keeps only the ids, against `prepare` with a given tokenizer, but for the report's table
+of vocabularies, which takes the same half minute for any amount of data. They take turns; medians, of the time on the clock and of the
+CPU time of all processes, which other work on the machine disturbs less. `datasets` neither removes duplicates nor splits.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from glob import glob
+from pathlib import Path
+
+OURS = """
+import sys, time
+from tritale.data import prepare_report
+from tritale.data.prepare import Options, prepare
+from tritale.data.read import Fields
+if __name__ == "__main__":
+    began = time.perf_counter()
+    shares = dict.fromkeys(prepare_report.PRESETS, 0.5)
+    row = {"vocab_size": 1, "characters_per_token": 1, "byte_fallback_share": 0, "embedding_share": shares}
+    prepare_report.vocabulary_table = lambda *arguments: [row]
+    files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:]
+    prepare(files, out, Options(Fields(key), tokenizer=tokenizer), workers=2)
+    print("whole", time.perf_counter() - began)
+"""  # the CPU time of workers counts once they have ended, so only the whole has it
+THEIRS = """
+import sys, time, datasets, tokenizers
+from transformers import AutoTokenizer
+kind = sys.argv[5]
+if __name__ == "__main__":
+    began = time.perf_counter()
+    files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:5]
+    if kind == "tokenizers":
+        backend = tokenizers.Tokenizer.from_file(tokenizer + "/tokenizer.json")
+        encode = lambda batch: {"ids": [e.ids for e in backend.encode_batch_fast(batch[key])]}
+    else:
+        backend = AutoTokenizer.from_pretrained(tokenizer)
+        encode = lambda batch: {"ids": backend(batch[key], return_attention_mask=False)["input_ids"]}
+    data = datasets.load_dataset("json", data_files=files, split="train", cache_dir=out)
+    data.map(encode, batched=True, num_proc=2, remove_columns=data.column_names)
+    print("whole", time.perf_counter() - began)
+"""
+
+
+def timed(code: str, *arguments: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.py"  # a file, as the processes it starts read it again
+        path.write_text(code, encoding="utf-8")
+        out = str(Path(folder) / "out")
+        files, key, tokenizer, *more = arguments
+        command = [sys.executable, str(path), files, key, tokenizer, out, *more]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": out}
+        before = cpu_seconds()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(done.stderr)
+        shutil.rmtree(out, ignore_errors=True)
+    seconds = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith(("whole ", "cut "))}
+    return seconds | {"cpu": cpu_seconds() - before}
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", help="glob of jsonl files")
+    p.add_argument("--text-key", default="text")
+    p.add_argument("--tokenizer", help="folder; trained on the first 5 MB where not given")
+    p.add_argument("--rounds", type=int, default=3)
+    args = p.parse_args()
+    files = sorted(glob(args.files))
+    megabytes = sum(os.path.getsize(f) for f in files) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.tokenizer:
+            from tritale.data.tokenizer import Tokenizer
+
+            with open(files[0], encoding="utf-8") as file:
+                texts = [json.loads(line)[args.text_key] for line in file.readlines(5_000_000)]
+            Tokenizer.train(texts, 6400).save(folder)
+        given = (repr(files), args.text_key, args.tokenizer or folder)
+        jobs = {
+            "prepare": lambda: timed(OURS, *given),
+            "datasets.map, tokenizers": lambda: timed(THEIRS, *given, "tokenizers"),
+            "datasets.map, AutoTokenizer": lambda: timed(THEIRS, *given, "transformers"),
+        }
+        found: dict[str, list[dict]] = {name: [] for name in jobs}
+        for i in range(args.rounds):
+            for name, job in jobs.items():
+                found[name].append(job())
+                print(f"round {i + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    print(f"{megabytes:.0f} MB of jsonl, {platform.machine()}, {os.cpu_count()} cores, medians of {args.rounds}")
+    for name, rounds in found.items():
+        wall, cpu = (statistics.median(r[kind] for r in rounds) for kind in ("whole", "cpu"))
+        print(f"{name:30} {megabytes / wall:6.2f} MB/s   {megabytes / cpu:6.2f} MB per CPU second")
+
+
+if __name__ == "__main__":
+    main()

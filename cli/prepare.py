@@ -1,0 +1,54 @@
+"""tritale prepare: raw text to training data."""
+
+import argparse
+from pathlib import Path
+
+HELP = "turn raw text into training data: tokenizer, shards, report"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders, globs ('raw/*.jsonl'), or a data set's name")
+    p.add_argument("--out", required=True, metavar="DIR", help="where tokenizer/, train/, validation/ and report.html go")
+    text = p.add_mutually_exclusive_group()
+    text.add_argument("--text-key", default="text", metavar="KEY", help="the field that holds the text")
+    text.add_argument("--template", metavar="TEXT", help="builds the text from several fields: '{genre}：{story}'")
+    p.add_argument("--txt-documents", choices=("blank-line", "file"), default="blank-line", help="what parts the documents of a txt file")
+    kind = p.add_mutually_exclusive_group()
+    kind.add_argument("--vocab-size", type=int, default=6400, metavar="N", help="entries of the tokenizer that is trained")
+    kind.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer to use instead")
+    held_out = p.add_mutually_exclusive_group()
+    held_out.add_argument("--val-fraction", type=float, default=0.01, metavar="X", help="share of the documents held out, by hash")
+    held_out.add_argument("--val-documents", type=int, metavar="N", help="number of documents held out")
+    p.add_argument("--group-key", metavar="KEY", help="documents with the same value here go to the same side")
+    p.add_argument("--dedup", choices=("exact", "near", "off"), default="exact", help="which duplicates are removed")
+    p.add_argument(
+        "--near-threshold", type=float, default=0.8, metavar="X", help="share of common 5-character runs from which two are near"
+    )
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a document that cannot be read")
+    p.add_argument("--workers", type=int, metavar="N", help="processes; the number of cores, at most 8, where not given")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ..data.prepare import Options, prepare
+    from ..data.prepare_report import print_report
+    from ..data.read import EXTRA, Fields
+
+    fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
+    options = Options(
+        fields=fields,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        val_fraction=args.val_fraction,
+        val_documents=args.val_documents,
+        dedup=args.dedup,
+        near_threshold=args.near_threshold,
+        skip_errors=args.on_error == "skip",
+    )
+    console = Console(highlight=False)
+    report = prepare(args.input, args.out, options, workers=args.workers, console=console)
+    print_report(report, console)
+    page = Path(args.out) / "report.html"
+    page = page if page.exists() else f"not written: {EXTRA}"
+    console.print(f"\nreport  {page}\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)

@@ -1,0 +1,480 @@
+"""Documents out of jsonl, json, csv, parquet and txt files, plain, .gz or .zst, or out of a Hugging Face data set: as a stream, in a
+fixed order, and every error with its file and line.
+
+Files are never held whole in memory. A csv or json may be of any size; a single document has at most MAX_DOCUMENT bytes.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import string
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into documents
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = (".gz", ".zst")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
+CHUNK = 1 << 20
+EXTRA = "pip install 'tritale[data]'"
+PIP = {"zstandard": EXTRA, "pyarrow": EXTRA, "datasets": "pip install datasets"}
+
+
+class Document(NamedTuple):
+    text: str
+    group: str | None  # the value under the group key
+    line: int  # where it begins: line of the file, or row of a parquet file or data set, from 1
+
+
+class BadInput(ValueError):
+    """One document, or all the rest of a file, that cannot be used; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a record make the document."""
+
+    text_key: str | None = "text"
+    template: str | None = None  # such as "{genre}：{story}"; in place of text_key
+    group_key: str | None = None
+    txt_documents: str = "blank-line"  # or "file": what a document of a txt file is
+
+    def __post_init__(self):
+        if self.template is not None:
+            try:
+                parts = list(string.Formatter().parse(self.template))
+            except ValueError as error:
+                raise ValueError(f"--template {self.template!r} cannot be read ({error}); write {{{{ for a brace") from None
+            if any(name is not None and (not name or spec or conversion) for _, name, spec, conversion in parts):
+                raise ValueError(f"--template {self.template!r}: only names of fields may stand in braces, as in '{{genre}}：{{story}}'")
+            if not any(name for _, name, _, _ in parts):
+                raise ValueError(f"--template {self.template!r} names no field; write one in braces, as in '{{genre}}：{{story}}'")
+
+    @property
+    def keys(self) -> list[str]:
+        """The fields that a record must have."""
+        keys = [self.text_key]
+        if self.template is not None:
+            keys = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
+        return list(dict.fromkeys(keys + [self.group_key] * (self.group_key is not None)))
+
+    def document(self, record: dict, where: str, line: int) -> Document:
+        """Raises BadInput for a field that is missing or is not text."""
+        if not isinstance(record, dict):
+            raise BadInput(f"{where} is {_kind(record)}, not an object with fields; for lists or plain strings use txt, or objects")
+        for key in self.keys:
+            if record.get(key) is None:
+                problem = "null under" if key in record else "no key"
+                raise BadInput(f"{where} has {problem} {key!r}; keys there: {', '.join(map(str, record)) or 'none'}")
+        group = None if self.group_key is None else str(record[self.group_key])
+        if self.template is None:
+            text = record[self.text_key]
+            if not isinstance(text, str):
+                raise BadInput(f"{where} has {_kind(text)} under {self.text_key!r}, not text")
+        else:
+            parts = string.Formatter().parse(self.template)
+            text = "".join(literal + ("" if name is None else str(record[name])) for literal, name, _, _ in parts)
+        return Document(text, group, line)
+
+
+def find_files(inputs: list[str]) -> list[str]:
+    """The files that files, globs and folders name, sorted within each, none twice; names of data sets stay as they are.
+
+    A folder gives all files with a known suffix in it and below. Raises FileNotFoundError for an input that names nothing, ValueError
+    for a file whose format is not known."""
+    found: dict[str, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            paths = sorted(str(p) for p in path.rglob("*") if p.is_file() and _format(p) and not p.name.startswith("."))
+        elif path.is_file():
+            paths = [name]
+        elif has_magic(name):
+            paths = sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
+        elif HUB_NAME.fullmatch(name) and not _format(path):
+            paths = [name]
+        else:
+            raise FileNotFoundError(f"{name} does not exist; --input takes files, folders, globs ('raw/*.jsonl') and names of data sets")
+        if not paths:
+            known = ", ".join(SUFFIXES)
+            raise FileNotFoundError(f"{name} holds no file to read; known are {known}, all but parquet also {' and '.join(COMPRESSED)}")
+        for p in paths:
+            if Path(p).is_file() and not _format(Path(p)):
+                raise ValueError(f"{p} is of no known kind; known endings are {', '.join(SUFFIXES)}, then {', '.join(COMPRESSED)}")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+@dataclass
+class Reader:
+    """Reads documents of `files` in order. With `skip_errors` what cannot be used is counted in `errors` and left out."""
+
+    files: list[str]
+    fields: Fields
+    skip_errors: bool = False
+    errors: Counter = field(default_factory=Counter)  # message without its place -> how often
+    first_errors: list[str] = field(default_factory=list)  # with their places
+    bytes_done: int = 0  # of the files before the present one
+    _raw: BinaryIO | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """How far it is, in bytes of the files as they lie on the disk."""
+        return self.bytes_done + (self._raw.tell() if self._raw and not self._raw.closed else 0)
+
+    def read(self, first_file: int = 0, skip: int = 0) -> Iterator[tuple[int, Document]]:
+        """(number of the file, document) from `files[first_file]` on, without its first `skip` documents."""
+        for number, file in enumerate(self.files):
+            size = Path(file).stat().st_size if Path(file).is_file() else 0
+            if number >= first_file:
+                for document in islice(self._of_file(file, silent=skip), skip, None):
+                    yield number, document
+                skip = 0
+            self._raw = None
+            self.bytes_done += size
+
+    def _of_file(self, file: str, silent: int) -> Iterator[Document]:
+        # `silent`: what is wrong before this document was counted earlier.
+        n_documents, n_records = 0, 0
+        try:
+            for record, line in self._records(file):
+                n_records += 1
+                try:
+                    if isinstance(record, BadInput):
+                        raise record
+                    where = f"{file}:{line}"
+                    document = record if isinstance(record, Document) else self.fields.document(record, where, line)
+                    _check_text(document.text, file, line)
+                except BadInput as error:
+                    self._bad(error, counted=n_documents < silent)
+                else:
+                    yield document
+                    n_documents += 1
+            if not n_records:
+                raise BadInput(f"{file}:1: the file is empty; leave it out")
+        except BadInput as error:
+            self._bad(error, counted=n_documents < silent)
+
+    def _bad(self, error: BadInput, counted: bool) -> None:
+        if not self.skip_errors:
+            raise error
+        if not counted:
+            self.errors[re.sub(r"^.*?:\d+:? |; keys there.*| \(.*", "", str(error))] += 1
+            if len(self.first_errors) < 10:
+                self.first_errors.append(str(error))
+
+    def _records(self, file: str) -> Iterator[tuple[dict | Document | BadInput, int]]:
+        # (record, line); raises BadInput where the rest of the file is lost.
+        path = Path(file)
+        if not path.is_file():
+            yield from _hub_rows(file)
+            return
+        kind = _format(path)
+        if kind == ".parquet":
+            yield from _parquet_rows(file, self.fields.keys)
+            return
+        with open(path, "rb") as self._raw:
+            stream, line = _decompressed(self._raw, path), 1
+            try:
+                if kind in (".jsonl", ".ndjson"):
+                    records = _json_lines(stream, file)
+                elif kind == ".json":
+                    records = _json_values(stream, file)
+                elif kind in (".csv", ".tsv"):
+                    records = _csv_rows(stream, file, "\t" if kind == ".tsv" else ",")
+                else:
+                    records = _txt_documents(stream, file, self.fields.txt_documents)
+                for record, line in records:
+                    yield record, line
+            except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+                raise BadInput(f"{file}:{line}: the compressed file is damaged after this line ({error}); fetch it again") from None
+
+
+def _json_lines(stream: BinaryIO, file: str):
+    loads = _json_loads()
+    for number, line in enumerate(_lines(stream), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        if len(line) > LONGEST_LINE:
+            yield BadInput(_too_long(file, number)), number
+            continue
+        try:
+            yield loads(line), number
+        except ValueError as error:
+            yield (_not_utf8(line, file, number) or BadInput(f"{file}:{number}: broken JSON ({error}): {_excerpt(line)}")), number
+
+
+def _json_values(stream: BinaryIO, file: str):
+    # The elements of one array, or values one after another (JSON lines under another name), decoded as they come.
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    text, position, line, at_end, in_array, is_first = "", 0, 1, False, False, True
+    pending = b""
+
+    while True:
+        match = _JSON_GAP.match(text, position)
+        line += text.count("\n", position, match.end())
+        position = match.end()
+        if position < len(text):
+            if is_first and text[position] == "[":
+                in_array, is_first, position = True, False, position + 1
+                continue
+            if in_array and text[position] == "]":
+                return
+            is_first = False
+            try:
+                value, end = decoder.raw_decode(text, position)
+                if end < len(text) or at_end:
+                    yield value, line
+                    line += text.count("\n", position, end)
+                    position = end
+                    continue
+            except ValueError as error:
+                if at_end or len(text) - position > LONGEST_LINE:
+                    problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                    at = line + (text.count("\n", position, error.pos) if isinstance(error, json.JSONDecodeError) else 0)
+                    raise BadInput(f"{file}:{at}: broken JSON ({problem}): {text[position : position + 60]!r}") from None
+        elif at_end:
+            if in_array:
+                raise BadInput(f"{file}:{line}: the JSON array has no end; the file was cut off")
+            return
+        # At least doubled, so that a long value is not decoded anew for each chunk.
+        chunk = stream.read(max(CHUNK, 2 * (len(text) - position)))
+        at_end = not chunk
+        pending += chunk
+        cut = len(pending) if at_end else max(pending.rfind(b"\n"), pending.rfind(b"}"), pending.rfind(b",")) + 1
+        try:
+            more = pending[:cut].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(pending, file, line + text.count("\n", position) + pending.count(b"\n", 0, error.start)) from None
+        if is_first:
+            more = more.removeprefix("\ufeff")
+        text, position, pending = text[position:] + more, 0, pending[cut:]
+
+
+_JSON_GAP = re.compile(r"[\s,]*")
+
+
+def _csv_rows(stream: BinaryIO, file: str, delimiter: str):
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are not UTF-8 become surrogates, which _check_text finds: so the place is known and the next row is read.
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        header = [name.strip().removeprefix("\ufeff") for name in next(rows, [])]
+        _check_text("".join(header), file, 1)
+        line = rows.line_num + 1
+        for row in rows:
+            if len(row) == len(header):
+                yield dict(zip(header, row, strict=True)), line
+            elif row:
+                yield BadInput(f"{file}:{line}: {len(row)} fields where the header has {len(header)} ({', '.join(header)})"), line
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise BadInput(f"{file}:{line}: broken csv ({error}); a quote may be missing there") from None
+
+
+def _txt_documents(stream: BinaryIO, file: str, documents: str):
+    lines, first, length = [], 1, 0
+    for number, raw in enumerate(_lines(stream), 1):
+        line = raw.decode("utf-8", "surrogateescape")
+        if number == 1:
+            line = line.removeprefix("\ufeff")
+        if line.strip() or documents == "file":
+            if not lines:
+                first = number
+            lines.append(line)
+            length += len(line)
+            if length > LONGEST_LINE:
+                raise BadInput(_too_long(file, first))
+        elif lines:
+            yield Document("".join(lines).rstrip("\r\n"), None, first), first
+            lines, length = [], 0
+    if lines:
+        yield Document("".join(lines).rstrip("\r\n"), None, first), first
+
+
+def _parquet_rows(file: str, keys: list[str]):
+    parquet = _import("pyarrow.parquet", file)
+    import pyarrow
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file, memory_map=False, pre_buffer=False) as table:
+            present = table.schema_arrow.names
+            missing = [key for key in keys if key not in present]
+            if missing:
+                raise BadInput(f"{file}:1 has no key {missing[0]!r}; keys there: {', '.join(present)}")
+            for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, number
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise BadInput(f"{file}:{number + 1}: not a whole parquet file ({error})") from None
+
+
+def _hub_rows(name: str):
+    datasets = _import("datasets", name)
+    for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
+        yield row, number
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    # Lines with their ends; of one that is longer than any document can be, the first LONGEST_LINE + 1 bytes.
+    while line := stream.readline(LONGEST_LINE + 1):
+        yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE + 1)
+
+
+def _check_text(text: str, file: str, line: int) -> None:
+    try:
+        too_long = len(text) > MAX_DOCUMENT // 4 and len(text.encode("utf-8")) > MAX_DOCUMENT
+        if not too_long and not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogatepass")
+        try:
+            raw = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise BadInput(f"{file}:{line}: half of a surrogate pair, which UTF-8 cannot hold: {_excerpt(raw)}") from None
+        raise _not_utf8(raw, file, line) from None
+    if too_long:
+        raise BadInput(_too_long(file, line))
+
+
+def _too_long(file: str, line: int) -> str:
+    return f"{file}:{line}: a document longer than {MAX_DOCUMENT // 10**6} MB; cut it into documents"
+
+
+def _not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
+    try:
+        raw.decode("utf-8")
+        return None
+    except UnicodeDecodeError as error:
+        place = error.start
+    with open(file, "rb") as f:  # more of the file tells more
+        try:
+            sample = _decompressed(f, Path(file)).read(1 << 16)
+        except Exception:
+            sample = raw
+    encoding = next(filter(None, (_guess(data) for data in (sample, raw) if _is_not_utf8(data))), None)
+    guess = f"it may be {encoding}: iconv -f {encoding} -t utf-8" if encoding else "its encoding could not be guessed"
+    return BadInput(f"{file}:{line}: not UTF-8 (byte 0x{raw[place]:02X}); {guess}")
+
+
+def _guess(data: bytes) -> str | None:
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return next((e for e in ("gb18030", "big5", "utf-16") if _decodes(data, e)), None)
+    best = from_bytes(data).best()
+    return best.encoding if best else None
+
+
+def _is_not_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.end < len(raw)  # more than a last character cut in two
+    return False
+
+
+def _decodes(raw: bytes, encoding: str) -> bool:
+    try:
+        raw[: len(raw) // 4 * 4].decode(encoding)
+        return True
+    except UnicodeDecodeError as error:
+        return error.end >= len(raw) - 4
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdStream(raw, _import("zstandard", str(path))), CHUNK)
+    return raw
+
+
+class _ZstdStream(io.RawIOBase):
+    # The library's own stream takes a file that was cut off for one that ends there.
+    def __init__(self, raw: BinaryIO, zstandard):
+        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._data, self._compressed = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._data:
+            self._compressed = self._compressed or self._raw.read(1 << 16)
+            if not self._compressed:
+                if self._frame:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._data = self._frame.decompress(self._compressed)
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        n = min(len(buffer), len(self._data))
+        buffer[:n], self._data = self._data[:n], self._data[n:]
+        return n
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        from zstandard import ZstdError
+    except ImportError:
+        return EOFError
+    return ZstdError
+
+
+def _format(path: Path) -> str | None:
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
+    suffix = suffix.lower()
+    return suffix if suffix in SUFFIXES and not (suffix == ".parquet" and path.suffix.lower() in COMPRESSED) else None
+
+
+def _json_loads():
+    try:
+        import orjson
+
+        return orjson.loads
+    except ImportError:
+        return lambda line: json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def _import(module: str, what: str):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise ValueError(f"{what} needs the package {package}, which is not installed: {PIP[package]}") from None
+
+
+def _kind(value) -> str:
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")
+
+
+def _excerpt(line: bytes) -> str:
+    return repr(line[:60].decode("utf-8", "replace").strip())
