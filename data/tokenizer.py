@@ -171,15 +171,13 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
 
-<<<<<<< HEAD
     def token_bytes(self, i: int) -> bytes:
         """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
         return self._bytes[i]
-=======
+
     def encode_piece(self, piece: str) -> list[int]:
         """Ids of one piece as `PIECES` cuts them; `encode` is this for every piece, one after another."""
         return [token.id for token in self._backend.model.tokenize(piece)]
->>>>>>> w-prepare
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.
