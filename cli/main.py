@@ -6,9 +6,9 @@ One with TAKES_CONFIG gets what it does not know itself, the keys of a run's con
 import argparse
 import sys
 
-from . import generate, plan
+from . import generate, lr_find, plan
 
-COMMANDS = {"generate": generate, "plan": plan}
+COMMANDS = {"generate": generate, "lr-find": lr_find, "plan": plan}
 
 
 def main(arguments: list[str] | None = None) -> None:

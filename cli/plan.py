@@ -100,5 +100,5 @@ def sparkline(planned, width: int = 60) -> str:
 def duration(seconds: float) -> str:
     for unit, n in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * n:
-            return f"{seconds / n:.3g} {unit}"
-    return f"{seconds:.3g} s"
+            return f"{seconds / n:,.{int(seconds < 10 * n)}f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

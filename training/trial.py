@@ -65,11 +65,11 @@ def random_batch(planned: Plan, micro_batch: int) -> Batch:
 
 def measure(planned: Plan, device: torch.device, track: Callable[[Iterable, str], Iterable]) -> tuple[float, int]:
     """(seconds of an optimizer step, micro-batch it was measured with): medians of some micro-batches of random tokens and some updates.
-    A CPU is as fast with 4,096 tokens at a time as with more, so that many are measured. What several processes tell each other, validation
+    A CPU is as fast with 2,048 tokens at a time as with more, so that many are measured. What several processes tell each other, validation
     and checkpoints are not in it."""
     most = planned.largest_micro_batch or 1
     if device.type == "cpu":
-        most = min(most, max(1, 4096 // planned.sequence))
+        most = min(most, max(1, 2048 // planned.sequence))
     micro_batch = min(planned.config.train.micro_batch, most)
     trial, batch = Trial(planned, device), random_batch(planned, micro_batch)
 
@@ -81,8 +81,8 @@ def measure(planned: Plan, device: torch.device, track: Callable[[Iterable, str]
         return time.perf_counter() - start
 
     passes, updates = [], []
-    for i in track(range(7), "measuring a step"):
-        if i < 2 or sum(passes) + sum(updates) < SECONDS:
+    for i in track(range(9), "measuring a step"):
+        if i < 4 or sum(passes) + sum(updates) < SECONDS:
             timed = [seconds(lambda: trial.backward(batch, batch.tokens.numel())), seconds(trial.update)]
             if i:  # the first compiles
                 passes.append(timed[0])
