@@ -162,7 +162,9 @@ class TrainConfig:
     def sequence(self, shape: GPTConfig) -> int:
         """Tokens of a training sequence. Raises ValueError where it is longer than the model's context."""
         if self.context is not None and self.context > shape.context:
-            raise ValueError(f"train.context ({self.context}) is longer than the model's ({shape.context}); set --model.context {self.context}")
+            raise ValueError(
+                f"train.context ({self.context}) is longer than the model's ({shape.context}); set --model.context {self.context}"
+            )
         return self.context or shape.context
 
 

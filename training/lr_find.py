@@ -15,7 +15,7 @@ import numpy as np
 from ..data.batches import Batches
 from .trial import Trial
 
-SMOOTHING = 0.9  # of the running mean of the loss, over about 10 steps
+SMOOTHING = 0.4  # standard deviation of the Gaussian that smooths the loss over the logarithm of the rate; a running mean would lag
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ def find(rates: list[float], losses: list[float]) -> Found:
     x, y = np.log(rates), np.array(losses)
     if len(y) < 10:
         raise ValueError(f"the loss left all bounds after {len(y)} steps; start lower (--lowest {rates[0] / 100:.0e})")
-    mean, smoothed = 0.0, np.empty_like(y)
-    for i, loss in enumerate(y):  # an exponential mean, without the lean to its start
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        smoothed[i] = mean / (1 - SMOOTHING ** (i + 1))
+    weights = np.exp(-0.5 * ((x[:, None] - x) / SMOOTHING) ** 2)  # (steps, steps)
+    smoothed = weights @ y / weights.sum(1)
     low = int(np.argmin(smoothed))
     if low < 3 or smoothed[0] - smoothed[low] < 0.02 * smoothed[0]:
         raise ValueError(f"the loss does not fall between the rates {rates[0]:.1e} and {rates[-1]:.1e}; try other --lowest and --highest")

@@ -4,12 +4,9 @@
 never disagree. The estimate of memory is held against what the allocator measures in tests/training/test_plan.py.
 """
 
-import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
@@ -168,7 +165,8 @@ class Plan:
             + (f", {self.steps_per_epoch:,} an epoch" if self.steps_per_epoch is not None else ""),
             "run": f"{run}, {ratio:,.0f} tokens per parameter ({ratio / CHINCHILLA:.1f} × Chinchilla's {CHINCHILLA})",
             "learning rate": f"first step {first}, middle {middle}, last {last}{own}",
-            "memory": f"{size(self.memory.total)} of {size(d.free_memory)} free; largest micro-batch that fits: {self.largest_micro_batch or 'none'}",
+            "memory": f"{size(self.memory.total)} of {size(d.free_memory)} free; "
+            + f"largest micro-batch that fits: {self.largest_micro_batch or 'none'}",
             "disk": f"{self.checkpoints} checkpoints of {size(self.checkpoint)}, {size(self.disk)} of {size(d.free_disk)} free",
             "output": c.out_dir,
         }
@@ -215,7 +213,8 @@ def _built_in(config: RunConfig) -> DataFacts:
 def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     """What the run of `config` will do with this data on this device.
 
-    Raises ValueError for a shape, a sequence or a vocabulary that cannot be, and where the micro-batches of all processes do not divide a step."""
+    Raises ValueError for a shape, a sequence or a vocabulary that cannot be, and where the micro-batches of all processes do not divide a
+    step."""
     t, shape = config.train, config.model.build(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
@@ -283,23 +282,28 @@ def divisors(n: int) -> list[int]:
 
 def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -> int:
     """What forward keeps for backward, in bytes per token. The residual stream is fp32; what goes into a matrix product has the precision's
-    size. Exact for compiled code and for fp32 (but for a few bytes); eager bf16 on a CPU, which nobody should run, keeps fp32 copies more."""
+    size. Exact within 2 %, but for eager bf16 on a CPU, which keeps some fp32 copies more."""
     s, item = shape, 4 if device.precision == "fp32" else 2
     heads, kv_heads = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
     on_cpu, is_grouped = not device.runs_triton, s.n_head > s.n_kv_head
     normed = 2 * s.width * item  # what the two norms give: the inputs of qkv and gate_up
     residual = 2 * s.width * 4 + 2 * 4  # what they take, and 1 / rms
+    packed = (heads + 2 * kv_heads) * item  # the product, kept for the norms of q and k or because v is a view of it
     if on_cpu and is_grouped:  # PyTorch's attention wants k and v repeated for each query head
-        qkv = 3 * heads * item + (s.qk_norm and (heads + 2 * kv_heads) * item)
-    else:  # v is a view of the packed product, which stays as a whole
-        qkv = (heads + kv_heads + heads + 2 * kv_heads) * item
+        qkv = 3 * heads * item + s.qk_norm * packed
+    else:
+        qkv = (heads + kv_heads) * item + packed
+    if on_cpu:
+        qkv += s.qk_norm * (s.n_head + s.n_kv_head) * 4  # 1 / rms of each head
+    else:
+        qkv += s.qk_norm * kv_heads * item + 2 * 4  # qk_norm_rope gives a v of its own; where the token's document starts and ends
     attention = qkv + heads * item + s.n_head * 4  # q, k, v; its output; lse
     mlp = 3 * s.mlp_width * item  # gate, up; silu(gate) · up
-    stats = s.qk_norm * (s.n_head + s.n_kv_head) * 4
-    layer = normed + residual + attention + mlp + stats
+    layer = normed + residual + attention + mlp
     if on_cpu and not is_compiled:  # x / rms, silu(gate) and the rows of cos and sin, fp32, which compiled code makes anew
         layer += (2 * s.width + s.mlp_width + s.head_dim + s.qk_norm * (heads + kv_heads)) * 4
-    return s.n_layer * layer + 2 * s.width * 4  # the last norm's input and the first one's embedding
+    last_norm = s.width * 4 * (2 if on_cpu and not is_compiled else 1)
+    return s.n_layer * layer + last_norm
 
 
 def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch: int, parameters: int, optimizer: int) -> Memory:
@@ -310,8 +314,8 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     head = shape.vocab_size * shape.width
     is_compiled = config.train.compile and not device.compiler_missing
     activations = rows * activation_bytes(shape, device, is_compiled)
-    if item == 2:  # autocast's copies of the matrices
-        activations += 2 * shape.n_matrix
+    if item == 2:  # autocast's copies of the blocks' matrices
+        activations += 2 * (shape.n_matrix - head)
     if device.runs_triton:  # written over in place
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 256, item)) * shape.vocab_size * item
     else:  # fp32, and beside them the product and the gradient in bf16
@@ -322,7 +326,7 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        loss=4 * head + rows * shape.width * item + max(chunk, 4 * head),
+        loss=4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head),
     )
 
 
@@ -338,29 +342,34 @@ def _training(p: Plan) -> list[Remark]:
             remedy = f"optim.min_lr_ratio is {o.min_lr_ratio}; set it to 0 (0.1 is the most that is usual)"
         else:
             remedy = f"optim.decay_fraction is {o.decay_fraction}; set it to 0.3, or optim.schedule to cosine"
-        found.append(Remark(f"the learning rate never anneals: over the last tenth of the run it is {p.last_tenth:.0%} of its peak", remedy))
+        text = f"the learning rate never anneals: over the last tenth of the run it is {p.last_tenth:.0%} of its peak"
+        found.append(Remark(text, remedy))
     if p.steps_per_epoch == 0:
         most = p.data.tokens // (p.sequence * t.micro_batch * d.count) * t.micro_batch * d.count
         remedy = f"set train.global_batch {most} or less" if most else "lower train.micro_batch"
-        found.append(Remark(f"the data ({p.data.tokens:,} tokens) is less than one step of {p.tokens_per_step:,}", f"{remedy}, or add data"))
+        text = f"the data ({p.data.tokens:,} tokens) is less than one step of {p.tokens_per_step:,}"
+        found.append(Remark(text, f"{remedy}, or add data"))
     if p.epochs is not None and p.epochs > MAX_EPOCHS:
         end = MAX_EPOCHS * p.steps_per_epoch
         rate = lr_factor(end, t.max_steps, o)
-        text = f"{p.epochs:,.0f} epochs, and after about {MAX_EPOCHS} a repeated text adds almost nothing; there the rate is still {rate:.1%} of its peak"
-        found.append(Remark(text, f"set train.max_steps {end:,} or less, so that the schedule decays by then; or add data"))
+        text = f"{p.epochs:,.0f} epochs, and after about {MAX_EPOCHS} a repeated text adds almost nothing"
+        text += f"; there the learning rate is still {rate:.1%} of its peak"
+        found.append(Remark(text, f"set train.max_steps {end} or less, so that the schedule decays by then; or add data"))
     if p.embedding > p.parameters / 2:
         text = f"{p.embedding / p.parameters:.0%} of the parameters are embedding, which each token uses one row of"
         body = p.parameters - p.embedding
         small = 6400 * p.embedding // p.shape.vocab_size
         if small < body:
-            remedy = f"a vocabulary of the data's own: prepared with --vocab-size 6400 it is {small / (small + body):.0%} of {(small + body) / 1e6:.1f} M"
+            remedy = "a vocabulary of the data's own: prepared with --vocab-size 6400 "
+            remedy += f"it is {small / (small + body):.0%} of {(small + body) / 1e6:.1f} M"
         else:
             remedy = f"more layers, or a smaller vocabulary than {p.shape.vocab_size:,}"
         found.append(Remark(text, remedy))
     if p.memory.total > FILL * d.free_memory:
-        text = f"a micro-batch of {t.micro_batch} needs {size(p.memory.total)}, and {size(d.free_memory)} are free (a tenth is kept for the allocator)"
-        remedy = f"set train.micro_batch {p.largest_micro_batch}; a step keeps its tokens" if p.largest_micro_batch else "a smaller model or context"
-        found.append(Remark(text, remedy))
+        text = f"a micro-batch of {t.micro_batch} needs {size(p.memory.total)}, and {size(d.free_memory)} are free"
+        fits = p.largest_micro_batch
+        remedy = f"set train.micro_batch {fits}; a step keeps its tokens" if fits else "a smaller model or context"
+        found.append(Remark(f"{text} (a tenth is kept for the allocator)", remedy))
     if p.disk > d.free_disk:
         keep = max(1, int(d.free_disk / p.checkpoint) - 2)
         text = f"the checkpoints will take {size(p.disk)}, and {size(d.free_disk)} are free"
@@ -369,7 +378,8 @@ def _training(p: Plan) -> list[Remark]:
         text = "train.precision bf16: this device has no bf16 instructions and only imitates them, many times slower than auto's choice"
         found.append(Remark(text, "set train.precision auto"))
     if d.compiler_missing and c.train.compile:
-        found.append(Remark(f"no C++ compiler, so torch.compile is off and training is slower ({d.compiler_missing})", "on Debian: apt install g++"))
+        text = f"no C++ compiler, so torch.compile is off and training is slower ({d.compiler_missing})"
+        found.append(Remark(text, "on Debian: apt install g++"))
     return found
 
 
@@ -381,8 +391,8 @@ def _serving(p: Plan) -> list[Remark]:
         near = [n for n in (*range(d, 15, -1), *range(d, 257)) if sum(head_tiles(n)) == n]
         text = f"the attention kernels pad heads of {d} to {tiles}, {tiles / d - 1:.0%} of their work for nothing"
         found.append(Remark(text, f"set model.head_dim {min(near, key=lambda n: (abs(n - d), -n))}"))
-    # vLLM: FlashAttentionBackend.supports_head_size is `head_size % 8 == 0 and head_size <= 256` (vllm/v1/attention/backends/flash_attn.py at
-    # 5704f34), TritonAttentionBackend's `head_size >= 32` (triton_attn.py at 001ceb3); what both refuse is left to FlexAttention.
+    # vLLM, vllm/v1/attention/backends: supports_head_size is `head_size % 8 == 0 and head_size <= 256` for FlashAttention (flash_attn.py at
+    # 5704f34) and `head_size >= 32` for Triton (triton_attn.py at 001ceb3); what both refuse is left to FlexAttention.
     if d % 8 or d > 256:
         other = "Triton attention" if d >= 32 else "FlexAttention, the slowest"
         text = f"vLLM's FlashAttention does not take heads of {d} (multiples of 8 up to 256), and it falls back to {other}"
@@ -391,7 +401,8 @@ def _serving(p: Plan) -> list[Remark]:
     cpu_sizes = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
     if d not in cpu_sizes:
         near = min(cpu_sizes, key=lambda n: (abs(n - d), -n))
-        found.append(Remark(f"vLLM on a CPU does not take heads of {d} (only {', '.join(map(str, cpu_sizes))})", f"set model.head_dim {near}"))
+        text = f"vLLM on a CPU does not take heads of {d} (only {', '.join(map(str, cpu_sizes))})"
+        found.append(Remark(text, f"set model.head_dim {near}"))
     # llama.cpp has no sliding window in its llama (Mistral) and qwen3 graphs: ggml-org/llama.cpp#3377, closed as stale.
     if s.window is not None and s.window < s.context:
         text = f"llama.cpp knows no sliding window in Mistral or Qwen3: beyond {s.window} tokens its model is not the one trained"

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from runs import REPOSITORY, TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
@@ -51,11 +52,12 @@ CLEAN = {
 
 
 def configured(**changes) -> RunConfig:
-    config = RunConfig()
+    sections = {}
     for key, value in (CLEAN | {k.replace("__", "."): v for k, v in changes.items()}).items():
         section, name = key.split(".")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
-    return config
+        sections.setdefault(section, {})[name] = value
+    config = RunConfig()
+    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()})
 
 
 def remarks(data=DATA, device=CPU, **changes) -> str:
@@ -91,11 +93,11 @@ def test_a_clean_plan_has_no_remarks():
         ({"optim.min_lr_ratio": 0.9}, {}, "never anneals.*min_lr_ratio is 0.9"),
         ({"optim.schedule": "wsd", "optim.decay_fraction": 0.01}, {}, "never anneals.*decay_fraction is 0.01"),
         ({"optim.warmup_steps": 19_000}, {}, "never anneals.*warmup_steps 2000"),
-        ({"train.max_steps": 400_000}, {}, "20 epochs.*max_steps 312,496"),
+        ({"train.max_steps": 400_000}, {}, "20 epochs.*max_steps 312496"),
         ({}, {"vocab_size": 65_024}, "embedding.*--vocab-size 6400 it is 24% of 6.9 M"),
         ({}, {"vocab_size": 200_000, "tokens": None}, "embedding"),
         ({}, {"tokens": 30_000}, r"less than one step.*global_batch 56 "),
-        ({}, {"free_memory": 10**9}, r"a micro-batch of 8 needs .* and 1 GB are free.*micro_batch 4"),
+        ({}, {"free_memory": 5 * 10**8}, r"a micro-batch of 8 needs .* and 500 MB are free.*micro_batch 4"),
         ({}, {"free_memory": 10**7}, "a smaller model"),
         ({}, {"free_disk": 10**9}, "the checkpoints will take .*keep_last"),
         ({}, {"precision": "bf16"}, "no bf16 instructions"),
@@ -143,12 +145,12 @@ def test_parameters_and_persistent_memory_are_the_models(matrices, shape):
 def saved_bytes(model, batch, *, bf16=False) -> int:
     """Bytes that forward keeps for backward, each storage once, but for parameters and inputs."""
     own = [*model.parameters(), *model.buffers(), batch.tokens, batch.targets]
-    sizes = {t.untyped_storage().data_ptr(): 0 for t in own}
+    sizes = {t.untyped_storage()._cdata: 0 for t in own}
     alive = []
 
     def pack(t):
-        sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
-        alive.append(t)  # so that no address is given out again
+        alive.append(t.untyped_storage())  # so that no address is given out again
+        sizes.setdefault(alive[-1]._cdata, alive[-1].nbytes())
         return t
 
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -179,14 +181,15 @@ def test_activations_are_what_forward_keeps(shape, seed):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations_of_the_gpu_path_are_what_forward_keeps(shape, seed, monkeypatch):
-    """bf16 through the Triton kernels, interpreted."""
+    """bf16 through the ops of the Triton kernels, on tensors without contents: shapes and sizes are the real ones."""
     if not dispatch.has_triton() or torch.cuda.is_available():
-        pytest.skip("needs the kernels decorated for the interpreter")
+        pytest.skip("needs the Triton ops on a CPU")
     device = dataclasses.replace(CPU, precision="bf16", runs_triton=True)
     p = plan(configured(model__context=64, **shape), dataclasses.replace(DATA, vocab_size=500), device)
-    model = GPT(p.shape)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert saved_bytes(model, random_batch(p, 2), bf16=True) == pytest.approx(expected_saved(p, 2), rel=0.04)
+    with FakeTensorMode():
+        saved = saved_bytes(GPT(p.shape), random_batch(p, 2), bf16=True)
+    assert saved == pytest.approx(expected_saved(p, 2), rel=0.02)
 
 
 def allocated_peak(work) -> int:
@@ -224,8 +227,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     config = configured()
     device = dataclasses.replace(CPU, free_memory=2 * 10**9)
     p = plan(config, DATA, device)
-    needs = [planning.memory(config, p.shape, device, n, p.parameters, p.memory.optimizer).total for n in (p.largest_micro_batch, 2 * p.largest_micro_batch)]
-    assert 64 % p.largest_micro_batch == 0 and needs[0] <= 0.9 * device.free_memory < needs[1]
+    fits = p.largest_micro_batch
+    needs = [planning.memory(config, p.shape, device, n, p.parameters, p.memory.optimizer).total for n in (fits, 2 * fits)]
+    assert 64 % fits == 0 and needs[0] <= 0.9 * device.free_memory < needs[1]
     assert plan(config, DATA, dataclasses.replace(device, count=4)).largest_micro_batch <= 16
 
 
@@ -272,9 +276,8 @@ def test_micro_batches_that_do_not_divide_the_step_are_refused():
 def test_a_measured_step_takes_time_and_more_micro_batches_take_more():
     data = dataclasses.replace(DATA, vocab_size=500)
     changes = dict(model__n_layer=1, model__context=64, train__compile=False)
-    small, large = (
-        measure(plan(configured(train__global_batch=n, **changes), data, CPU), torch.device("cpu"), lambda items, _: items) for n in (8, 512)
-    )
+    plans = (plan(configured(train__global_batch=n, **changes), data, CPU) for n in (8, 512))
+    small, large = (measure(p, torch.device("cpu"), lambda items, _: items) for p in plans)
     assert small[1] == large[1] == 8 and 0 < small[0] < large[0] / 8
 
 
