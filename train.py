@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tritale.data.batches import Batch, Batches, eval_batches
+from tritale.data.batches import Batches, eval_batches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.shards import Split
 from tritale.model import GPT, LLM
@@ -21,32 +21,22 @@ from tritale.training import processes, state
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
 from tritale.training.optimizer import build_optimizers, lr_factor
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from tritale.training.plan import DataFacts, DeviceFacts, plan
 
 
 @torch.inference_mode()
 def validate(model: GPT, split: Split, config: RunConfig, here: processes.Processes, autocast) -> tuple[float, float]:
     """(loss in nats per token, bits per character) over the whole split; the processes share the work."""
     nll = torch.zeros(2, dtype=torch.float64, device=here.device)  # sum, tokens
-    context = config.train.context or model.config.context
-    sizes = dict(context=context, micro_batch=config.train.micro_batch, document_mask=config.data.document_mask)
+    sizes = dict(context=config.train.sequence(model.config), micro_batch=config.train.micro_batch, document_mask=config.data.document_mask)
     for i, batch in enumerate(eval_batches(split, **sizes)):
         if i % here.world_size == here.rank:
-            tokens, targets, cu_seqlens = on(here.device, batch)
+            tokens, targets, cu_seqlens = batch.on(here.device)
             with autocast():
                 loss = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="sum")
             nll += torch.stack([loss.double(), (targets >= 0).sum().double()])
     nats, n_tokens = processes.total(nll).tolist()
     return nats / n_tokens, nats / math.log(2) / split.characters
-
-
-def on(device: torch.device, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    if device.type == "cuda":
-        move = lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)
-    else:
-        move = lambda t: t
-    return move(batch.tokens), move(batch.targets), move(batch.cu_seqlens)
 
 
 def write_samples(model: GPT, tokenizer, config: RunConfig, log: Log, *, seed: int) -> None:
@@ -70,31 +60,29 @@ def main(config: RunConfig) -> None:
         state.remove_leftovers(out_dir)
 
     # ---- data: the main process makes it, the others wait -------------------------------------------------------------------------
-    folder = Path(config.data.source)
-    if config.data.source == "built-in":
-        folder = out_dir / "data"
-        if here.is_main:
-            sizes = {k: getattr(config.data, k) for k in ("stories", "validation_stories", "vocab_size")}
-            write_built_in(folder, seed=config.seed, **sizes, track=log.track)
+    if config.data.source == "built-in" and here.is_main:
+        write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
     processes.total(torch.zeros(1, device=here.device))  # a barrier
-    tokenizer, train_split, validation_split = open_data(folder)
+    tokenizer, train_split, validation_split = open_data(config.data_folder)
+
+    # ---- what this run will do ----------------------------------------------------------------------------------------------------
+    device = DeviceFacts.of(here, config)
+    planned = plan(config, DataFacts.of(train_split), device)
+    log.table(planned.rows())
+    for warning in planned.warnings:
+        log.print(f"{warning.text}: {warning.remedy}", style="yellow")
+    floor = validation_split.entropy_bits and validation_split.entropy_bits / validation_split.characters
 
     # ---- model --------------------------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    shape = config.model.build(tokenizer.vocab_size)
-    context = train.context or shape.context
-    if context > shape.context:
-        raise ValueError(f"train.context ({context}) is longer than the model's ({shape.context}); set --model.context {context}")
+    shape = planned.shape
     for prompt in config.log.prompts:
         if len(tokenizer.encode(prompt, bos=True)) >= shape.context:
             raise ValueError(f"log.prompts has one longer than the model's context of {shape.context} tokens: {prompt[:20]!r}…; shorten it")
-    precision = processes.choose_precision(train.precision, here.device)
-    if precision == "bf16" and not processes.has_bf16(here.device):
-        log.print("train.precision bf16: this device has no bf16 instructions and only imitates them, many times slower than auto's choice")
     model = GPT(shape).to(here.device)
     batches = Batches(
         train_split,
-        context=context,
+        context=planned.sequence,
         micro_batch=train.micro_batch,
         global_batch=train.global_batch,
         seed=config.seed,
@@ -104,12 +92,9 @@ def main(config: RunConfig) -> None:
     )
 
     # ---- optimizer, precision -----------------------------------------------------------------------------------------------------
-    optimizers = build_optimizers(model, config.optim, bf16=precision == "bf16")
-    scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
-    if precision == "fp32":
-        autocast = contextlib.nullcontext
-    else:
-        autocast = lambda: torch.autocast(here.device.type, DTYPES[precision])
+    optimizers = build_optimizers(model, config.optim, bf16=device.precision == "bf16")
+    scaler = torch.amp.GradScaler(here.device.type, enabled=device.precision == "fp16")
+    autocast = processes.autocast(here.device, device.precision)
     # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel takes the mean over the processes.
     normalizer = torch.tensor(batches.tokens_per_step / here.world_size, device=here.device)
 
@@ -122,34 +107,10 @@ def main(config: RunConfig) -> None:
 
     # ---- compile ------------------------------------------------------------------------------------------------------------------
     run: torch.nn.Module = model
-    if train.compile:
-        missing = processes.cpp_compiler_missing() if here.device.type == "cpu" else None
-        if missing:
-            log.print(f"no C++ compiler, so torch.compile is off and training is slower ({missing}); on Debian: apt install g++")
-        else:
-            run = torch.compile(model, dynamic=False)
+    if train.compile and not device.compiler_missing:
+        run = torch.compile(model, dynamic=False)
     if here.world_size > 1:
         run = DistributedDataParallel(run, device_ids=[here.device] if here.device.type == "cuda" else None, broadcast_buffers=False)
-
-    # ---- what this run will do ----------------------------------------------------------------------------------------------------
-    n_parameters = sum(p.numel() for p in model.parameters())
-    flops_per_token = shape.flops_per_token(min(context, train_split.n_tokens / train_split.n_documents))
-    peak_flops, peak_source = processes.matmul_flops(here.device, precision)
-    n_tokens = train.max_steps * batches.tokens_per_step
-    floor = validation_split.entropy_bits and validation_split.entropy_bits / validation_split.characters
-    device_name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = {
-        "device": f"{here.world_size} × {device_name}, {precision}",
-        "matrix products": f"{peak_flops / 1e9:,.0f} GFLOP/s ({peak_source}; mfu is against this)",
-        "data": f"{train_split.n_documents:,} documents, {train_split.n_tokens:,} tokens, "
-        f"{train_split.characters / (train_split.n_tokens - train_split.n_documents):.2f} characters per token",
-        "model": f"{n_parameters / 1e6:.1f} M parameters, {model.embedding.numel() / n_parameters:.0%} of them embedding",
-        "step": f"{batches.tokens_per_step:,} tokens in {batches.micro_batches_per_step} micro-batches, {batches.steps_per_epoch} an epoch",
-        "run": f"{train.max_steps:,} steps, {n_tokens / 1e6:.1f} M tokens, {train.max_steps / batches.steps_per_epoch:.1f} epochs, "
-        f"last learning rate {config.optim.lr * lr_factor(train.max_steps - 1, train.max_steps, config.optim):.1e}",
-        "output": str(out_dir),
-    }
-    log.table(rows)
 
     # ---- the loop -----------------------------------------------------------------------------------------------------------------
     before = progress["seconds"]
@@ -165,7 +126,7 @@ def main(config: RunConfig) -> None:
                 group["lr"] = factor * group["peak_lr"]
 
             for i, batch in enumerate(batches.step(step)):
-                tokens, targets, cu_seqlens = on(here.device, batch)
+                tokens, targets, cu_seqlens = batch.on(here.device)
                 is_last = i == batches.micro_batches_per_step - 1
                 with contextlib.nullcontext() if is_last or here.world_size == 1 else run.no_sync(), autocast():
                     loss = run(tokens, targets, cu_seqlens=cu_seqlens, normalizer=normalizer, z_loss=train.z_loss)
@@ -197,7 +158,7 @@ def main(config: RunConfig) -> None:
                     lr=config.optim.lr * factor,
                     grad_norm=grad_norm.item(),
                     tokens_per_second=speed,
-                    mfu=speed * flops_per_token / peak_flops / here.world_size,
+                    mfu=speed * planned.flops_per_token / device.flops / here.world_size,
                     memory_gib=processes.peak_memory_gib(here.device),
                     seconds=before + time.perf_counter() - began,
                 )

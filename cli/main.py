@@ -1,11 +1,14 @@
-"""The command `tritale`. Each subcommand is a module of this package, named after it, with HELP, add_arguments and run."""
+"""The command `tritale`. Each subcommand is a module of this package, named after it, with HELP, add_arguments and run.
+
+One with TAKES_CONFIG gets what it does not know itself, the keys of a run's config, as `args.overrides`.
+"""
 
 import argparse
 import sys
 
-from . import generate, prepare
+from . import generate, lr_find, plan, prepare
 
-COMMANDS = {"generate": generate, "prepare": prepare}
+COMMANDS = {"prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,10 +16,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tritale", description="Small story models, trained from scratch.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        p = subparsers.add_parser(name, help=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p = subparsers.add_parser(name, help=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
         command.add_arguments(p)
         p.set_defaults(run=command.run)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown and not getattr(COMMANDS[args.command], "TAKES_CONFIG", False):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown
     try:
         args.run(args)
     except (ValueError, OSError) as error:

@@ -450,7 +450,7 @@ def _flash_attention_bwd_dkv(
 # --- Launchers -----------------------------------------------------------------------------------------------------------------------
 
 
-def _head_tiles(head_dim: int) -> tuple[int, int]:
+def head_tiles(head_dim: int) -> tuple[int, int]:
     """(D0, D1): the widths of the one or two column tiles a head is cut into, powers of two of at least 16, or 0."""
     d0 = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - d0
@@ -473,7 +473,7 @@ def _strides(*tensors: Tensor) -> tuple[list[int], int]:
 
 
 def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, window: int, softcap: float, scale: float) -> dict:
-    d0, d1 = _head_tiles(q.shape[-1])
+    d0, d1 = head_tiles(q.shape[-1])
     log2e = math.log2(math.e)
     return dict(
         UNIT=(softcap or scale) * log2e,

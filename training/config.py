@@ -48,6 +48,11 @@ class DataConfig:
         at_least("data.validation_stories", self.validation_stories, 1)
         at_least("data.vocab_size", self.vocab_size, 262)
 
+    @property
+    def built_in(self) -> dict[str, int]:
+        """The sizes of the built-in data, as `write_built_in` takes them."""
+        return {"stories": self.stories, "validation_stories": self.validation_stories, "vocab_size": self.vocab_size}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -90,8 +95,11 @@ class ModelConfig:
     def __post_init__(self):
         one_of("model.preset", self.preset, list(PRESETS))
 
-    def build(self, vocab_size: int) -> GPTConfig:
-        """The shape for a tokenizer of `vocab_size` entries. Raises ValueError where the config asks for another size."""
+    def build(self, vocab_size: int | None) -> GPTConfig:
+        """The shape for a tokenizer of `vocab_size` entries (None: the config's or the preset's own number). Raises ValueError where the
+        config asks for another size."""
+        if vocab_size is None:
+            vocab_size = self.vocab_size or PRESETS[self.preset].vocab_size
         if self.vocab_size not in (None, vocab_size):
             raise ValueError(
                 f"model.vocab_size is {self.vocab_size}, but the data was made with a vocabulary of {vocab_size}; "
@@ -150,6 +158,14 @@ class TrainConfig:
             )
         if self.grad_clip <= 0:
             raise ValueError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
+
+    def sequence(self, shape: GPTConfig) -> int:
+        """Tokens of a training sequence. Raises ValueError where it is longer than the model's context."""
+        if self.context is not None and self.context > shape.context:
+            raise ValueError(
+                f"train.context ({self.context}) is longer than the model's ({shape.context}); set --model.context {self.context}"
+            )
+        return self.context or shape.context
 
 
 @dataclass(frozen=True)
@@ -255,6 +271,11 @@ class RunConfig:
                 f"try {self.train.max_steps // 10}"
             )
 
+    @property
+    def data_folder(self) -> Path:
+        """Where tokenizer/, train/ and validation/ are, or the built-in ones will be."""
+        return Path(self.out_dir) / "data" if self.data.source == "built-in" else Path(self.data.source)
+
 
 def flatten(config: object, prefix: str = "") -> dict[str, object]:
     """{"train.max_steps": 1000, …} of a config."""
@@ -294,10 +315,10 @@ def explain_key_error(message: str) -> str:
     return message
 
 
-def parse(arguments: Sequence[str] | None = None) -> RunConfig:
+def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> RunConfig:
     """The config of a command line. Ends the process with a message on a bad key or value, as argument parsers do."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = ArgumentParser(prog="train.py", description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=prog, description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; without one it is configs/quickstart.yaml")
     parser.add_class_arguments(RunConfig)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
@@ -306,4 +327,4 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
-        sys.exit(f"train.py: {explain_key_error(str(error))}")
+        sys.exit(f"{prog}: {explain_key_error(str(error))}")

@@ -6,8 +6,11 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -87,6 +90,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """What to run forward in: a new autocast to bf16 or fp16 at each call, or nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
 def cpp_compiler_missing() -> str | None:
     """Why torch.compile cannot work for this CPU, or None if it can."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -117,6 +127,22 @@ def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start_time)
     return 2 * n**3 / best, "measured now"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: what the GPU has free, or the machine, or less where its container is limited."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup version 2, or "max": no limit
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current", "stat"))
+        cache = dict(line.split() for line in stat.splitlines())["inactive_file"]  # given back when it is needed
+        free = min(free, int(limit) - int(used) + int(cache))
+    return free
 
 
 def peak_memory_gib(device: torch.device) -> float:
