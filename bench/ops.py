@@ -23,7 +23,8 @@ EPS = 1e-5
 REFERENCE, COMPILED, OURS = "reference", "reference, compiled", "ours"
 LIGER, FLASH_ATTN, SDPA = "Liger-Kernel", "flash-attn", "SDPA"
 TORCH_RMS, TORCH_CE = "F.rms_norm", "F.cross_entropy"
-TORCH_LCE, TORCH_LCE_CHUNK, CUT = "F.linear_cross_entropy, default options", "F.linear_cross_entropy, 256 rows", "cut-cross-entropy"
+TORCH_LCE_WHOLE, TORCH_LCE = "F.linear_cross_entropy, no options", "F.linear_cross_entropy, default options"
+TORCH_LCE_CHUNK, CUT = "F.linear_cross_entropy, 256 rows", "cut-cross-entropy"
 RECOMPUTE = "ours, recompute"
 
 CONTENDERS = {
@@ -34,7 +35,7 @@ CONTENDERS = {
     "swiglu": (REFERENCE, COMPILED, OURS, LIGER),
     "geglu": (REFERENCE, COMPILED, OURS, LIGER),
     "cross_entropy": (REFERENCE, COMPILED, OURS, TORCH_CE, LIGER),
-    "linear_cross_entropy": (REFERENCE, COMPILED, OURS, RECOMPUTE, TORCH_LCE, TORCH_LCE_CHUNK, CUT, LIGER),
+    "linear_cross_entropy": (REFERENCE, COMPILED, OURS, RECOMPUTE, TORCH_LCE_WHOLE, TORCH_LCE, TORCH_LCE_CHUNK, CUT, LIGER),
     "flash_attention": (REFERENCE, COMPILED, OURS, SDPA, FLASH_ATTN),
     "flash_attention, packed": (REFERENCE, COMPILED, OURS, SDPA, FLASH_ATTN),
 }
@@ -62,7 +63,7 @@ def missing(contender: str) -> str | None:
         return f"{contender} needs a GPU"
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed (pip install {contender.lower()})"
-    if contender in (TORCH_LCE, TORCH_LCE_CHUNK) and not hasattr(F, "linear_cross_entropy"):
+    if contender in (TORCH_LCE_WHOLE, TORCH_LCE, TORCH_LCE_CHUNK) and not hasattr(F, "linear_cross_entropy"):
         return f"PyTorch {torch.__version__} does not have it (2.13 does)"
     return None
 
@@ -163,6 +164,7 @@ def case(op: str, model: str, dtype: str) -> Case:
         peers[RECOMPUTE] = lambda x, w, targets: kernels.linear_cross_entropy(x, w, targets, strategy="recompute")
         if missing(TORCH_LCE) is None:
             default, chunk = torch.nn.LinearCrossEntropyOptions(), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+            peers[TORCH_LCE_WHOLE] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets)
             peers[TORCH_LCE] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets, options=default)
             peers[TORCH_LCE_CHUNK] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets, options=chunk)
 
