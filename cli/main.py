@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import generate
+from . import generate, serve
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"generate": generate, "serve": serve}
 
 
 def main(arguments: list[str] | None = None) -> None:
