@@ -15,8 +15,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("dir", metavar="DIR", type=Path, help="a run, such as out/quickstart, or one of its step-… folders")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: whoever reaches this machine can use the server")
     p.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    p.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine that browsers may use; repeatable")
-    p.add_argument("--slots", type=int, default=16, help="texts of a checkpoint written side by side, and the most that one request may ask for")
+    p.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine that browsers may use; repeatable"
+    )
+    p.add_argument(
+        "--slots", type=int, default=16, help="texts of a checkpoint written side by side, and the most that one request may ask for"
+    )
     p.add_argument("--queue", type=int, default=64, help="texts that may wait; more are refused (429)")
     p.add_argument("--max-tokens", type=int, default=2048, help="most tokens a text may ask for")
     p.add_argument("--device", default=None, help="cuda, cpu; chosen by itself where not given")
@@ -45,7 +49,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=256)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise OSError(f"port {port} of {host} is taken, by another server perhaps; stop that one, or choose another with --port") from None
+            raise OSError(
+                f"port {port} of {host} is taken, by another server perhaps; stop that one, or choose another with --port"
+            ) from None
         if error.errno == errno.EACCES:
             raise OSError(f"port {port} is not for users (those below 1024 rarely are); choose another with --port") from None
         raise OSError(f"cannot listen on {host} ({error}); --host takes an address of this machine, such as 127.0.0.1") from None
@@ -64,7 +70,10 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     newest = next(iter(found))
-    print(f"http://{shown}:{port}  {len(found)} checkpoint{'s' if len(found) > 1 else ''} of {args.dir}, newest {newest}; Ctrl-C ends", flush=True)
+    print(
+        f"http://{shown}:{port}  {len(found)} checkpoint{'s' if len(found) > 1 else ''} of {args.dir}, newest {newest}; Ctrl-C ends",
+        flush=True,
+    )
     if not (host.startswith("127.") or host == "::1"):
         print(f"listening on {host}: whoever reaches this machine can use the server, there is no password", file=sys.stderr)
     if args.device in (None, "cpu") and not torch.cuda.is_available() and isinstance(native.library(), str):

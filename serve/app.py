@@ -219,7 +219,9 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
             if body.stream:
                 asks_usage = body.stream_options is not None and body.stream_options.include_usage
                 lines = server_sent_events(head, events, len(prompts), n_prompt if asks_usage else None, cleanup.pop_all())
-                return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+                return StreamingResponse(
+                    lines, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+                )
             written, n_written = [""] * len(prompts), 0
             choices: list[dict] = [{}] * len(prompts)
             async for piece in pieces(events, len(prompts)):

@@ -132,7 +132,9 @@ class Engine:
             n_waiting = sum(not waiting.is_over for waiting, _ in self._waiting)
             if n_waiting + n > self.queue:
                 raise RequestError(
-                    429, f"{n_waiting} texts wait already, {n} more are over the limit of {self.queue}; try again soon", code="rate_limit_exceeded"
+                    429,
+                    f"{n_waiting} texts wait already, {n} more are over the limit of {self.queue}; try again soon",
+                    code="rate_limit_exceeded",
                 )
             self._waiting.extend((request, i) for i in range(n))
             self._changed.notify()
@@ -228,7 +230,9 @@ class Engine:
             folder = find_checkpoints(self.folder)[name]
             file = (folder / "model.safetensors").stat()
         except (KeyError, ValueError, OSError):  # the run keeps its last few only
-            raise RequestError(404, f"the checkpoint {name!r} is gone; /v1/models lists those that are there", param="model", code="model_not_found") from None
+            raise RequestError(
+                404, f"the checkpoint {name!r} is gone; /v1/models lists those that are there", param="model", code="model_not_found"
+            ) from None
         version = (file.st_ino, file.st_mtime_ns)
         known = self._loaded.get(name)
         if known and known.version == version:
