@@ -159,7 +159,6 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
     app = FastAPI(title="tritale", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(guard)])
     app.add_exception_handler(RequestError, lambda _, error: error_response(error))
     app.add_exception_handler(HTTPException, lambda _, error: error_response(RequestError(error.status_code, str(error.detail))))
-
     app.add_exception_handler(Exception, lambda _, error: error_response(RequestError(500, "the server failed; its log says why")))
 
     page = PAGE.read_text(encoding="utf-8")
@@ -174,33 +173,31 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
         status = engine.status()
         return JSONResponse(status, 200 if status["status"] == "ok" else 503)
 
-    def models() -> dict[str, dict]:
-        """Newest first."""
+    def checkpoints() -> dict[str, Path]:
         try:
-            found = find_checkpoints(engine.folder)
-        except (ValueError, OSError):
+            return find_checkpoints(engine.folder)
+        except (ValueError, OSError):  # all are gone
             return {}
-        return {name: {"id": name, "object": "model", "created": modified(folder), "owned_by": "tritale"} for name, folder in found.items()}
 
-    def known(name: str | None) -> str:
-        found = models()
+    def find(name: str | None) -> Path:
+        found = checkpoints()
         if not found or name not in (None, *found):
             message = f"there is no checkpoint {name!r}; /v1/models lists those that are there"
             raise RequestError(404, message, param="model", code="model_not_found")
-        return name or next(iter(found))
+        return found[name] if name is not None else next(iter(found.values()))
 
     @app.get("/v1/models")
     def list_models() -> dict:
-        return {"object": "list", "data": list(models().values())}
+        return {"object": "list", "data": [model_object(folder) for folder in checkpoints().values()]}
 
     @app.get("/v1/models/{name}")
     def retrieve_model(name: str) -> dict:
-        return models()[known(name)]
+        return model_object(find(name))
 
     @app.post("/v1/completions")
     async def completions(http: HTTPRequest) -> Response:
         body = await read_body(http)
-        model = await asyncio.to_thread(known, body.model)
+        folder = await asyncio.to_thread(find, body.model)
         prompts, samplings = texts(body, max_texts=engine.slots, max_tokens=max_tokens)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -208,28 +205,22 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = Request(model, prompts, samplings, deliver)
+        request = Request(folder, prompts, samplings, deliver)
         engine.submit(request)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(engine.cancel, request)
             cleanup.callback(asyncio.create_task(leave_with_client(http, engine, request)).cancel)
             started = await receive(events)
             n_prompt = sum(started.prompt_tokens[:: body.n or 1])  # a prompt counts once, however many texts follow it
-            head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+            head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": folder.name}
             if body.stream:
                 asks_usage = body.stream_options is not None and body.stream_options.include_usage
                 lines = server_sent_events(head, events, len(prompts), n_prompt if asks_usage else None, cleanup.pop_all())
-                return StreamingResponse(
-                    lines, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-                )
-            written, n_written = [""] * len(prompts), 0
-            choices: list[dict] = [{}] * len(prompts)
-            async for piece in pieces(events, len(prompts)):
-                written[piece.index] += piece.text
-                if piece.completion:
-                    choices[piece.index] = choice(piece.index, written[piece.index], piece.completion)
-                    n_written += len(piece.completion.tokens)
-            return JSONResponse({**head, "choices": choices, "usage": usage(n_prompt, n_written)})
+                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second for nginx
+                return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+            done = {piece.index: piece.completion async for piece in pieces(events, len(prompts)) if piece.completion}
+            choices = [choice(i, done[i].text, done[i]) for i in sorted(done)]
+            return JSONResponse({**head, "choices": choices, "usage": usage(n_prompt, sum(len(c.tokens) for c in done.values()))})
 
     return app
 
@@ -293,11 +284,12 @@ def is_address(name: str) -> bool:
     return True
 
 
-def modified(folder: Path) -> int:
+def model_object(folder: Path) -> dict:
     try:
-        return int((folder / "model.safetensors").stat().st_mtime)
+        created = int((folder / "model.safetensors").stat().st_mtime)
     except OSError:  # removed at this moment
-        return 0
+        created = 0
+    return {"id": folder.name, "object": "model", "created": created, "owned_by": "tritale"}
 
 
 def content_security_policy(page: str) -> str:

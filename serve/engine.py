@@ -48,12 +48,13 @@ class Piece:
 class Request:
     """Texts asked for together, of one checkpoint."""
 
-    model: str
+    folder: Path  # of the checkpoint, from `find_checkpoints`
     prompts: Sequence[str]  # one for each text
     samplings: Sequence[Sampling]
     deliver: Callable[[Started | Piece | RequestError], None]  # called in the engine's thread; must not block
     is_over: bool = False  # cancelled, or failed
-    ids: list[list[int]] | None = None  # of the prompts, once the checkpoint's tokenizer is there
+    ids: list[list[int]] | None = None  # of the prompts, once the checkpoint's tokenizer is there …
+    ids_version: tuple | None = None  # … and which version of the checkpoint's
 
 
 @dataclass(eq=False)
@@ -115,9 +116,8 @@ class Engine:
         self._waiting: deque[tuple[Request, int]] = deque()  # texts
         self._changed = threading.Condition()  # guards _waiting and _is_stopping
         self._is_stopping = False
-        newest = next(iter(find_checkpoints(folder)))
         try:
-            self._load(newest)
+            self._load(next(iter(find_checkpoints(folder).values())))
         except RequestError as error:
             raise ValueError(error.message) from error
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -209,12 +209,14 @@ class Engine:
                     return
                 request, index = self._waiting[0]
             try:
-                model = self._load(request.model)
+                model = self._load(request.folder)
                 if model is None or not model.decoder.free:
                     return
-                if request.ids is None:
-                    request.ids = _encode(model.llm, request.prompts)
-                    request.deliver(Started([len(ids) for ids in request.ids]))
+                if request.ids_version != model.version:
+                    is_first = request.ids is None
+                    request.ids, request.ids_version = _encode(model.llm, request.prompts), model.version
+                    if is_first:
+                        request.deliver(Started([len(ids) for ids in request.ids]))
             except RequestError as error:
                 self._fail(request, error)
                 continue
@@ -224,15 +226,14 @@ class Engine:
             writer = Writer(model.llm.tokenizer, sampling, len(ids), model.llm.model.config.context)
             model.writers[model.decoder.add(ids, sampling)] = request, index, writer
 
-    def _load(self, name: str) -> _Loaded | None:
+    def _load(self, folder: Path) -> _Loaded | None:
         """The checkpoint, from memory or disk; None where it has to wait until another one's texts are done."""
+        name = folder.name
         try:
-            folder = find_checkpoints(self.folder)[name]
             file = (folder / "model.safetensors").stat()
-        except (KeyError, ValueError, OSError):  # the run keeps its last few only
-            raise RequestError(
-                404, f"the checkpoint {name!r} is gone; /v1/models lists those that are there", param="model", code="model_not_found"
-            ) from None
+        except OSError:  # the run keeps its last few only
+            message = f"the checkpoint {name!r} is gone; /v1/models lists those that are there"
+            raise RequestError(404, message, param="model", code="model_not_found") from None
         version = (file.st_ino, file.st_mtime_ns)
         known = self._loaded.get(name)
         if known and known.version == version:
