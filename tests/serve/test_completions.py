@@ -25,9 +25,9 @@ def tokenizer():
 def run(tmp_path_factory, tokenizer):
     """A run with three checkpoints, and one that is being written."""
     folder = tmp_path_factory.mktemp("serve") / "run"
-    for step in (100, 900):
-        write_checkpoint(folder / f"step-{step:08d}", tokenizer, tiny(tokenizer))
-    write_checkpoint(folder / "step-00001000", tokenizer, reciting(tokenizer, ENDLESS, is_endless=True))
+    for step in (100, 1000):
+        write_checkpoint(folder / f"step-{step:08d}", tokenizer, reciting(tokenizer, ENDLESS, is_endless=True))
+    write_checkpoint(folder / "step-00000900", tokenizer, tiny(tokenizer))
     write_checkpoint(folder / ".step-00002000.0123abcd.tmp", tokenizer, tiny(tokenizer))
     (folder / "step-00003000").mkdir()
     (folder / "tokenizer").mkdir()
@@ -258,13 +258,19 @@ def test_two_checkpoints_stay_in_memory_and_a_third_waits_for_a_place(run, slow)
         ask(client, model=newest, max_tokens=2)
         ask(client, model=middle, max_tokens=2)  # the oldest was not used for longest
         assert loaded() == [middle, newest]
-        endless = {"model": newest, "prompt": "", "temperature": 0}
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            futures = [pool.submit(ask, client, **endless, max_tokens=300)]
+        endless = {"prompt": "", "temperature": 0}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(ask, client, model=newest, **endless, max_tokens=300)]
             wait_until(lambda: server.engine.status()["running"] == 1)
             ask(client, model=oldest, max_tokens=2)  # takes the place of the one that nobody uses
             assert loaded() == [oldest, newest] and server.engine.status()["running"] == 1
-            assert futures[0].result()["usage"]["completion_tokens"] == 300
+            futures.append(pool.submit(ask, client, model=oldest, **endless, max_tokens=100))
+            wait_until(lambda: server.engine.status()["running"] == 2)
+            ask(client, model=middle, max_tokens=2)  # waits until those of `oldest` are done
+            assert loaded()[0] == middle and server.engine.status()["running"] == 1
+            for future, n in zip(futures, (300, 100), strict=True):
+                assert future.result()["usage"]["completion_tokens"] == n
+                assert future.result()["choices"][0]["text"].startswith(ENDLESS)
 
 
 def test_checkpoints_come_go_and_change_while_the_server_runs(tmp_path, tokenizer):
