@@ -43,8 +43,8 @@ class TorchForward:
 
 
 class Decoder:
-    """Up to `slots` texts at a time; `Writer` makes text of their tokens. `capacity` is the longest text, prompt included (at most the model's context, which is also what it is
-    where it is not given): the cache takes slots · capacity · layers · 2 · H_kv · D numbers.
+    """Up to `slots` texts at a time; `Writer` makes text of their tokens. `capacity` is the longest text, prompt included, by default the
+    model's context; the cache takes slots · capacity · layers · 2 · H_kv · D numbers.
 
     Raises ValueError for a capacity beyond the context."""
 
@@ -69,7 +69,9 @@ class Decoder:
 
     def add(self, ids: list[int], sampling: Sampling) -> int:
         """Begin a text after the prompt `ids` (with `<|endoftext|>` in front); its handle. `sampling.max_new_tokens` and `sampling.stop`
-        are the caller's business (`Writer`). Raises ValueError where no slot is free, or for a prompt that is empty or fills the capacity."""
+        are the caller's business (`Writer`).
+
+        Raises ValueError where no slot is free, or for a prompt that is empty or fills the capacity."""
         if not self.free:
             raise ValueError(f"all {self._slots} slots are taken; remove a text first")
         if not 1 <= len(ids) < self._capacity:

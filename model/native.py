@@ -22,8 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "attention_out", "gate_up", "mlp_out")
+        (name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "attention_out", "gate_up", "mlp_out")
     ]
 
 
@@ -61,7 +60,9 @@ def library() -> ctypes.CDLL | str:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 built = Path(temporary) / path.name
-                result = subprocess.run([compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120)
+                result = subprocess.run(
+                    [compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120
+                )
                 if result.returncode:
                     why = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[0]
                     return f"{compiler} could not compile {SOURCE.name} ({why}); the slower PyTorch path runs"
