@@ -50,6 +50,7 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def page(chromium, server):
     """The page, freshly loaded; afterwards: no error in the console, no request to anyone but the server."""
+    chromium.get("about:blank")
     for kind in ("browser", "performance"):
         chromium.get_log(kind)  # what came before
     chromium.get(server.url)
