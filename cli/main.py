@@ -6,9 +6,9 @@ One with TAKES_CONFIG gets what it does not know itself, the keys of a run's con
 import argparse
 import sys
 
-from . import generate, lr_find, plan, prepare
+from . import generate, lr_find, plan, prepare, serve
 
-COMMANDS = {"prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate}
+COMMANDS = {"prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate, "serve": serve}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,192 @@
+"""The page in headless Chromium (Debian: apt install chromium chromium-driver)."""
+
+import base64
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.serve.servers import ENDLESS, IMAGE, SCRIPT, reciting, running, train_tokenizer, wait_until, write_checkpoint
+from tritale.model import Decoder
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium and chromedriver here: apt install chromium chromium-driver")
+
+
+def start_chromium(profile: Path):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,860", f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Checkpoints that write HTML, and one that never ends; each step takes 10 ms, so that one can see it write."""
+    folder, tokenizer = tmp_path_factory.mktemp("page") / "run", train_tokenizer()
+    write_checkpoint(folder / "step-00000001", tokenizer, reciting(tokenizer, SCRIPT))
+    write_checkpoint(folder / "step-00000002", tokenizer, reciting(tokenizer, IMAGE))
+    write_checkpoint(folder / "step-00000003", tokenizer, reciting(tokenizer, ENDLESS, is_endless=True))
+    with pytest.MonkeyPatch.context() as patch:
+        step = Decoder.step
+        patch.setattr(Decoder, "step", lambda self: (time.sleep(0.01), step(self))[1])
+        with running(folder) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    driver = start_chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(chromium, server):
+    """The page, freshly loaded; afterwards: no error in the console, no request to anyone but the server."""
+    chromium.get("about:blank")
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)  # what came before
+    chromium.get(server.url)
+    wait_until(lambda: len(chromium.find_elements("css selector", "#model option")) == 3)
+    yield chromium
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    messages = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert urls and all(url.startswith((f"{server.url}/", "data:")) for url in urls), urls
+    assert not chromium.execute_script("return document.querySelector('#error:not([hidden])')?.textContent")
+
+
+def choose(page, **values) -> None:
+    for name, value in values.items():
+        page.execute_script(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))", name, value
+        )
+
+
+def write(page) -> None:
+    page.find_element("id", "write").click()
+    wait_until(lambda: stories(page))
+
+
+def stories(page) -> list[str]:
+    return page.execute_script("return [...document.querySelectorAll('article .story')].map(e => e.textContent)")
+
+
+def is_writing(page) -> bool:
+    return bool(page.find_elements("css selector", "article.writing"))
+
+
+def test_a_story_is_streamed_with_the_settings_chosen(page, server):
+    assert page.execute_script("return [...document.querySelectorAll('#model option')].map(e => e.value)") == [
+        "step-00000003", "step-00000002", "step-00000001",
+    ]  # fmt: skip
+    choose(page, prompt="小兔", temperature="0", top_k="0", max_tokens="150", seed="7")
+    assert page.find_element("id", "temperature-value").text == "0" and "全部" in page.find_element("id", "top_k-value").text
+    write(page)
+    wait_until(lambda: len(stories(page)[0]) > 10)
+    early = stories(page)[0]
+    assert is_writing(page) and not page.find_element("id", "write").is_enabled()
+    wait_until(lambda: not is_writing(page))
+    late = stories(page)[0]
+    assert late.startswith(early) and len(late) > len(early) and late.startswith("小兔" + ENDLESS)
+    footer = page.find_element("css selector", "article footer").text
+    assert "step-00000003" in footer and "T 0" in footer and "seed 7" in footer and "150 tokens" in footer and "length limit" in footer
+    choose(page, max_tokens="5")
+    write(page)
+    wait_until(lambda: len(stories(page)) == 2 and not is_writing(page))
+    assert stories(page)[1] == late and len(stories(page)[0]) < len(late)  # the newest on top, the others stay
+
+
+def test_stop_ends_the_story_and_frees_the_slot(page, server):
+    for stop in (lambda: page.find_element("id", "stop").click(), lambda: page.execute_script(
+        "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
+    )):  # fmt: skip
+        assert not page.find_element("id", "stop").is_enabled()
+        before = server.engine.n_steps
+        choose(page, prompt="", max_tokens="500")
+        write(page)
+        wait_until(lambda: len(stories(page)[0]) > 10)
+        stop()
+        wait_until(lambda: not is_writing(page))
+        wait_until(lambda: server.engine.status()["running"] == 0)
+        assert server.engine.n_steps - before < 450 and 10 < len(stories(page)[0]) < 900
+        assert "stopped" in page.find_element("css selector", "article footer").text
+        assert page.find_element("id", "write").is_enabled()
+
+
+@pytest.mark.parametrize("step, html", [(1, SCRIPT), (2, IMAGE)])
+def test_html_in_a_story_is_text(step, html, page):
+    page.execute_script("window.hacked = () => { window.isHacked = true }")
+    prompt = "<b>小兔</b><img src=x onerror=hacked()>"
+    choose(page, model=f"step-{step:08d}", prompt="", temperature="0")
+    write(page)
+    wait_until(lambda: not is_writing(page))
+    assert stories(page)[0] == html and "the end" in page.find_element("css selector", "article footer").text
+    choose(page, prompt=prompt, max_tokens="1")
+    write(page)
+    wait_until(lambda: len(stories(page)) == 2 and not is_writing(page))
+    assert stories(page)[0].startswith(prompt)
+    assert page.execute_script("return document.querySelectorAll('article b, article img, article script').length") == 0
+    assert page.execute_script("return window.isHacked") is None
+
+
+def test_what_the_server_refuses_is_shown(chromium, page):
+    choose(page, prompt="<i>小兔</i>" * 500)
+    page.find_element("id", "write").click()
+    wait_until(lambda: chromium.find_element("id", "error").is_displayed())
+    assert "shorten" in chromium.find_element("id", "error").text and stories(page) == []
+    assert chromium.find_element("id", "empty").is_displayed()
+    assert any("400" in entry["message"] for entry in chromium.get_log("browser"))  # Chromium's own note of the status
+    choose(page, prompt="", max_tokens="2")
+    write(page)
+    wait_until(lambda: not is_writing(page))
+    assert not chromium.find_element("id", "error").is_displayed()
+
+
+def test_the_policy_keeps_out_what_is_not_the_pages_own(chromium, server):
+    """Were something ever inserted as HTML, it could neither run nor ask another server."""
+    chromium.get(server.url)
+    chromium.get_log("browser")
+    chromium.execute_script("""
+        window.isHacked = false;
+        const div = document.createElement('div'), script = document.createElement('script');
+        div.innerHTML = '<b onclick="window.isHacked = true">x</b><img src="http://evil.example/x.png">';
+        script.textContent = 'window.isHacked = true';
+        document.body.append(div, script);
+        div.firstChild.click();
+    """)
+    blocked = []
+    wait_until(lambda: blocked.extend(e["message"] for e in chromium.get_log("browser")) or len(blocked) >= 3)
+    assert all("Content Security Policy" in message for message in blocked), blocked
+    assert chromium.execute_script("return window.isHacked") is False
+
+
+def screenshot(folder: Path, target: Path) -> None:
+    """docs/serve.png: two stories of a run, as a reader sees them. `python -m tests.serve.test_page out/quickstart docs/serve.png`"""
+    with running(folder) as server:
+        driver = start_chromium(Path("/tmp/tritale-screenshot-profile"))
+        try:
+            driver.get(server.url)
+            wait_until(lambda: driver.find_elements("css selector", "#model option"))
+            names = driver.execute_script("return [...document.querySelectorAll('#model option')].map(e => e.value)")
+            for name, seed in ((names[len(names) // 2], "2"), (names[0], "1")):
+                choose(driver, model=name, seed=seed)
+                driver.find_element("id", "write").click()
+                wait_until(lambda: stories(driver) and not is_writing(driver))
+            image = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
+            target.write_bytes(base64.b64decode(image))
+        finally:
+            driver.quit()
+
+
+if __name__ == "__main__":
+    import sys
+
+    screenshot(Path(sys.argv[1]), Path(sys.argv[2]))
