@@ -62,10 +62,9 @@ def test_a_checkpoint_is_a_hugging_face_model(tiny_run):
     ids = tokenizer("汤姆和杰瑞是好朋友，", return_tensors="pt").input_ids
     assert ids[0].tolist() == llm.tokenizer.encode("汤姆和杰瑞是好朋友，", bos=True)
     torch.testing.assert_close(llm.model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    out = theirs.generate(ids, do_sample=False, max_new_tokens=20)
-    assert tokenizer.decode(out[0], skip_special_tokens=True) == "汤姆和杰瑞是好朋友，" + llm.generate(
-        "汤姆和杰瑞是好朋友，", temperature=0, max_new_tokens=20
-    )
+    out = theirs.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :].tolist()
+    (written,) = llm.complete(["汤姆和杰瑞是好朋友，"], temperature=0, max_new_tokens=20)
+    assert [i for i in out if i != llm.tokenizer.eot_id] == written.tokens
 
 
 def test_validation_bits_are_the_documents_own(tiny_run):
