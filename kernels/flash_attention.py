@@ -735,7 +735,8 @@ def _attend_sdpa(
             k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
         return _document_attention(q, k, v, cu_seqlens, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
-    needs_mask = cu_seqlens is not None or window is not None or (is_causal and 1 < q.shape[1] != k.shape[1])
+    is_square = True if q.shape[1] == k.shape[1] else False  # a bool: of dynamic shapes torch.compile makes a symbol, which SDPA refuses
+    needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
     mask = None
     if needs_mask:
         mask = reference.attention_mask(
@@ -746,7 +747,7 @@ def _attend_sdpa(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=is_causal and mask is None and bool(q.shape[1] == k.shape[1]),  # with dynamic shapes a bool, no SymBool
+        is_causal=is_causal and mask is None and is_square,
         scale=scale,
         enable_gqa=group > 1,
     )

@@ -285,7 +285,7 @@ def rope(
         )
     positions = token_positions(*q.shape[:2], cos, positions, cu_seqlens)
     inplace = inplace and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():  # its strides may be symbols, and it copies results back, which checks them
         _check_inplace(q, k)
     if not uses_triton(q):
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)
