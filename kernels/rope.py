@@ -244,7 +244,7 @@ def token_positions(n_batch: int, n_tokens: int, cos: Tensor, positions: Tensor 
     if is_readable(positions) and positions.numel():
         low, high = (int(n) for n in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
-            raise ValueError(f"positions from {low} to {high}, but cos and sin hold {cos.shape[0]} positions, counted from 0; make them longer")
+            raise ValueError(f"positions from {low} to {high}, but cos and sin hold {cos.shape[0]} positions from 0; make them longer")
     return positions.contiguous()
 
 

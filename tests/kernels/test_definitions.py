@@ -145,7 +145,9 @@ def test_packed_attention_takes_heads_that_lie_apart(lay):
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-@pytest.mark.parametrize("options", [{}, {"cu_seqlens": torch.tensor([0, 4, 9])}, {"window": 3}, {"softcap": 2.0}], ids=lambda o: "-".join(o) or "causal")
+@pytest.mark.parametrize(
+    "options", [{}, {"cu_seqlens": torch.tensor([0, 4, 9])}, {"window": 3}, {"softcap": 2.0}], ids=lambda o: "-".join(o) or "causal"
+)
 def test_attention_with_a_scale_that_is_not_positive(scale, options):
     q, k, v = randn(1, 9, 2, 16), randn(1, 9, 2, 16), randn(1, 9, 2, 16)
     out, expected = (f(q, k, v, scale=scale, **options) for f in (kernels.flash_attention, reference.flash_attention))

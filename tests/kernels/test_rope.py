@@ -297,8 +297,9 @@ def check_wrong_places(device, cos, sin):
         q = torch.ones(n_batch, n_tokens, 2, 8, device=device)
         with pytest.raises(ValueError, match=message):
             rope(q, q, cos, sin, **options)
+        qkv, weights = torch.ones(n_batch, n_tokens, 32, device=device), torch.ones(2, 8, device=device)
         with pytest.raises(ValueError, match=message):
-            qk_norm_rope(torch.ones(n_batch, n_tokens, 32, device=device), *torch.ones(2, 8, device=device), cos, sin, n_head=2, n_kv_head=1, **options)
+            qk_norm_rope(qkv, *weights, cos, sin, n_head=2, n_kv_head=1, **options)
 
     at = lambda *n, dtype=torch.int64: torch.tensor(n, device=device, dtype=dtype)
     wrong(1, 13, "hold 12 positions")
