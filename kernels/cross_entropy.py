@@ -196,13 +196,14 @@ def launch_cross_entropy(
         return
     out = logits if gradient is None else gradient
     options = launch_options("cross_entropy", logits, vocab_size=vocab_size)
-    _cross_entropy_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
-        logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
-        IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
-        WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
-        GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
-        **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _cross_entropy_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+            logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
+            IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
+            WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
+            GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+            **options,
+        )  # fmt: skip
 
 
 def empty_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -294,8 +295,8 @@ def refuse_double_backward(op: str):
 
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{op} cannot be differentiated twice: its backward is a kernel without a derivative. For second derivatives run it "
-            "inside `tritale.kernels.backend('torch')`"
+            f"{op} cannot be differentiated twice: its backward has no derivative. For second derivatives use its definition, "
+            f"tritale.kernels.reference.{op}"
         )
 
     return backward
@@ -335,13 +336,24 @@ def _may_overwrite(logits: Tensor) -> bool:
     return not root.is_leaf and logits.stride(-1) == 1 and (logits.stride(0) >= logits.shape[1] or logits.shape[0] == 1)
 
 
-def check_options(reduction: str, label_smoothing: float, softcap: float | None) -> None:
+def check_options(
+    reduction: str, label_smoothing: float, softcap: float | None, targets: Tensor, token_weight: Tensor | None
+) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing {label_smoothing} is no share of the loss; choose one in [0, 1]")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap {softcap} leaves no logits; choose a positive one, or None for no cap")
+    if targets.is_floating_point():
+        raise ValueError(f"targets of {targets.dtype} are no indices into the vocabulary; integers expected")
+    if token_weight is not None and token_weight.shape != targets.shape:
+        raise ValueError(f"token_weight {tuple(token_weight.shape)} must have the targets' shape, {tuple(targets.shape)}")
+
+
+def signed_targets(targets: Tensor) -> Tensor:
+    """The targets in a dtype that holds every ignore_index: in uint8, −100 is 156."""
+    return targets if targets.dtype in (torch.int32, torch.int64) else targets.long()
 
 
 def cross_entropy(
@@ -369,7 +381,8 @@ def cross_entropy(
     (`create_graph`). A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU, where checking is free).
 
     Raises ValueError for an unknown reduction, options out of range, or targets that are not shaped as the rows of the logits."""
-    check_options(reduction, label_smoothing, softcap)
+    check_options(reduction, label_smoothing, softcap, targets, token_weight)
+    targets = signed_targets(targets)
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: (…, V) and (…) expected")
     if not uses_triton(logits):
@@ -389,7 +402,7 @@ def cross_entropy(
     else:
         result = loss.sum()
     if reduction == "mean":
-        result = result / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
+        result = result / reference.mean_divisor(is_valid, normalizer)
     if not return_stats:
         return result
     return result, statistics(nll, top, log_total, correct, z_loss, shape)

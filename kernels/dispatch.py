@@ -56,6 +56,24 @@ def uses_triton(x: Tensor) -> bool:
     return interprets()
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether looking at x's values costs no wait for a device: then an op checks what it cannot elsewhere. torch.compile has no values."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
+
+
+def check_documents(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> None:
+    """Raise ValueError where cu_seqlens cannot be the bounds of documents in a batch of this shape; its values are looked at on the CPU."""
+    if n_batch != 1 or cu_seqlens.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens {tuple(cu_seqlens.shape)} for a batch of ({n_batch}, {n_tokens}) tokens: (documents + 1,) expected, and the batch "
+            "flattened to B = 1"
+        )
+    if is_readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if not bounds or bounds[0] != 0 or bounds[-1] != n_tokens or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens {bounds} must rise from 0 to the number of tokens, {n_tokens}; a last entry may be repeated")
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on (fp64 stays), unchanged elsewhere; what a matrix product of torch does."""
     kind = tensors[0].device.type

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .dispatch import autocast
+from .dispatch import autocast, check_documents
 from .launch import generation, launch_options
 from .triton_compat import jit, tl, triton
 
@@ -232,9 +232,9 @@ def _flash_attention_fwd(
     o_h = o_bh % n_head
     o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # causal: the longest programs of a head first
     o_m = o_block + tl.arange(0, BLOCK_M)
-    p_q += o_b * stride_qb * ALIGN + o_h * stride_qh * ALIGN + o_block.to(tl.int64) * stride_qt
-    p_k += o_b * stride_kb * ALIGN + o_h // GROUP * stride_kh * ALIGN
-    p_v += o_b * stride_vb * ALIGN + o_h // GROUP * stride_vh * ALIGN
+    p_q += (o_b * stride_qb + o_h.to(tl.int64) * stride_qh) * ALIGN + o_block.to(tl.int64) * stride_qt
+    p_k += (o_b * stride_kb + (o_h // GROUP).to(tl.int64) * stride_kh) * ALIGN
+    p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
 
     o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
     b_lo, b_hi = _keys_seen(
@@ -313,11 +313,11 @@ def _flash_attention_bwd_dq(
     o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
     o_m = o_block + tl.arange(0, BLOCK_M)
     n_rows = n_query - o_block
-    p_q += o_b * stride_qb * ALIGN + o_h * stride_qh * ALIGN + o_block.to(tl.int64) * stride_qt
-    p_o += o_b * stride_ob * ALIGN + o_h * stride_oh * ALIGN + o_block.to(tl.int64) * stride_ot
-    p_do += o_b * stride_dob * ALIGN + o_h * stride_doh * ALIGN + o_block.to(tl.int64) * stride_dot
-    p_k += o_b * stride_kb * ALIGN + o_h // GROUP * stride_kh * ALIGN
-    p_v += o_b * stride_vb * ALIGN + o_h // GROUP * stride_vh * ALIGN
+    p_q += (o_b * stride_qb + o_h.to(tl.int64) * stride_qh) * ALIGN + o_block.to(tl.int64) * stride_qt
+    p_o += (o_b * stride_ob + o_h.to(tl.int64) * stride_oh) * ALIGN + o_block.to(tl.int64) * stride_ot
+    p_do += (o_b * stride_dob + o_h.to(tl.int64) * stride_doh) * ALIGN + o_block.to(tl.int64) * stride_dot
+    p_k += (o_b * stride_kb + (o_h // GROUP).to(tl.int64) * stride_kh) * ALIGN
+    p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
 
     o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
     b_lo, b_hi = _keys_seen(
@@ -404,10 +404,10 @@ def _flash_attention_bwd_dkv(
     o_block = tl.program_id(0) % n_blocks * BLOCK_N  # causal: the first keys are seen most, and come first
     o_n = o_block + tl.arange(0, BLOCK_N)
     n_rows = n_key - o_block
-    p_k += o_b * stride_kb * ALIGN + o_h * stride_kh * ALIGN + o_block.to(tl.int64) * stride_kt
-    p_v += o_b * stride_vb * ALIGN + o_h * stride_vh * ALIGN + o_block.to(tl.int64) * stride_vt
-    p_q += o_b * stride_qb * ALIGN + o_h * GROUP * stride_qh * ALIGN
-    p_do += o_b * stride_dob * ALIGN + o_h * GROUP * stride_doh * ALIGN
+    p_k += (o_b * stride_kb + o_h.to(tl.int64) * stride_kh) * ALIGN + o_block.to(tl.int64) * stride_kt
+    p_v += (o_b * stride_vb + o_h.to(tl.int64) * stride_vh) * ALIGN + o_block.to(tl.int64) * stride_vt
+    p_q += (o_b * stride_qb + (o_h * GROUP).to(tl.int64) * stride_qh) * ALIGN
+    p_do += (o_b * stride_dob + (o_h * GROUP).to(tl.int64) * stride_doh) * ALIGN
     p_lse += o_bh.to(tl.int64) * GROUP * n_query
     p_delta += o_bh.to(tl.int64) * GROUP * n_query
 
@@ -435,8 +435,8 @@ def _flash_attention_bwd_dkv(
                 o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query,
                 stride_qt, stride_dot, UNIT, INNER, D, D0, D1, BLOCK_M, True,
             )  # fmt: skip
-        p_q += stride_qh * ALIGN
-        p_do += stride_doh * ALIGN
+        p_q += tl.cast(stride_qh, tl.int64) * ALIGN
+        p_do += tl.cast(stride_doh, tl.int64) * ALIGN
         p_lse += n_query
         p_delta += n_query
     b_dk0 = b_dk0 * SCALE
@@ -508,10 +508,11 @@ def _launch_fwd(
     options = launch_options("flash_attention_fwd", q, head_dim=head_dim, itemsize=q.itemsize)
     strides, align = _strides(q, k, v)
     grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
-    _flash_attention_fwd[grid](
-        q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
-        **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _flash_attention_fwd[grid](
+            q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
+            **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
+        )  # fmt: skip
     return out, lse
 
 
@@ -539,18 +540,20 @@ def _launch_bwd(
         options = launch_options("flash_attention_bwd_dq", q, **sizes)
         strides, align = _strides(q, k, v, out, grad)
         grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
-        _flash_attention_bwd_dq[grid](
-            q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
-            **constants, ALIGN=align, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _flash_attention_bwd_dq[grid](
+                q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
+                **constants, ALIGN=align, **options,
+            )  # fmt: skip
     if dk.numel():
         options = launch_options("flash_attention_bwd_dkv", q, **sizes)
         strides, align = _strides(q, k, v, grad)
         grid = (triton.cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
-        _flash_attention_bwd_dkv[grid](
-            q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
-            **constants, ALIGN=align, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _flash_attention_bwd_dkv[grid](
+                q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
+                **constants, ALIGN=align, **options,
+            )  # fmt: skip
     return dq, dk, dv
 
 
@@ -634,13 +637,14 @@ def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 
 
 def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
-    return x[:, start:end].transpose(1, 2)  # (1, H, T, D)
+    return x[:, start:end].transpose(1, 2)  # (1, H, T, D); PyTorch's kernel takes the entries of a head to lie side by side
 
 
 @torch.library.custom_op("tritale::document_attention", mutates_args=())
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     for start, end in _documents(cu_seqlens):
         qkv = (_heads_first(t, start, end) for t in (q, k, v))
         o, lse[:, :, start:end] = _sdpa(*qkv, is_causal=True, scale=scale)
@@ -659,6 +663,7 @@ def _document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
     for start, end in _documents(cu_seqlens):
         inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
         parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, True, scale=scale)
@@ -683,6 +688,7 @@ def _backward(ctx, grad, _):
 
 
 _document_attention.register_autograd(_backward, setup_context=_save)
+_document_attention_backward.register_autograd(_no_double_backward)
 
 
 def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -696,8 +702,6 @@ def _attend_triton(
 ) -> Tensor:
     if q.shape[-1] > 256:
         raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
-    if scale <= 0:  # the kernels want a positive unit, so that the maximum can be taken before scaling
-        q, scale = q * scale, 1.0
     if window is not None:
         window = min(window, q.shape[1] + k.shape[1])  # further back is nothing, and this fits 32 bits
     start, end = (None, None) if cu_seqlens is None else _document_bounds(cu_seqlens, q.shape[1])
@@ -731,7 +735,8 @@ def _attend_sdpa(
             k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
         return _document_attention(q, k, v, cu_seqlens, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
-    needs_mask = cu_seqlens is not None or window is not None or (is_causal and 1 < q.shape[1] != k.shape[1])
+    is_square = True if q.shape[1] == k.shape[1] else False  # a bool: of dynamic shapes torch.compile makes a symbol, which SDPA refuses
+    needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
     mask = None
     if needs_mask:
         mask = reference.attention_mask(
@@ -742,7 +747,7 @@ def _attend_sdpa(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=is_causal and mask is None and q.shape[1] == k.shape[1],
+        is_causal=is_causal and mask is None and is_square,
         scale=scale,
         enable_gqa=group > 1,
     )
@@ -810,17 +815,25 @@ def flash_attention(
     documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other. A query that sees no key
     gives 0. `attention_backend` chooses what computes it.
 
-    Raises ValueError where the shapes do not fit each other, or for a window or soft cap that is not positive."""
-    if q.shape[2] % k.shape[2] or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+    Raises ValueError where shapes or dtypes do not fit each other, for a window or soft cap that is not positive, and for `cu_seqlens`
+    that do not run from 0 to T (on a GPU their values are not looked at: that would wait for it)."""
+    is_fitting = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0]
+    if not is_fitting or not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, q their batch and "
-            "head size, and q's heads (dimension 2) must be a multiple of theirs"
+            f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: (B, T, H, D) and twice (B, S, H_kv, D) expected: k "
+            "and v must have one shape, q their batch and head size, and q's heads (dimension 2) must be a multiple of theirs"
         )
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
-        raise ValueError(f"cu_seqlens needs the batch flattened to B = 1 and T = S; got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if cu_seqlens is not None:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(f"cu_seqlens needs T = S; got q {tuple(q.shape)}, k {tuple(k.shape)}")
+        check_documents(cu_seqlens, *q.shape[:2])
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         raise ValueError(f"window ({window}) must be at least 1 and softcap ({softcap}) positive; None switches either off")
     q, k, v = autocast(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; attention multiplies them as they are, so make them one dtype")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they want a positive unit
+        q, scale = q * scale, 1.0
     attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q)]
     return attend(q, k, v, is_causal, window, softcap, scale, cu_seqlens)

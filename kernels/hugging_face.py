@@ -174,7 +174,8 @@ def patch_transformers(model: nn.Module) -> nn.Module:
     """Make `model`, a Llama, Mistral or Qwen3 of transformers, run the kernels, in place; returns it. `unpatch` undoes it.
 
     Works for the bare model, the causal language model and what wraps them with a `config` (PEFT); gradient checkpointing, KV cache,
-    left- and right-padded and packed batches included. In training mode with labels, `logits` is None.
+    left- and right-padded and packed batches included. In training mode with labels, `logits` is None. To see where padding and documents
+    lie, a forward pass reads the attention mask or the positions back from the device: it waits once or twice, unless it is compiled.
 
     Raises ValueError for another architecture, or a model set up in a way that the kernels do not compute."""
     config = getattr(model, "config", None)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import reference
 from .cross_entropy import (
     check_options,
     empty_rows,
@@ -26,6 +27,7 @@ from .cross_entropy import (
     logits_gradient,
     refuse_double_backward,
     row_loss,
+    signed_targets,
     statistics,
     tanh,
     unit_rows,
@@ -388,16 +390,17 @@ def _recompute(
     programs = triton.cdiv(n, options["BLOCK_N"])
     n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * processors(x))
     parts = [rows[0].new_empty(n_slices, n, dtype=dtype) for dtype in [rows[0].dtype] * 4 + [torch.int32]]
-    _recompute_forward_kernel[(programs, n_slices)](
-        x, weight, targets, *parts, n, vocab_size, width, slice_size, x.stride(0), weight.stride(0),
-        SOFTCAP=softcap, ACC=acc, **options,
-    )  # fmt: skip
-    block_s = triton.next_power_of_2(n_slices)
-    options = launch_options("linear_cross_entropy_combine", x, n_slices=block_s)
-    _recompute_combine_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
-        targets, *parts, *rows, n, vocab_size, n_slices,
-        IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK_S=block_s, ACC=acc, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _recompute_forward_kernel[(programs, n_slices)](
+            x, weight, targets, *parts, n, vocab_size, width, slice_size, x.stride(0), weight.stride(0),
+            SOFTCAP=softcap, ACC=acc, **options,
+        )  # fmt: skip
+        block_s = triton.next_power_of_2(n_slices)
+        options = launch_options("linear_cross_entropy_combine", x, n_slices=block_s)
+        _recompute_combine_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+            targets, *parts, *rows, n, vocab_size, n_slices,
+            IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK_S=block_s, ACC=acc, **options,
+        )  # fmt: skip
     return rows
 
 
@@ -429,11 +432,12 @@ def _recompute_backward(
     options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
 
     def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
-        _recompute_backward_kernel[(triton.cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
-            a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
-            IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
-            ACC=tl.float64 if a.dtype == torch.float64 else tl.float32, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(a):
+            _recompute_backward_kernel[(triton.cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
+                a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
+                IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
+                ACC=tl.float64 if a.dtype == torch.float64 else tl.float32, **options,
+            )  # fmt: skip
 
     if needs_dx:  # few rows of x leave processors idle: the vocabulary is cut, one fp32 dx per slice, then summed
         programs = triton.cdiv(x.shape[0], options["BLOCK_A"])
@@ -501,21 +505,23 @@ def linear_cross_entropy(
     the limit (a CPU, and sm_75 for want of tensor cores, go chunk by chunk then too, but keep no gradients between forward and backward).
     `inplace_backward` is accepted for `cross_entropy`'s sake: the logits are the op's own and always overwritten.
 
-    Raises ValueError for an unknown strategy or reduction, or widths that differ."""
+    Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
-    check_options(reduction, label_smoothing, softcap)
+    check_options(reduction, label_smoothing, softcap, targets, token_weight)
     if x.shape[-1] != weight.shape[-1] or x.shape[:-1] != targets.shape:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: (…, K), (V, K), (…) expected")
     (x,) = autocast(x)
-    shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), signed_targets(targets.reshape(-1))
     is_valid = targets != ignore_index
     targets = targets.masked_fill(~is_valid, IGNORED)
-    row_scale = is_valid.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    row_scale = is_valid.to(wide)
     if reduction == "mean":
-        row_scale = row_scale / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
+        row_scale = row_scale / reference.mean_divisor(is_valid, normalizer)
     if token_weight is not None:
         row_scale = row_scale * token_weight.reshape(-1).masked_fill(~is_valid, 0)
+    row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
     is_triton = uses_triton(x)
     if strategy == "recompute" and is_triton and generation(x) != "sm_75":

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import forbid_double_backward, uses_triton
 from .launch import launch_options, power_of_two, processors
-from .rope import _adjacent, _cos_sin, _row_offsets, token_positions
+from .rope import _adjacent, _cos_sin, _position_stride, _row_offsets, token_positions
 from .triton_compat import jit, tl, triton
 
 
@@ -93,22 +93,23 @@ def _qk_norm_rope_fwd(
     n_q, n_kv = n_batch * n_tokens * H, n_batch * n_tokens * H_KV
     q_blocks, kv_blocks = tl.cdiv(n_q, BLOCK_R), tl.cdiv(n_kv, BLOCK_R)
     block = tl.program_id(0)
+    n_long = tl.cast(n_tokens, tl.int64)  # times a token's entries it may pass 2³¹
     if block < q_blocks:
         _norm_rope_rows(
             p_qkv, p_q, p_wq, p_cos, p_sin, p_positions, block, n_q, n_tokens,
-            stride_b, stride_t, D, n_tokens * (H * D), H * D, D, stride_p,
+            stride_b, stride_t, D, n_long * (H * D), H * D, D, stride_p,
             H, HALF, REST, EPS, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
         _norm_rope_rows(
             p_qkv + H * D, p_k, p_wk, p_cos, p_sin, p_positions, block - q_blocks, n_kv, n_tokens,
-            stride_b, stride_t, D, n_tokens * (H_KV * D), H_KV * D, D, stride_p,
+            stride_b, stride_t, D, n_long * (H_KV * D), H_KV * D, D, stride_p,
             H_KV, HALF, REST, EPS, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         _copy_rows(
             p_qkv + (H + H_KV) * D, p_v, block - q_blocks - kv_blocks, n_kv, n_tokens,
-            stride_b, stride_t, D, n_tokens * (H_KV * D), H_KV * D, D, H_KV, D, BLOCK_R, BLOCK_D,
+            stride_b, stride_t, D, n_long * (H_KV * D), H_KV * D, D, H_KV, D, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -208,24 +209,25 @@ def _qk_norm_rope_bwd(
     ROW: tl.constexpr = (H + 2 * H_KV) * D
     n_q, n_kv = n_batch * n_tokens * H, n_batch * n_tokens * H_KV
     kind = tl.program_id(1)
+    stride_db = tl.cast(n_tokens, tl.int64) * ROW  # may pass 2³¹
     p_dw += (kind * tl.num_programs(0) + tl.program_id(0)) * D
     if kind == 0:
         _norm_rope_rows_bwd(
             p_dq, p_qkv, p_wq, p_dqkv, p_dw, p_cos, p_sin, p_positions, n_q, n_tokens,
-            stride_qb, stride_qt, stride_qh, stride_b, stride_t, n_tokens * ROW, ROW, stride_p,
+            stride_qb, stride_qt, stride_qh, stride_b, stride_t, stride_db, ROW, stride_p,
             H, HALF, REST, EPS, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif kind == 1:
         _norm_rope_rows_bwd(
             p_dk, p_qkv + H * D, p_wk, p_dqkv + H * D, p_dw, p_cos, p_sin, p_positions, n_kv, n_tokens,
-            stride_kb, stride_kt, stride_kh, stride_b, stride_t, n_tokens * ROW, ROW, stride_p,
+            stride_kb, stride_kt, stride_kh, stride_b, stride_t, stride_db, ROW, stride_p,
             H_KV, HALF, REST, EPS, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         for block in range(tl.program_id(0), tl.cdiv(n_kv, BLOCK_R), tl.num_programs(0)):
             _copy_rows(
                 p_dv, p_dqkv + (H + H_KV) * D, block, n_kv, n_tokens,
-                stride_vb, stride_vt, stride_vh, n_tokens * ROW, ROW, D, H_KV, D, BLOCK_R, BLOCK_D,
+                stride_vb, stride_vt, stride_vh, stride_db, ROW, D, H_KV, D, BLOCK_R, BLOCK_D,
             )  # fmt: skip
 
 
@@ -250,11 +252,11 @@ def _qk_norm_rope_op(
     options = launch_options("qk_norm_rope_fwd", qkv, half=cos.shape[-1])
     blocks = sum(triton.cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head, n_kv_head))
     if blocks:
-        stride_p = 0 if positions is None or positions.dim() == 1 else positions.stride(0)
         with torch.cuda.device_of(qkv):
             _qk_norm_rope_fwd[blocks,](
                 qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), positions, q, k, v,
-                n_batch, n_tokens, *qkv.stride()[:2], stride_p, **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
+                n_batch, n_tokens, *qkv.stride()[:2], _position_stride(positions),
+                **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
             )  # fmt: skip
     return q, k, v
 
@@ -279,12 +281,11 @@ def _qk_norm_rope_backward_op(
     options = dict(launch_options("qk_norm_rope_bwd", qkv, half=cos.shape[-1]))
     n_programs = min(processors(qkv) * options.pop("PER_PROCESSOR"), triton.cdiv(n_batch * n_tokens * n_head, options["BLOCK_R"]))
     dw = qkv.new_empty((2, n_programs, head_dim), dtype=wide)
-    stride_p = 0 if positions is None or positions.dim() == 1 else positions.stride(0)
     with torch.cuda.device_of(qkv):
         _qk_norm_rope_bwd[n_programs, 3](
             dq, dk, dv, qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), positions, dqkv, dw,
-            n_batch, n_tokens, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *qkv.stride()[:2], stride_p,
-            **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
+            n_batch, n_tokens, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *qkv.stride()[:2],
+            _position_stride(positions), **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
         )  # fmt: skip
     dwq, dwk = dw.sum(1)
     return dqkv, dwq.to(q_weight.dtype, copy=True), dwk.to(k_weight.dtype, copy=True)
@@ -318,23 +319,23 @@ def qk_norm_rope(
     n_head: int,
     n_kv_head: int,
     eps: float = 1e-6,
-    positions: Tensor | None = None,  # (T,) or (B, T) int
+    positions: Tensor | None = None,  # (T,), (1, T) or (B, T) int
     cu_seqlens: Tensor | None = None,  # (documents + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split packed q, k, v; RMSNorm over each head of q and k (as Qwen3), then `rope`: q (B, T, H, D), k and v (B, T, H_kv, D).
 
     The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the whole gradient of qkv at once.
-    Raises ValueError where the shapes do not fit."""
+    cos and sin get no gradient. Raises ValueError where the shapes do not fit, and for positions as `rope` does."""
     head_dim = q_weight.shape[-1]
     if qkv.dim() != 3 or qkv.shape[-1] != (n_head + 2 * n_kv_head) * head_dim or k_weight.shape != q_weight.shape:
         raise ValueError(
             f"qkv {tuple(qkv.shape)}, q_weight {tuple(q_weight.shape)}, k_weight {tuple(k_weight.shape)}, n_head {n_head}, n_kv_head "
             f"{n_kv_head}: (B, T, (n_head + 2 n_kv_head) D), (D,), (D,) expected"
         )
-    if 2 * cos.shape[-1] > head_dim or cos.shape != sin.shape:
+    if cos.dim() != 2 or 2 * cos.shape[-1] > head_dim or cos.shape != sin.shape:
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: twice (T_max, at most {head_dim // 2}) expected")
+    positions = token_positions(*qkv.shape[:2], cos, positions, cu_seqlens)
     if not uses_triton(qkv):
-        options = {"n_head": n_head, "n_kv_head": n_kv_head, "eps": eps, "positions": positions, "cu_seqlens": cu_seqlens}
-        return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, **options)
-    positions = token_positions(qkv.shape[1], cos, positions, cu_seqlens)
+        options = {"n_head": n_head, "n_kv_head": n_kv_head, "eps": eps, "positions": positions}
+        return reference.qk_norm_rope(qkv, q_weight, k_weight, cos.detach(), sin.detach(), **options)
     return _qk_norm_rope_op(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)

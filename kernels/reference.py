@@ -63,7 +63,7 @@ def rope(
     sin: Tensor,  # (T_max, rotary_dim / 2)
     *,
     interleaved: bool = False,
-    positions: Tensor | None = None,  # (T,) or (B, T) int
+    positions: Tensor | None = None,  # (T,), (1, T) or (B, T) int
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,11 @@ def geglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
     return (F.gelu(_wide(gate), approximate="tanh") * _wide(up)).to(gate.dtype)
 
 
+def mean_divisor(is_valid: Tensor, normalizer: Tensor | None) -> Tensor:
+    """What `mean` divides by: the number of targets that are not ignored, or `normalizer`; 1 where none is left, since 0 / 0 is NaN."""
+    return is_valid.sum().clamp(min=1) if normalizer is None else torch.where(is_valid.any(), normalizer, 1)
+
+
 def cross_entropy(
     logits: Tensor,  # (…, V)
     targets: Tensor,  # (…) int
@@ -130,10 +135,10 @@ def cross_entropy(
     gradients are 0. With `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored. `inplace_backward`
     allows a kernel to write the gradient over the logits; here it changes nothing.
     """
-    s = _wide(logits)
+    is_valid = targets != ignore_index
+    s = _wide(logits).masked_fill(~is_valid.unsqueeze(-1), 0.0)  # an ignored row may hold anything, and NaN · 0 is NaN
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    is_valid = targets != ignore_index
     index = torch.where(is_valid, targets, 0).long()
     lse = torch.logsumexp(s, dim=-1)
     nll = lse - s.gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -148,7 +153,7 @@ def cross_entropy(
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
-        loss = loss / (is_valid.sum().clamp(min=1) if normalizer is None else normalizer)
+        loss = loss / mean_divisor(is_valid, normalizer)
     if not return_stats:
         return loss
     stats = {

@@ -175,6 +175,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: flo
     if x.numel() == 0:
         return y, total
     normed = x if residual is None else residual
+    weight = None if weight is None else weight.contiguous()
     rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     n_rows, width = rows.shape
     options = launch_options("rms_norm_fwd", x, width=width, itemsize=x.element_size())
@@ -204,6 +205,7 @@ def _backward(
     if x.numel() == 0:
         return dx, x.new_zeros(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide)
     rows, dy_rows, dsum_rows = _rows(x), _rows(dy), None if dsum is None else _rows(dsum)
+    weight = None if weight is None else weight.contiguous()
     n_rows, width = rows.shape
     options = dict(launch_options("rms_norm_bwd", x, width=width, itemsize=x.element_size()))
     n_programs = min(processors(x) * options.pop("PER_PROCESSOR"), triton.cdiv(n_rows, options["BLOCK_M"]))

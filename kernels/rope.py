@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import forbid_double_backward, uses_triton
+from .dispatch import check_documents, forbid_double_backward, is_readable, uses_triton
 from .launch import launch_options, power_of_two
 from .triton_compat import jit, tl, triton
 
@@ -20,8 +20,8 @@ from .triton_compat import jit, tl, triton
 @jit
 def _row_offsets(o_r, n_tokens, stride_b, stride_t, stride_h, H: tl.constexpr):
     """Where head o_r of B · T · H starts in a tensor of these strides."""
-    o_t, o_b = (o_r // H) % n_tokens, o_r // H // n_tokens
-    return o_b.to(tl.int64) * stride_b + o_t.to(tl.int64) * stride_t + (o_r % H) * stride_h
+    o_h, o_t, o_b = o_r % H, (o_r // H) % n_tokens, o_r // H // n_tokens
+    return o_b.to(tl.int64) * stride_b + o_t.to(tl.int64) * stride_t + o_h.to(tl.int64) * stride_h
 
 
 @jit
@@ -146,6 +146,11 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _position_stride(positions: Tensor | None) -> int:
+    """From one text's positions to the next's: 0 where all share them, (T,) or (1, T)."""
+    return 0 if positions is None or positions.dim() == 1 or positions.shape[0] == 1 else positions.stride(0)
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -156,21 +161,21 @@ def _launch(
     positions: Tensor | None,
     interleaved: bool,
     conjugate: bool,
+    is_inplace: bool = False,
 ) -> None:
     n_batch, n_tokens, n_head, head_dim = q.shape
     half, n_kv_head = cos.shape[-1], k.shape[2]
-    rest = 0 if q.data_ptr() == q_out.data_ptr() else head_dim - 2 * half
+    rest = 0 if is_inplace else head_dim - 2 * half
     options = launch_options("rope", q, half=half)
     blocks = sum(triton.cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head))
     if blocks == 0:
         return
     cos, sin = cos.contiguous(), sin.contiguous()
-    stride_p = 0 if positions is None or positions.dim() == 1 else positions.stride(0)
     wide = any(t.dtype == torch.float64 for t in (q, k, cos))
     with torch.cuda.device_of(q):
         _rope[blocks,](
             q, k, cos, sin, positions, q_out, k_out, n_batch, n_tokens,
-            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], stride_p,
+            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], _position_stride(positions),
             H=n_head, H_KV=n_kv_head, HALF=half, REST=rest, IS_INTERLEAVED=interleaved, CONJUGATE=conjugate,
             ACC=tl.float64 if wide else tl.float32, BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(rest), **options,
         )  # fmt: skip
@@ -206,7 +211,7 @@ def _(dq, dk, cos, sin, positions, interleaved, conjugate):
 
 @torch.library.custom_op("tritale::rope_", mutates_args=("q", "k"))
 def _rope_inplace_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> None:
-    _launch(q, k, q, k, cos, sin, positions, interleaved, False)
+    _launch(q, k, q, k, cos, sin, positions, interleaved, False, is_inplace=True)
 
 
 def _save(ctx, inputs, output):
@@ -222,15 +227,37 @@ _rope_op.register_autograd(_backward, setup_context=_save)
 forbid_double_backward(_rope_backward_op, "rope")
 
 
-def token_positions(n_tokens: int, cos: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The positions to look up in cos, None for 0 … T − 1; raises ValueError where they cannot fit."""
+def token_positions(n_batch: int, n_tokens: int, cos: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The positions to look up in cos, None for 0 … T − 1; raises ValueError where they cannot fit. Their values are looked at on the CPU
+    alone: on a GPU that would wait for it."""
     if positions is not None and cu_seqlens is not None:
         raise ValueError("positions and cu_seqlens were both given; positions restart by themselves with cu_seqlens, so give one of them")
     if cu_seqlens is not None:
-        return reference.document_positions(cu_seqlens, n_tokens)
-    if positions is None and n_tokens > cos.shape[0]:
-        raise ValueError(f"{n_tokens} tokens, but cos and sin hold {cos.shape[0]} positions; make them longer")
-    return None if positions is None else positions.contiguous()
+        check_documents(cu_seqlens, n_batch, n_tokens)
+        positions = reference.document_positions(cu_seqlens, n_tokens)
+    if positions is None:
+        if n_tokens > cos.shape[0]:
+            raise ValueError(f"{n_tokens} tokens, but cos and sin hold {cos.shape[0]} positions; make them longer")
+        return None
+    if positions.shape not in ((n_tokens,), (1, n_tokens), (n_batch, n_tokens)):
+        raise ValueError(f"positions {tuple(positions.shape)}: ({n_tokens},), (1, {n_tokens}) or ({n_batch}, {n_tokens}) expected")
+    if is_readable(positions) and positions.numel():
+        low, high = (int(n) for n in positions.aminmax())
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(f"positions from {low} to {high}, but cos and sin hold {cos.shape[0]} positions from 0; make them longer")
+    return positions.contiguous()
+
+
+def _check_inplace(*tensors: Tensor) -> None:
+    for x in tensors:
+        extent = 1  # of the inner dimensions in memory; a dimension that steps less far overlaps itself
+        for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+            if size > 1 and stride < extent and x.numel():
+                raise ValueError(
+                    f"inplace=True, but entries of a tensor {tuple(x.shape)} of strides {x.stride()} share memory (is it expanded?); "
+                    "give a copy, x.clone(), or inplace=False"
+                )
+            extent += stride * (size - 1)
 
 
 def rope(
@@ -240,7 +267,7 @@ def rope(
     sin: Tensor,  # (T_max, rotary_dim / 2)
     *,
     interleaved: bool = False,
-    positions: Tensor | None = None,  # (T,) or (B, T) int
+    positions: Tensor | None = None,  # (T,), (1, T) or (B, T) int
     cu_seqlens: Tensor | None = None,  # (documents + 1,) int32
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -248,21 +275,22 @@ def rope(
 
     Positions count from 0, restart at each document with `cu_seqlens` (B = 1), or are given. `inplace=True` writes over q and k where no
     gradient is asked of them, and returns them; elsewhere it changes nothing. cos and sin get no gradient.
-    Raises ValueError where the shapes do not fit."""
-    if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1] or 2 * cos.shape[-1] > q.shape[-1] or cos.shape != sin.shape:
+    Raises ValueError where the shapes do not fit, positions are given twice or cos is too short for them (on a GPU the values of
+    `positions` and `cu_seqlens` are not looked at, and reading past cos is undefined), or what is written in place overlaps itself."""
+    is_fitting = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
+    if not is_fitting or cos.dim() != 2 or 2 * cos.shape[-1] > q.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: (B, T, H, D), (B, T, H_kv, D) and "
             "twice (T_max, at most D / 2) expected"
         )
+    positions = token_positions(*q.shape[:2], cos, positions, cu_seqlens)
+    inplace = inplace and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    if inplace and not torch.compiler.is_compiling():  # its strides may be symbols, and it copies results back, which checks them
+        _check_inplace(q, k)
     if not uses_triton(q):
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        inplace = inplace and not needs_grad
-        options = {"interleaved": interleaved, "positions": positions, "cu_seqlens": cu_seqlens, "inplace": inplace}
-        return reference.rope(q, k, cos, sin, **options)
-    positions = token_positions(q.shape[1], cos, positions, cu_seqlens)
-    is_free = not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if inplace and is_free and q.stride(-1) == k.stride(-1) == 1:
+        return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)
+    if inplace and q.stride(-1) == k.stride(-1) == 1:
         _rope_inplace_op(q, k, cos, sin, positions, interleaved)
         return q, k
     q_out, k_out = _rope_op(q, k, cos, sin, positions, interleaved, False)
-    return (q.copy_(q_out), k.copy_(k_out)) if inplace and is_free else (q_out, k_out)
+    return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out, k_out)

@@ -76,6 +76,10 @@ def _halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows[:, :n], rows[:, n:]
 
 
+def _empty_output(gate_up: Tensor, up: Tensor | None) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // (2 if up is None else 1)))
+
+
 def _launch(
     gate: Tensor, up: Tensor, dh: Tensor | None, h: Tensor | None, dgate: Tensor | None, dup: Tensor | None, activation: str
 ) -> None:
@@ -92,16 +96,15 @@ def _launch(
 
 @torch.library.custom_op("tritale::glu", mutates_args=())
 def _glu_op(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    gate, up = _halves(gate_up, up)
-    h = gate_up.new_empty((*gate_up.shape[:-1], gate.shape[1]))
+    h = _empty_output(gate_up, up)
     if h.numel():
-        _launch(gate, up, None, h, None, None, activation)
+        _launch(*_halves(gate_up, up), None, h, None, None, activation)
     return h
 
 
 @_glu_op.register_fake
 def _(gate_up, up, activation):
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2 if up is None else gate_up.shape[-1]))
+    return _empty_output(gate_up, up)
 
 
 @torch.library.custom_op("tritale::glu_backward", mutates_args=())

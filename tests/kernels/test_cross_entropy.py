@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.harness import check_memory, check_numbers, traffic
-from tritale.kernels import launch, reference
+from tritale.kernels import backend, launch, reference
 from tritale.kernels.cross_entropy import cross_entropy, tanh
 from tritale.kernels.triton_compat import jit, tl
 
@@ -116,14 +116,48 @@ def test_infinite_rows_are_as_infinite_as_pytorchs(device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_targets_ignored_gives_zero_whatever_the_logits_hold(device, reduction):
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("normalizer", [None, 0, 3.0])
+def test_all_targets_ignored_gives_zero_whatever_the_logits_hold(device, reduction, name, normalizer):
     logits = torch.full((5, 40), float("nan"), device=device).requires_grad_()
     targets = torch.full((5,), 7, device=device)
-    weight = torch.full((5,), float("nan"), device=device)
-    loss, stats = cross_entropy(logits, targets, ignore_index=7, reduction=reduction, token_weight=weight, return_stats=True)
+    options = {"token_weight": torch.full((5,), float("nan"), device=device), "softcap": 5.0 if normalizer else None}
+    options["normalizer"] = None if normalizer is None else torch.tensor(normalizer, device=device)
+    with backend(name):
+        loss, stats = cross_entropy(logits, targets, ignore_index=7, reduction=reduction, return_stats=True, **options)
     assert (loss == 0).all() and all((t == 0).all() for t in stats.values())
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_ignored_rows_may_hold_anything(device, name, value):
+    logits, targets = draw(4, 20, device, torch.float32, ignored=0.0)
+    expected = torch.autograd.grad(cross_entropy(logits[1:], targets[1:]), logits)[0]
+    with torch.no_grad():
+        logits[0] = float(value)
+    targets[0] = -100
+    with backend(name):
+        loss = cross_entropy(logits, targets)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+
+
+def test_a_normalizer_of_zero_does_not_hide_targets(device):
+    logits, targets = draw(4, 20, device, torch.float32, ignored=0.0)
+    for name in ("auto", "torch"):
+        with backend(name):
+            assert cross_entropy(logits, targets, normalizer=torch.tensor(0, device=device)).isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_targets_of_any_integer_dtype(device, name, dtype):
+    logits, _ = draw(4, 200, device, torch.float32)
+    targets = torch.tensor([0, 156 if dtype != torch.int8 else 100, 3, 1], device=device)  # 156 is −100 in uint8
+    with backend(name):
+        loss = cross_entropy(logits, targets.to(dtype), reduction="none")
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="none"))
 
 
 def test_targets_outside_the_vocabulary_give_nan_not_a_wrong_loss(device):
@@ -288,7 +322,7 @@ def test_autocast_leaves_the_loss_in_fp32(device):
 def test_second_derivative_says_what_to_do(device):
     x, targets = draw(3, 9, device, torch.float32, ignored=0.0)
     (gradient,) = torch.autograd.grad(cross_entropy(x * 1, targets, inplace_backward=True), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*reference\.cross_entropy"):
         gradient.square().sum().backward()
 
 
@@ -302,6 +336,12 @@ def test_wrong_arguments_say_what_is_allowed(device):
         cross_entropy(logits, targets, label_smoothing=2.0)
     with pytest.raises(ValueError, match="None for no cap"):
         cross_entropy(logits, targets, softcap=0.0)
+    for name in ("auto", "torch"):  # the same errors whatever computes it
+        with backend(name):
+            with pytest.raises(ValueError, match=r"token_weight \(3,\) must have the targets' shape, \(2, 3\)"):
+                cross_entropy(logits, targets, token_weight=torch.ones(3, device=device))
+            with pytest.raises(ValueError, match="integers expected"):
+                cross_entropy(logits, targets.float())
     assert cross_entropy(logits, targets, reduction="none").shape == (2, 3)
 
 

@@ -134,6 +134,49 @@ def test_packed_attention_is_attention_document_by_document(n_kv_head, window):
     assert_close(gradients((out * pull).sum(), q, k, v), gradients((expected * pull).sum(), q, k, v))
 
 
+@pytest.mark.parametrize("lay", [lambda t: t[..., ::2], lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)[..., :12]])
+def test_packed_attention_takes_heads_that_lie_apart(lay):
+    q, k, v = (lay(torch.randn(1, 13, 2, 24, dtype=torch.float64)).requires_grad_() for _ in range(3))
+    assert q.stride(-1) != 1
+    cu_seqlens, pull = torch.tensor([0, 5, 13], dtype=torch.int32), lay(torch.randn(1, 13, 2, 24, dtype=torch.float64))
+    out, expected = (f(q, k, v, cu_seqlens=cu_seqlens) for f in (kernels.flash_attention, reference.flash_attention))
+    assert_close(out, expected)
+    assert_close(gradients((out * pull).sum(), q, k, v), gradients((expected * pull).sum(), q, k, v))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize(
+    "options", [{}, {"cu_seqlens": torch.tensor([0, 4, 9])}, {"window": 3}, {"softcap": 2.0}], ids=lambda o: "-".join(o) or "causal"
+)
+def test_attention_with_a_scale_that_is_not_positive(scale, options):
+    q, k, v = randn(1, 9, 2, 16), randn(1, 9, 2, 16), randn(1, 9, 2, 16)
+    out, expected = (f(q, k, v, scale=scale, **options) for f in (kernels.flash_attention, reference.flash_attention))
+    assert_close(out, expected)
+    assert_close(gradients(out.square().sum(), q, k, v), gradients(expected.square().sum(), q, k, v))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"cu_seqlens": True}], ids=lambda o: "-".join(o) or "causal")
+def test_compiled_attention_takes_sequences_of_every_length(options):
+    def attend(q, k, cu_seqlens):
+        return kernels.flash_attention(q, k, k, **{**options, **({"cu_seqlens": cu_seqlens} if "cu_seqlens" in options else {})})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for n_query, n_key in ((5, 5), (7, 7), (9, 9)) + (() if "cu_seqlens" in options else ((4, 9), (3, 11))):
+        q, k = randn(1, n_query, 4, 16), randn(1, n_key, 2, 16)
+        cu_seqlens = torch.tensor([0, 2, n_key], dtype=torch.int32)
+        out, expected = compiled(q, k, cu_seqlens), attend(q, k, cu_seqlens)
+        assert_close(out, expected)
+        assert_close(gradients(out.square().sum(), q, k), gradients(expected.square().sum(), q, k))
+
+
+def test_second_derivative_of_packed_attention_says_what_to_do():
+    q = randn(1, 9, 2, 16)
+    out = kernels.flash_attention(q, q, q, cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32))
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*reference\.flash_attention"):
+        dq.sum().backward()
+
+
 @pytest.mark.parametrize("n_query", [1, 3, 10])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])

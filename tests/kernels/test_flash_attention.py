@@ -197,6 +197,22 @@ def test_heads_that_do_not_lie_side_by_side(device):
 
 
 @pytest.mark.usefixtures("seed")
+def test_offsets_of_heads_pass_32_bits(device):
+    stride, n = 2**30, 3  # as in a cache (B, H, S, D): the third head starts at element 2³¹; only the touched pages are real
+    far = torch.empty(2 * stride + 16 * n, dtype=torch.float16, device=device).as_strided((1, n, 3, 16), (0, 16, stride, 1))
+    far.copy_(torch.randn(1, n, 3, 16))
+    near = torch.randn(1, n, 3, 16, device=device, dtype=torch.float16)
+    for q, k, grad in ((near, far, near), (far, near, far)):
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        with Recorder(), blocks(16, 16):  # an address that is far off is told before it is read
+            out = triton_attention(q, k, near)
+            gradients = torch.autograd.grad(out, (q, k), grad)
+        expected = reference.flash_attention(q, k, near)
+        torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k), grad), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("seed")
 def test_a_query_without_keys_gives_zero_and_no_gradient(device):
     q, k, v = heads(device, 40, 7, 2, 2, 16, torch.float32)
     with blocks(16, 16):
@@ -391,11 +407,20 @@ def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):
         (lambda: flash_attention(*[torch.ones(1, 2, 2, 4)] * 3, softcap=-1.0), "softcap"),
         (lambda: flash_attention(torch.ones(2, 2, 2, 4), *[torch.ones(1, 2, 2, 4)] * 2), "batch"),
         (lambda: flash_attention(*[torch.ones(2, 2, 2, 4)] * 3, cu_seqlens=torch.tensor([0, 2])), "flattened"),
+        (lambda: flash_attention(*[torch.ones(1, 3, 2, 4)] * 3, cu_seqlens=torch.tensor([0, 2])), "rise from 0 to the number of tokens, 3"),
+        (lambda: flash_attention(*[torch.ones(1, 3, 2, 4)] * 3, cu_seqlens=torch.tensor([1, 3])), "rise from 0 to the number of tokens, 3"),
+        (lambda: flash_attention(*[torch.ones(1, 3, 2, 4)] * 3, cu_seqlens=torch.tensor([0, 2, 1, 3])), "rise from 0"),
+        (lambda: flash_attention(torch.ones(1, 2, 2, 4), *[torch.ones(1, 2, 0, 4)] * 2), "multiple"),
+        (lambda: flash_attention(torch.ones(1, 2, 0, 4), *[torch.ones(1, 2, 2, 4)] * 2), "multiple"),
+        (lambda: flash_attention(*[torch.ones(2, 2, 4)] * 3), r"\(B, T, H, D\)"),
+        (lambda: flash_attention(torch.ones(1, 2, 2, 4).bfloat16(), *[torch.ones(1, 2, 2, 4)] * 2), "one dtype"),
+        (lambda: flash_attention(*[torch.ones(1, 2, 2, 4)] * 2, torch.ones(1, 2, 2, 4).half()), "one dtype"),
         (lambda: attention_backend("fast").__enter__(), "auto, triton, sdpa, flash_attn"),
     ],
 )
-def test_wrong_arguments_say_what_is_allowed(call, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])  # the same errors whatever computes it
+def test_wrong_arguments_say_what_is_allowed(device, call, message, backend):
+    with attention_backend(backend), pytest.raises(ValueError, match=message):
         call()
 
 

@@ -126,10 +126,41 @@ def test_a_side_without_gradient_is_skipped(device, strategy, needs, small_tiles
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_all_targets_ignored_gives_zero_not_nan(device, strategy, reduction):
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("normalizer", [None, 0, 3.0])
+def test_all_targets_ignored_gives_zero_not_nan(device, strategy, reduction, name, normalizer):
     x, weight, targets = draw(6, 4, 5, device, torch.float32, ignored=2.0)
-    loss = linear_cross_entropy(x, weight, targets, strategy=strategy, reduction=reduction)
+    normalizer = None if normalizer is None else torch.tensor(normalizer, device=device)
+    with backend(name):
+        loss = linear_cross_entropy(x, weight, targets, strategy=strategy, reduction=reduction, normalizer=normalizer)
     assert (loss == 0).all() and all((g == 0).all() for g in torch.autograd.grad(loss.sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("wide", ["token_weight", "normalizer"])
+def test_weights_in_float64_leave_the_rest_in_fp32(device, strategy, name, wide):
+    x, weight, targets = draw(6, 4, 9, device, torch.float32)
+    token_weight = torch.rand(6, device=device, dtype=torch.float64, requires_grad=True)
+    options = {"token_weight": token_weight} if wide == "token_weight" else {"normalizer": torch.tensor([5.0], device=device).double()}
+    leaves = [x, weight] + ([token_weight] if wide == "token_weight" else [])
+    with backend(name):
+        loss = linear_cross_entropy(x, weight, targets, strategy=strategy, **options)
+    expected = reference.linear_cross_entropy(x, weight, targets, **options).sum()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_targets_of_any_integer_dtype(device, strategy, name, dtype):
+    x, weight, _ = draw(4, 5, 200, device, torch.float32)
+    targets = torch.tensor([0, 156 if dtype != torch.int8 else 100, 3, 1], device=device)  # 156 is −100 in uint8
+    with backend(name):
+        loss = linear_cross_entropy(x, weight, targets.to(dtype), strategy=strategy)
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(x, weight, targets))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -236,7 +267,7 @@ def test_second_derivative_raises(device, strategy, reduction, name):
         loss = linear_cross_entropy(x, weight, targets, strategy=strategy, reduction=reduction).sum()
         dx, dw = torch.autograd.grad(loss, (x, weight), create_graph=True)
     for gradient in (dx, dw):
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*reference\.linear_cross_entropy"):
             torch.autograd.grad(gradient.square().sum(), x, retain_graph=True)
 
 
@@ -273,3 +304,5 @@ def test_wrong_arguments_say_what_is_allowed(device, name):
             linear_cross_entropy(x, weight, targets, reduction="avg")
         with pytest.raises(ValueError, match=r"\(3, 4\)"):
             linear_cross_entropy(x, weight[:, :3], targets)
+        with pytest.raises(ValueError, match=r"token_weight \(1,\) must have the targets' shape, \(3,\)"):
+            linear_cross_entropy(x, weight, targets, token_weight=torch.ones(1, device=device))

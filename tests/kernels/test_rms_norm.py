@@ -67,6 +67,25 @@ def test_touches_only_its_tensors_in_any_order(device, layout, shape):
                 check_memory(add_rms_norm, [x, residual, weight], pull_strides=strides)
 
 
+@pytest.mark.parametrize("block_n", [None, 8])  # rows in registers, and rows wider than a block
+@pytest.mark.parametrize("layout", ["every second", "expanded"])
+def test_weight_of_any_stride(device, layout, block_n):
+    x, residual = (randn(3, 20, device=device, dtype=torch.float32) for _ in range(2))
+    weight = randn(40, device=device, dtype=torch.float32)[::2] if layout == "every second" else randn(1, device=device).float().expand(20)
+    row = {} if block_n is None else {"BLOCK_N": block_n}
+    with launch.launch_override("rms_norm_fwd", **row), launch.launch_override("rms_norm_bwd", **row):
+        for op, inputs in ((rms_norm, [x]), (add_rms_norm, [x, residual])):
+            ours = differentiate_all(op, inputs, weight)
+            torch.testing.assert_close(ours, differentiate_all(getattr(reference, op.__name__), inputs, weight), rtol=1e-4, atol=1e-4)
+
+
+def differentiate_all(op, inputs, weight):
+    """Outputs and gradients, the weight's with it as it lies in memory."""
+    outputs = op(*inputs, weight)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    return outputs + list(torch.autograd.grad(sum(o.square().sum() for o in outputs), (*inputs, weight)))
+
+
 @pytest.mark.parametrize("block_n", [None, 4])
 def test_gradients_in_float64(device, block_n):
     x, residual, weight = (randn(*shape, device=device) for shape in ((2, 7), (2, 7), (7,)))

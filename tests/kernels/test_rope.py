@@ -1,12 +1,16 @@
 """RoPE alone and with the QK-norm before it: numbers, gradients, memory, integration, traffic."""
 
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.harness import check_memory, check_numbers, traffic
-from tritale.kernels import launch, qk_norm_rope, reference, rope
+from tests.kernels.harness import Recorder, check_memory, check_numbers, guarded_outputs, traffic
+from tritale.kernels import backend, launch, qk_norm_rope, reference, rope
 
 pytestmark = pytest.mark.usefixtures("device", "seed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,7 +21,7 @@ shapes = {
     "heads": st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 6)]),
     "head_dim": st.sampled_from([2, 10, 48, 64, 80, 96]),
     "is_partial": st.booleans(),
-    "where": st.sampled_from(["count", "positions", "positions of each", "documents"]),
+    "where": st.sampled_from(["count", "positions", "positions of all", "positions of each", "documents"]),
 }
 
 
@@ -36,7 +40,8 @@ def places(where, batch, tokens, device):
         return {"cu_seqlens": torch.tensor([0, tokens // 3, tokens, tokens], dtype=torch.int32, device=device)}
     if where == "count":
         return {}
-    return {"positions": torch.randint(12, (tokens,) if where == "positions" else (batch, tokens), device=device)}
+    shape = {"positions": (tokens,), "positions of all": (1, tokens), "positions of each": (batch, tokens)}[where]
+    return {"positions": torch.randint(12, shape, device=device)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,6 +123,116 @@ def test_in_place_writes_where_no_gradient_is_asked(device, interleaved):
     assert q_out is q and k_out is k and torch.equal(q, expected[0]) and torch.equal(k, expected[1])
 
 
+@pytest.mark.parametrize("where", ["positions", "positions of all", "positions of each"])
+def test_one_text_may_give_the_positions_of_all(device, where):
+    q, k = (randn(3, 5, h, 8, device=device) for h in (2, 1))
+    cos, sin = tables(3, device, torch.float64)
+    option = places(where, 3, 5, device)
+    with Recorder():  # an address that is far off is told before it is read
+        rotated = rope(q, k, cos, sin, **option)
+    torch.testing.assert_close(rotated, reference.rope(q, k, cos, sin, **option))
+    qkv, weights, sizes = randn(3, 5, 32, device=device), [randn(8, device=device) for _ in range(2)], {"n_head": 2, "n_kv_head": 1}
+    expected = reference.qk_norm_rope(qkv, *weights, cos, sin, **sizes, **option)
+    with Recorder():
+        out = qk_norm_rope(qkv, *weights, cos, sin, **sizes, **option)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(sum(t.square().sum() for t in o), (qkv, *weights)) for o in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_offsets_of_heads_pass_32_bits(device):
+    stride, tokens = 2**30, 3  # as in a cache (B, H, S, D): the third head starts at element 2³¹; only the touched pages are real
+    k = torch.empty(2 * stride + 16 * tokens, dtype=torch.float16, device=device).as_strided((1, tokens, 3, 16), (0, 16, stride, 1))
+    k.copy_(torch.randn(1, tokens, 3, 16))
+    q, (cos, sin) = torch.randn(1, tokens, 3, 16, device=device, dtype=torch.float16), tables(8, device)
+    with Recorder():
+        out = rope(q, k, cos, sin)
+    torch.testing.assert_close(out, reference.rope(q, k, cos, sin))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs one program of the grid, in the interpreter")
+def test_batch_strides_pass_32_bits(device):
+    """The texts of a batch lie T · H · D = 2³¹ elements apart; one program, the first of the second text. Only its pages are real."""
+    n_tokens, n_head, head_dim, block = 2**20, 16, 128, 1024
+    sizes, first = {"n_head": n_head, "n_kv_head": 1}, n_tokens * n_head // block
+    cos, sin = tables(head_dim // 2, device)
+    positions = torch.arange(n_tokens, device=device) % 12
+    weights = [randn(head_dim, device=device, dtype=torch.float32, grad=False) for _ in range(2)]
+    text = randn(2, 1, (n_head + 2) * head_dim, device=device, dtype=torch.float16, grad=False)
+    qkv, here = text.expand(2, n_tokens, -1), slice(0, block // n_head)
+    with Recorder(), only_program("_qk_norm_rope_fwd", first), launch.launch_override("qk_norm_rope_fwd", BLOCK_R=block):
+        q, _, _ = qk_norm_rope(qkv, *weights, cos, sin, positions=positions, **sizes)
+    part = qkv[1:, here].float().requires_grad_()
+    expected, *_ = reference.qk_norm_rope(part, *weights, cos, sin, positions=positions[here], **sizes)
+    torch.testing.assert_close(q[1:, here].float(), expected.detach(), rtol=2e-3, atol=2e-3)
+    del q
+    dq, dkv = (randn(2, 1, h, head_dim, device=device, dtype=torch.float16, grad=False).expand(2, n_tokens, -1, -1) for h in (n_head, 1))
+    row = {"BLOCK_R": block, "PER_PROCESSOR": n_tokens}
+    with Recorder(), only_program("_qk_norm_rope_bwd", first), launch.launch_override("qk_norm_rope_bwd", **row):
+        dqkv, _, _ = torch.ops.tritale.qk_norm_rope_backward(dq, dkv, dkv, qkv, *weights, cos, sin, positions, 1e-6)
+    (exact,) = torch.autograd.grad(expected, part, dq[1:, here].float())
+    ours = slice(0, n_head * head_dim)
+    torch.testing.assert_close(dqkv[1:, here, ours].float(), exact[..., ours], rtol=2e-3, atol=2e-3)
+
+
+@contextmanager
+def only_program(kernel, index):
+    """Inside, a launch of the kernel runs program (index, 0, 0) of its grid alone."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    module = sys.modules["tritale.kernels.qk_norm_rope"]  # the package's attribute of that name is the function
+    whole = getattr(module, kernel)
+
+    class One:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                set_dim, set_idx = Builder.set_grid_dim, Builder.set_grid_idx
+                dims = lambda self, *_: set_dim(self, *grid, *(1,) * (3 - len(grid)))
+                place = lambda self, *_: set_idx(self, index, 0, 0)
+                with mock.patch.multiple(Builder, set_grid_dim=dims, set_grid_idx=place):
+                    whole[(1,)](*args, **options)
+
+            return launch
+
+    with mock.patch.object(module, kernel, One()):
+        yield
+
+
+def test_cos_and_sin_get_no_gradient(device):
+    q, k = (randn(1, 3, h, 8, device=device) for h in (2, 1))
+    cos, sin = (t.requires_grad_() for t in tables(4, device, torch.float64))
+    qkv, weight = randn(1, 3, 32, device=device), randn(8, device=device)
+    for name in ("auto", "torch"):
+        with backend(name):
+            outputs = (*rope(q, k, cos, sin), *qk_norm_rope(qkv, weight, weight, cos, sin, n_head=2, n_kv_head=1))
+        assert torch.autograd.grad(sum(t.sum() for t in outputs), (cos, sin), allow_unused=True) == (None, None)
+
+
+def test_no_heads_of_q_or_k(device):
+    cos, sin = tables(3, device)
+    q, k = (randn(1, 3, h, 10, device=device, dtype=torch.float32, grad=False) for h in (2, 1))
+    for a, b in ((q[:, :, :0], k), (q, k[:, :, :0])):
+        guards = []
+        with guarded_outputs(guards):  # what is not written stays NaN
+            out = rope(a, b, cos, sin)
+        torch.testing.assert_close(out, reference.rope(a, b, cos, sin))
+
+
+def test_in_place_refuses_heads_that_share_memory(device):
+    q, k = (randn(1, 3, 4, 8, device=device, dtype=torch.float32, grad=False) for _ in range(2))
+    cos, sin = tables(4, device)
+    shared, before = k[:, :, :1].expand(1, 3, 4, 8), q.clone()
+    windows = torch.randn(1, 3, 11, device=device).unfold(2, 8, 1)
+    for name in ("auto", "torch"):
+        for bad in (shared, windows):
+            with backend(name), pytest.raises(ValueError, match="share memory"):
+                rope(q, bad, cos, sin, inplace=True)
+    assert torch.equal(q, before)  # nothing was written before the error
+    turned = torch.randn(1, 4, 3, 8, device=device).transpose(1, 2)
+    expected = reference.rope(turned, k, cos, sin)
+    torch.testing.assert_close(rope(turned, k, cos, sin, inplace=True), expected)
+
+
 def test_ops_pass_opcheck(device):
     q, k = (randn(1, 3, h, 6, device=device, dtype=torch.float32) for h in (2, 1))
     cos, sin = tables(2, device)
@@ -168,10 +283,38 @@ def test_wrong_arguments_say_what_is_expected(device):
         rope(q, q, cos, sin, positions=torch.arange(13), cu_seqlens=torch.tensor([0, 13]))
     with pytest.raises(ValueError, match="expected"):
         qk_norm_rope(q.flatten(2), *torch.ones(2, 8), cos, sin, n_head=2, n_kv_head=1)
+    for name in ("auto", "torch"):  # the same errors whatever computes it
+        with backend(name):
+            check_wrong_places(device, cos, sin)
     q = q[:, :3].clone().requires_grad_()
     (dq,) = torch.autograd.grad(rope(q, q, cos, sin)[0].square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         dq.sum().backward()
+
+
+def check_wrong_places(device, cos, sin):
+    def wrong(n_batch, n_tokens, message, **options):
+        q = torch.ones(n_batch, n_tokens, 2, 8, device=device)
+        with pytest.raises(ValueError, match=message):
+            rope(q, q, cos, sin, **options)
+        qkv, weights = torch.ones(n_batch, n_tokens, 32, device=device), torch.ones(2, 8, device=device)
+        with pytest.raises(ValueError, match=message):
+            qk_norm_rope(qkv, *weights, cos, sin, n_head=2, n_kv_head=1, **options)
+
+    at = lambda *n, dtype=torch.int64: torch.tensor(n, device=device, dtype=dtype)
+    wrong(1, 13, "hold 12 positions")
+    wrong(1, 3, "one of them", positions=at(0, 1, 2), cu_seqlens=at(0, 3))
+    wrong(2, 3, r"\(1, 3\) or \(2, 3\) expected", positions=at(0, 1))
+    wrong(2, 3, r"\(1, 3\) or \(2, 3\) expected", positions=at(0, 1, 2).expand(3, 3))
+    wrong(2, 3, "B = 1", cu_seqlens=at(0, 3, dtype=torch.int32))
+    if device == "cpu":  # where looking at the values costs nothing
+        wrong(1, 3, "from 0 to 12", positions=at(0, 1, 12))
+        wrong(2, 3, "from -1 to 2", positions=at(0, -1, 2))
+        wrong(1, 14, "from 0 to 12", cu_seqlens=at(0, 13, 14))
+        wrong(1, 3, "rise from 0", cu_seqlens=at(0, 2))
+    q = torch.ones(3, 2, 8, device=device)
+    with pytest.raises(ValueError, match=r"\(B, T, H, D\)"):
+        rope(q, q, cos, sin)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")

@@ -33,6 +33,32 @@ def problems(source: str) -> list[str]:
     return found
 
 
+def launches_on_another_device(source: str) -> list[str]:
+    """Launches, `_kernel[grid](…)`, outside `with torch.cuda.device_of(…)`: Triton launches on the current device, not on the tensors'."""
+    tree = ast.parse(source)
+    kernels = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "jit" in map(ast.unparse, f.decorator_list)}
+    found, guarded = [], set()
+    for block in ast.walk(tree):
+        if isinstance(block, ast.With) and ast.unparse(block.items[0]).startswith("torch.cuda.device_of("):
+            guarded |= {id(node) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        is_launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and ast.unparse(node.func.value) in kernels
+        if is_launch and id(node) not in guarded:
+            found.append(f"line {node.lineno}: {ast.unparse(node.func.value)}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_kernels_are_launched_on_the_device_of_their_tensors(path):
+    assert not launches_on_another_device(path.read_text(encoding="utf-8"))
+
+
+def test_the_check_sees_a_launch_on_another_device():
+    bad = "@jit\ndef k(p):\n    pass\ndef run(x):\n    k[1,](x)\n"
+    assert launches_on_another_device(bad) == ["line 5: k"]
+    assert not launches_on_another_device(bad.replace("    k[1", "    with torch.cuda.device_of(x):\n        k[1"))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_kernels_state_what_a_gpu_would_guess(path):
     assert not problems(path.read_text())

@@ -33,6 +33,13 @@ def test_errors_are_those_of_the_definition(device, dtype, op, definition, rows,
     check_numbers(op, definition, [gate, up], gradient_terms=terms)
 
 
+@pytest.mark.parametrize("op", [swiglu, geglu])
+def test_no_columns_at_all(device, op):
+    for inputs in ([randn(3, 0, device=device)], [randn(3, 0, device=device), randn(3, 0, device=device)]):
+        h = op(*inputs)
+        assert h.shape == (3, 0) and all(g.shape == (3, 0) for g in torch.autograd.grad(h.sum(), inputs))
+
+
 def test_large_gates_saturate_without_nan(device):
     gate = torch.tensor([[-3e4, -100.0, -0.0, 0.0, 100.0, 3e4]], device=device).requires_grad_()
     up = torch.ones_like(gate).requires_grad_()

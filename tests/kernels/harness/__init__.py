@@ -6,7 +6,7 @@
     compile_matrix.readings()                         machine code of all kernels for all generations (a process of its own)
 """
 
-from .memory import Recorder, check_memory, grid_order, guard, traffic
+from .memory import Recorder, check_memory, grid_order, guard, guarded_outputs, traffic
 from .numbers import check_numbers, differentiate
 
-__all__ = ["Recorder", "check_memory", "check_numbers", "differentiate", "grid_order", "guard", "traffic"]
+__all__ = ["Recorder", "check_memory", "check_numbers", "differentiate", "grid_order", "guard", "guarded_outputs", "traffic"]
