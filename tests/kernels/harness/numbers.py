@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 TINY = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}  # of the largest value
+HALF_ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of the largest value: what storing one entry may cost anyone
 
 
 def differentiate(op: Callable, inputs: Sequence, pulls: Sequence[Tensor] | None = None, **options) -> tuple[list[Tensor], list]:
@@ -50,8 +51,9 @@ def check_numbers(
     """Assert that outputs and gradients of the op are within `factor` × the definition's own error, both against float64.
 
     `inputs` are tensors (those that require a gradient get one) and other positional arguments; tensors in `options` are cast to float64
-    for the truth too. The tiny absolute term is TINY × the largest value; where a gradient is a difference of larger terms, which may
-    cancel, `gradient_terms` says how large they are, one number per gradient. Returns {name: (error of the op, of the definition)}."""
+    for the truth too. The tiny absolute term is TINY × the largest value, or what storing one entry in 16 bits may cost; where a gradient
+    is a difference of larger terms, which may cancel, `gradient_terms` says how large they are, one number per gradient. Returns
+    {name: (error of the op, of the definition)}."""
     wide_options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     truth_inputs = _cast(inputs, torch.float64)
     probe = definition(*_cast(inputs, torch.float64), **wide_options)
@@ -76,10 +78,12 @@ def check_numbers(
             assert not bad.any(), f"{name}: {int(bad.sum())} NaN of {o.numel()}"
             finite = t[t.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
+            stored = HALF_ULP.get(o.dtype, 0.0) * largest
             if kind == "gradient" and i < len(gradient_terms):
                 largest = max(largest, gradient_terms[i])
             tiny = TINY[torch.float32 if o.dtype == torch.float64 != dtype else o.dtype] * largest  # sums of fp32 inputs are fp32
-            for measure, mine, theirs in zip(("largest", "rms"), error(o, t), error(p, t), strict=True):
+            slack = max(tiny, stored), max(tiny, stored / max(1, t.numel()) ** 0.5)  # one entry's rounding, in either measure
+            for measure, mine, theirs, tiny in zip(("largest", "rms"), error(o, t), error(p, t), slack, strict=True):
                 assert mine <= factor * theirs + tiny, (
                     f"{name}: {measure} error {mine:.3g} against float64, the definition's {theirs:.3g}; "
                     f"allowed {factor} × that + {tiny:.1g}"
