@@ -33,12 +33,10 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     del os.environ["TRITON_INTERPRET"]
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Tests of one xdist_group (they share something that took minutes to make) go to one worker, whatever --dist says."""
-    from xdist.scheduler import LoadGroupScheduling
-
-    return LoadGroupScheduling(config, log)
+def pytest_configure(config):
+    """Under `pytest -n` tests of one xdist_group (they share something that takes minutes to make) go to one worker."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
 
 
 @pytest.fixture

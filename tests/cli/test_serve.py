@@ -24,7 +24,10 @@ def run(tmp_path_factory):
 
 def test_serves_on_the_loopback_until_ctrl_c(run):
     command = [sys.executable, "-m", "tritale.cli.main", "serve", str(run), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process of a background job would inherit that it is ignored
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=listens
+    )
     try:
         line = process.stdout.readline()
         url = re.match(r"(http://127\.0\.0\.1:\d+)  2 checkpoints of .*, newest step-00000002; Ctrl-C ends", line)
