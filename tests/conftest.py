@@ -35,7 +35,9 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
 def pytest_configure(config):
     """Under `pytest -n` tests of one xdist_group (they share something that takes minutes to make) go to one worker."""
-    if getattr(config.option, "dist", "no") == "load":
+    if hasattr(config, "workerinput"):
+        config.option.loadgroup = True
+    elif getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"
 
 
