@@ -33,12 +33,20 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     del os.environ["TRITON_INTERPRET"]
 
 
-def pytest_configure(config):
-    """Under `pytest -n` tests of one xdist_group (they share something that takes minutes to make) go to one worker."""
-    if hasattr(config, "workerinput"):
-        config.option.loadgroup = True
-    elif getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
+SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share what takes minutes to make
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `pytest -n` each test goes to whichever worker is free, but those of a file of SHARED all go to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return path if path.endswith(SHARED) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import pytest
 from tests.kernels.harness.compile_matrix import BUDGETS, NEEDS_TENSOR_CORES, REWRITE, TARGETS, budgets, worse_than
 from tritale.kernels.launch import SHARED_MEMORY
 
-pytestmark = pytest.mark.xdist_group("machine_code")
-
 # Kernels that stream their tensors; packed documents add the tokens' positions, 32 bits each, which stay in cache.
 MEMORY_BOUND = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "cross_entropy", "linear_cross_entropy")
 TENSOR_CORES = {

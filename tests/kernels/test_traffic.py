@@ -6,7 +6,6 @@ import torch
 from tests.kernels.harness import traffic_matrix
 from tritale.kernels import dispatch
 
-pytestmark = pytest.mark.xdist_group("traffic")
 AT_MOST = 1.05
 
 
