@@ -167,6 +167,10 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
 
+    def token_bytes(self, i: int) -> bytes:
+        """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
+        return self._bytes[i]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.
 

@@ -1,7 +1,9 @@
 """The GPT, its checkpoint on disk (a Hugging Face model), and generation."""
 
 from .checkpoint import load_model
-from .generate import LLM
+from .decode import Decoder
+from .generate import LLM, Completion, Writer
 from .gpt import GPT, GPTConfig
+from .sampling import Sampling
 
-__all__ = ["GPT", "LLM", "GPTConfig", "load_model"]
+__all__ = ["GPT", "LLM", "Completion", "Decoder", "GPTConfig", "Sampling", "Writer", "load_model"]

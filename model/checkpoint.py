@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPTConfig, rotary_tables
 
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -200,11 +200,16 @@ def load_weights(model: GPT, folder: Path) -> None:
         raise ValueError(f"{folder}/model.safetensors holds tensors the model has no place for: {sorted(extra)[:5]}")
 
 
-def load_model(folder: Path | str) -> GPT:
-    """The model of a checkpoint folder, fp32, on the CPU.
+def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    """The model of a checkpoint folder. The weights go straight to `device` and `dtype`; the tables of rotary positions stay fp32.
 
     Raises FileNotFoundError where a file is missing, ValueError where one is damaged or of another architecture."""
     folder = Path(folder)
-    model = GPT(gpt_config(read_json(folder, "config.json")))
+    with torch.device("meta"):  # no memory, no random numbers: all weights come from the file
+        model = GPT(gpt_config(read_json(folder, "config.json")))
+    model = model.to(dtype).to_empty(device=device)
+    if model.config.tie_embeddings:
+        model.head = model.embedding
+    model.cos, model.sin = (table.to(device) for table in rotary_tables(model.config))
     load_weights(model, folder)
     return model

@@ -78,19 +78,44 @@ PRESETS = {
 }
 
 
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos, sin of every position's angles, fp32: (context, head_dim / 2)."""
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    angle = torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
 @dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, capacity, H_kv, D) a layer; the first `length` are filled."""
+class CachedTokens:
+    """Where the tokens of one pass, flattened to (1, n), belong in a cache of keys and values with a row for each text.
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: int = 0
+    Either they are whole beginnings of texts, one after the other, or (`is_beginning` false) one token of each of the rows 0, 1, …, n − 1,
+    which sees what its row holds up to it. What is cached behind a text's end is masked, but must be finite."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[1]
-        self.keys[layer][:, self.length : end] = k
-        self.values[layer][:, self.length : end] = v
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+    cache: Tensor  # (n_layer, 2, slots, capacity, H_kv, D): keys, values
+    rows: Tensor  # (n,) int64
+    positions: Tensor  # (n,) int64
+    is_beginning: bool
+
+    def __post_init__(self):
+        n = len(self.rows)
+        if self.is_beginning:
+            starts = (self.positions == 0).nonzero().flatten()
+            self.cu_seqlens = torch.cat((starts, starts.new_tensor([n]))).int()
+        else:
+            self.cu_seqlens, self._longest = None, int(self.positions.max()) + 1
+            self._distance = self.positions[:, None] - torch.arange(self._longest, device=self.rows.device)  # (n, S)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Store k, v (1, n, H_kv, D) and give what q (1, n, H, D) reads: (1, n, H, D)."""
+        self.cache[layer, 0][self.rows, self.positions] = k[0]
+        self.cache[layer, 1][self.rows, self.positions] = v[0]
+        if self.is_beginning:
+            return flash_attention(q, k, v, window=window, cu_seqlens=self.cu_seqlens)
+        keys, values = self.cache[layer, :, : q.shape[1], : self._longest].transpose(2, 3)  # (n, H_kv, S, D)
+        mask = (self._distance >= 0) & (self._distance < (window or self._longest))
+        options = {"attn_mask": mask[:, None, None], "enable_gqa": q.shape[2] > k.shape[2]}
+        return F.scaled_dot_product_attention(q[0, :, :, None], keys, values, **options)[None, :, :, 0]
 
 
 class Block(nn.Module):
@@ -115,7 +140,7 @@ class Block(nn.Module):
         sin: Tensor,
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
-        cache: KVCache | None,
+        cache: CachedTokens | None,
     ) -> tuple[Tensor, Tensor]:
         c = self.config
         if delta is None:
@@ -131,8 +156,9 @@ class Block(nn.Module):
             q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
             q, k = rope(q, k, cos, sin, positions=positions)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        a = flash_attention(q, k, v, window=c.window, cu_seqlens=cu_seqlens)  # (B, T, H, D)
+            a = cache.attend(self.layer, q, k, v, c.window)
+        else:
+            a = flash_attention(q, k, v, window=c.window, cu_seqlens=cu_seqlens)  # (B, T, H, D)
         delta = self.attention_out(a.flatten(-2))
 
         h, x = add_rms_norm(delta, x, self.mlp_norm, c.norm_eps)
@@ -154,10 +180,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = self.embedding if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
-        frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        angle = torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)  # (context, head_dim / 2)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -175,42 +200,36 @@ class GPT(nn.Module):
             block.attention_out.weight.copy_(per_head(v).T * (1 / group / (2 * c.n_layer) ** 0.5))
             v.mul_(std * max(v.shape) ** 0.5)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        c = self.config
-        keys, values = (
-            [self.embedding.new_empty(batch, capacity, c.n_kv_head, c.head_dim, dtype=dtype) for _ in range(c.n_layer)] for _ in "kv"
-        )
-        return KVCache(keys, values)
-
     def forward(
         self,
         tokens: Tensor,  # (B, T) int
         targets: Tensor | None = None,  # (B, T) int, −100 where there is none
         *,
         cu_seqlens: Tensor | None = None,  # (documents + 1,) int32; B = 1
-        cache: KVCache | None = None,
-        last_only: bool = False,
+        cache: CachedTokens | None = None,
+        last: Tensor | None = None,  # (N,) int, with a cache
         **loss_options,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, T, V), or with `targets` the loss of `linear_cross_entropy` (which takes `loss_options`), never holding all
-        logits. With `cu_seqlens` documents do not see each other and positions restart; with a `cache` the tokens follow those seen
-        before. `last_only` gives the logits of the last position alone: (B, 1, V).
+        logits. With `cu_seqlens` documents do not see each other and positions restart. With a `cache` (which says where the tokens (1, T)
+        belong) the logits are those of the tokens `last`: (1, N, V).
 
-        Raises ValueError for a sequence longer than the context; of documents in `cu_seqlens` the caller sees to it that none is."""
-        start, n = (cache.length if cache else 0), tokens.shape[1]
-        if cu_seqlens is None and start + n > self.config.context:
-            raise ValueError(f"{start + n} tokens are more than the model's context of {self.config.context}; shorten them")
-        if cu_seqlens is not None:
-            positions = document_positions(cu_seqlens, n)
+        Raises ValueError for a sequence longer than the context; of documents in `cu_seqlens` and of a `cache` the caller sees to it that
+        none is."""
+        n = tokens.shape[1]
+        if cu_seqlens is None and cache is None and n > self.config.context:
+            raise ValueError(f"{n} tokens are more than the model's context of {self.config.context}; shorten them")
+        if cache is not None:
+            positions = cache.positions
         else:
-            positions = torch.arange(start, start + n, device=tokens.device) if start else None
+            positions = document_positions(cu_seqlens, n) if cu_seqlens is not None else None
         x, delta = F.embedding(tokens, self.embedding), None
         for block in self.blocks:
             x, delta = block(x, delta, self.cos, self.sin, positions, cu_seqlens, cache)
-        if cache is not None:
-            cache.length += n
-        if last_only:
-            x, delta = x[:, -1:], delta[:, -1:]
+        if last is not None and not len(last):
+            return x.new_empty(1, 0, self.config.vocab_size)
+        if last is not None:
+            x, delta = x[:, last], delta[:, last]
         h, _ = add_rms_norm(delta, x, self.norm, self.config.norm_eps)
         if targets is None:
             return F.linear(h, self.head)

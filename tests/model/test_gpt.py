@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tritale.model import GPT, GPTConfig
+from tritale.model.gpt import CachedTokens
 
 
 def small(**changes) -> GPT:
@@ -32,12 +33,25 @@ def test_packed_documents_give_the_logits_they_give_alone(qk_norm, seed):
     assert not torch.allclose(packed[:, 8:31], model(tokens[:, :31])[:, 8:])
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_cached_steps_give_the_logits_of_one_pass(window, seed):
-    model, tokens = small(window=window), torch.randint(512, (3, 21))
-    cache = model.new_cache(3, 21)
-    pieces = [model(part, cache=cache) for part in tokens.split([5, 1, 1, 9, 5], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens))
+@pytest.mark.parametrize("shape", [{}, {"window": 6}, {"qk_norm": True, "tie_embeddings": False}])
+def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
+    """Three texts of different length side by side: their beginnings flattened, then a token of each a step."""
+    model, tokens, lengths = small(**shape).requires_grad_(False), torch.randint(512, (3, 21)), (4, 9, 1)
+    c = model.config
+    cache = torch.zeros(c.n_layer, 2, 5, 30, c.n_kv_head, c.head_dim, dtype=torch.float64)
+    rows = torch.cat([torch.full((n,), row) for row, n in enumerate(lengths)])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    where = CachedTokens(cache, rows, positions, is_beginning=True)
+    last = torch.tensor(lengths).cumsum(0) - 1
+    expected = model(tokens)
+    beginnings = model(tokens[rows, positions][None], cache=where, last=last)[0]
+    torch.testing.assert_close(beginnings, torch.stack([expected[row, n - 1] for row, n in enumerate(lengths)]))
+    rows = torch.arange(3)
+    for step in range(12):
+        positions = torch.tensor(lengths) + step
+        where = CachedTokens(cache, rows, positions, is_beginning=False)
+        logits = model(tokens[rows, positions][None], cache=where, last=rows)[0]
+        torch.testing.assert_close(logits, expected[rows, positions])
 
 
 def test_loss_is_the_mean_of_the_logits_cross_entropy(seed):

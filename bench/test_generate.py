@@ -1,0 +1,163 @@
+"""How fast texts are written, and in how much memory: `pytest bench/test_generate.py --benchmark`; without the option one short round.
+
+The model has the shape `microstories-44m` and random weights, the tokenizer as many entries. Contenders of one table take turns, round
+after round, so that whatever else the machine does falls on all; the figure is each one's fastest round.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
+from tritale.model import GPT, LLM, GPTConfig
+from tritale.model.checkpoint import save_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+N_PROMPTS = 32
+
+
+@pytest.fixture(scope="module")
+def is_measured(pytestconfig) -> bool:
+    return bool(pytestconfig.getoption("--benchmark", default=False))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, is_measured):
+    """A checkpoint of 44 M parameters; in the short round a small one."""
+    torch.manual_seed(0)
+    config = GPTConfig.preset("microstories-44m") if is_measured else GPTConfig.preset("microstories-44m", vocab_size=2048, n_layer=1)
+    folder = tmp_path_factory.mktemp("generate")
+    save_model(folder, GPT(config), eos_token_id=0, pad_token_id=3)
+    entries = [*FIXED_TOKENS, *(chr(0x4E00 + i) for i in range(20_000)), *(f"entry {i}" for i in range(65_024))][: config.vocab_size]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[], byte_fallback=True))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
+    Tokenizer(backend).save(folder)
+    return folder
+
+
+def prompts(n: int) -> list[str]:
+    """n prompts of 1 to 40 characters."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda high, size: torch.randint(high, size, generator=generator)
+    return ["".join(chr(0x4E00 + c) for c in draw(1500, (int(draw(40, ())) + 1,)).tolist()) for _ in range(n)]
+
+
+def tritale(folder, dtype, n_tokens):
+    llm = LLM.load(folder, device="cpu", dtype=dtype)
+
+    def write(texts: list[str]) -> int:
+        return sum(len(c.tokens) for c in llm.complete(texts, temperature=0, max_new_tokens=n_tokens))
+
+    return write
+
+
+def transformers(folder, dtype, n_tokens):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+    def write(texts: list[str]) -> int:
+        given = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        out = model.generate(**given, do_sample=False, max_new_tokens=n_tokens)
+        return (out[:, given["input_ids"].shape[1] :] != model.generation_config.pad_token_id).sum().item()
+
+    return write
+
+
+def litgpt(folder, dtype, n_tokens):
+    litgpt = pytest.importorskip("litgpt")
+    from litgpt.generate.base import generate
+
+    from tritale.model.checkpoint import gpt_config, read_json
+
+    c, tokenizer = gpt_config(read_json(folder, "config.json")), Tokenizer.load(folder)
+    config = litgpt.Config(
+        name="tritale", block_size=c.context, vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+        n_query_groups=c.n_kv_head, head_size=c.head_dim, n_embd=c.width, intermediate_size=c.mlp_width, rotary_percentage=1.0,
+        parallel_residual=False, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+    )  # fmt: skip
+    model = litgpt.GPT(config).to(dtype).eval()
+    model.max_seq_length = c.context
+    model.set_kv_cache(batch_size=1, dtype=dtype)
+
+    @torch.inference_mode()
+    def write(texts: list[str]) -> int:
+        written = 0
+        for text in texts:
+            ids = torch.tensor(tokenizer.encode(text, bos=True))
+            written += len(generate(model, ids, len(ids) + n_tokens, temperature=0.0, eos_id=0, include_prompt=False))
+        return written
+
+    return write
+
+
+def rates(contenders: dict, rounds: int) -> dict[str, float]:
+    """Tokens/s of each contender's fastest round; all take turns."""
+    best = dict.fromkeys(contenders, 0.0)
+    for _ in range(rounds):
+        for name, (write, texts) in contenders.items():
+            began = time.perf_counter()
+            written = write(texts)
+            best[name] = max(best[name], written / (time.perf_counter() - began))
+    return best
+
+
+def show(capsys, title: str, best: dict[str, float]) -> None:
+    ours = next(iter(best.values()))
+    with capsys.disabled():
+        print(f"\n{title}, {torch.get_num_threads()} threads")
+        for name, rate in best.items():
+            print(f"  {name:32s} {rate:8.1f} tokens/s   tritale is {ours / rate:.2f} times as fast")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_prompt(dtype, folder, is_measured, capsys):
+    n_tokens, rounds = (100, 5) if is_measured else (4, 1)
+    makers = {"tritale": tritale, "transformers": transformers}
+    if importlib.util.find_spec("litgpt"):
+        makers["litgpt"] = litgpt
+    texts = prompts(1)
+    contenders = {name: (make(folder, DTYPES[dtype], n_tokens), texts) for name, make in makers.items()}
+    for write, _ in contenders.values():
+        assert 1 <= write(texts) <= n_tokens  # and the first call's work is done
+    best = rates(contenders, rounds)
+    show(capsys, f"one prompt, {dtype}", best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_32_prompts(dtype, folder, is_measured, capsys):
+    n_tokens, rounds = (100, 3) if is_measured else (4, 1)
+    texts = prompts(N_PROMPTS)
+    ours = tritale(folder, DTYPES[dtype], n_tokens)
+    contenders = {"tritale, a batch of 32": (ours, texts), "tritale, one after the other": (ours, texts[:3])}
+    if dtype == "fp32" or not is_measured or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        contenders["transformers, a batch of 32"] = (transformers(folder, DTYPES[dtype], n_tokens), texts)
+    else:  # on a CPU that imitates bf16 it takes minutes; a tenth tells
+        contenders["transformers, a batch of 32"] = (transformers(folder, DTYPES[dtype], n_tokens // 10), texts)
+    one = contenders["tritale, one after the other"]
+    contenders["tritale, one after the other"] = (lambda texts: sum(one[0]([text]) for text in texts), one[1])
+    assert ours(texts) == sum(ours([text]) for text in texts) or not is_measured
+    best = rates(contenders, rounds)
+    show(capsys, f"32 prompts of 1 to 40 characters, {dtype}", best)
+
+
+def test_memory(folder, is_measured, capsys):
+    """What `tritale generate` reports, in a process of its own."""
+    for dtype in ("bfloat16", "float32"):
+        command = [sys.executable, "-m", "tritale.cli.main", "generate", "--model", str(folder), "--dtype", dtype, "--seed", "1"]
+        command += ["--prompt", "小", "--max-new-tokens", "500" if is_measured else "4"]
+        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        line = result.stderr.strip().splitlines()[-1]
+        with capsys.disabled():
+            print(f"\n{dtype}: {line}")
+        assert int(re.search(r"memory (\d+) MiB", line)[1]) <= 650

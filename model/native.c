@@ -1,0 +1,312 @@
+/* The forward pass of gpt.py on a CPU, for generation: weights fp32 or bf16, everything else fp32.
+ *
+ * A step of generation multiplies every weight with few tokens, so for one prompt its time is that of reading the weights once, and for
+ * many that of the products. PyTorch's own path loses on both: a call per op and layer costs as much as the reading, bf16 products
+ * without bf16 instructions run at a hundredth of the fp32 rate, and products with few rows at half of it.
+ *
+ * Tokens are a flat list, each with the row of the cache that its text lives in and its position there; prompts and single steps are the
+ * same thing. What a token gives does not depend on the others in the list, bit for bit: every output is one sum along K in a fixed order,
+ * whatever the number of rows.
+ *
+ * native.py compiles this file for the machine it runs on (cc -O3 -march=native), describes the model with the two structs below, and
+ * checks all shapes; nothing is checked here. GCC or Clang.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+/* FMA(a, b, c) = a · b + c. Intrinsics, since GCC fuses `a * b + c` on AMD in some loops and not in others, which round differently. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#define FMA _mm512_fmadd_ps
+#elif defined(__FMA__)
+#include <immintrin.h>
+#define LANES 8
+#define FMA _mm256_fmadd_ps
+#else
+#define LANES 8
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+#define PAD(n) (((n) + LANES - 1) / LANES * LANES)
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+enum {
+    TILE_ROWS = 4, /* × TILE_OUT sums in registers: 12 multiply-adds for 7 loads keep both FMA units of an AVX2 core busy */
+    TILE_OUT = 3,
+    PANEL = 6,      /* weight rows unpacked to fp32 at a time: with four rows of x they fit the first-level cache */
+    ROW_BLOCK = 64, /* rows of x that stay in the second-level cache while all weights pass */
+};
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+typedef struct {
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  /* q_norm, k_norm: NULL without QK-norm */
+    const void *qkv, *attention_out, *gate_up, *mlp_out;       /* (outputs, inputs), row after row */
+} Layer;
+
+typedef struct {
+    int64_t n_layer, n_head, n_kv_head, head_dim, width, mlp_width, vocab_size, window;  /* window 0: none */
+    int64_t is_bf16;  /* of embedding, head and the matrices */
+    float eps;
+    const void *embedding, *head;
+    const float *norm, *cos, *sin;  /* cos, sin: (context, head_dim / 2) */
+    const Layer *layers;
+} Model;
+
+/* --- y = x Wᵀ ---------------------------------------------------------------------------------------------------------------------- */
+
+/* `rows` rows of K weights, one after the other, as fp32 with rows of PAD(K), zeros behind K. One sequential read: what the hardware's
+ * prefetcher likes best. */
+static void unpack(float *restrict panel, const void *w, int64_t first, int64_t rows, int64_t k, int is_bf16) {
+    for (int64_t r = 0; r < rows; r++, panel += PAD(k)) {
+        int64_t j = 0;
+        if (is_bf16) {
+            const uint16_t *p = (const uint16_t *)w + (first + r) * k;
+            for (; j + LANES <= k; j += LANES) {
+                words bits = __builtin_convertvector(*(const halves *)(p + j), words) << 16;
+                memcpy(panel + j, &bits, sizeof bits);
+            }
+            for (; j < k; j++) {
+                uint32_t bits = (uint32_t)p[j] << 16;
+                memcpy(panel + j, &bits, 4);
+            }
+        } else {
+            memcpy(panel, (const float *)w + (first + r) * k, 4 * k);
+            j = k;
+        }
+        for (; j < PAD(k); j++) panel[j] = 0;
+    }
+}
+
+static inline float total(vec x) {
+#if LANES == 16
+    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    vec8 a = x;
+#endif
+    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* Σ a_i b_i. Written out, since the order in which a compiler would sum may depend on the addresses. */
+static inline float dot(const float *a, const float *b, int64_t n) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum = FMA(*(const vec *)(a + i), *(const vec *)(b + i), sum);
+    float rest = 0;
+    for (; i < n; i++) rest += a[i] * b[i];
+    return total(sum) + rest;
+}
+
+/* m × n sums along K. m and n are constants where it is called, so the loops unroll and the sums stay in registers. */
+static inline __attribute__((always_inline)) void tile(int m, int n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
+    vec sum[TILE_ROWS][TILE_OUT];
+    for (int i = 0; i < m; i++)
+        for (int o = 0; o < n; o++) sum[i][o] = (vec){0};
+    for (int64_t j = 0; j < kp; j += LANES) {
+        vec wj[TILE_OUT]; /* 12 sums, 3 of w and 1 of x: the 16 registers of AVX2 */
+        for (int o = 0; o < n; o++) wj[o] = *(const vec *)(w + o * kp + j);
+        for (int i = 0; i < m; i++) {
+            vec xj = *(const vec *)(x + i * kp + j);
+            for (int o = 0; o < n; o++) sum[i][o] = FMA(xj, wj[o], sum[i][o]);
+        }
+    }
+    for (int i = 0; i < m; i++)
+        for (int o = 0; o < n; o++) y[i * ldy + o] = total(sum[i][o]);
+}
+
+static void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
+    for (int64_t o = 0; o < n;) {
+        const float *wo = w + o * kp;
+        float *yo = y + o;
+        if (n - o >= TILE_OUT) {
+            switch (m) {
+                case 4: tile(4, 3, x, wo, yo, kp, ldy); break;
+                case 3: tile(3, 3, x, wo, yo, kp, ldy); break;
+                case 2: tile(2, 3, x, wo, yo, kp, ldy); break;
+                default: tile(1, 3, x, wo, yo, kp, ldy);
+            }
+            o += TILE_OUT;
+        } else {
+            switch (m) {
+                case 4: tile(4, 1, x, wo, yo, kp, ldy); break;
+                case 3: tile(3, 1, x, wo, yo, kp, ldy); break;
+                case 2: tile(2, 1, x, wo, yo, kp, ldy); break;
+                default: tile(1, 1, x, wo, yo, kp, ldy);
+            }
+            o += 1;
+        }
+    }
+}
+
+/* y (n, n_out) = x (n, k) Wᵀ for W (n_out, k); rows of x are PAD(k) apart, zeros behind k. Called by all threads together. */
+static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n_out, int64_t k, int is_bf16, float *panels) {
+    int64_t kp = PAD(k), n_panel = (n_out + PANEL - 1) / PANEL, bytes = k * (is_bf16 ? 2 : 4);
+    float *panel = panels + THREAD * PANEL * kp;
+    for (int64_t start = 0; start < n; start += ROW_BLOCK) {
+        int64_t end = MIN(n, start + ROW_BLOCK), n_tile = (end - start + TILE_ROWS - 1) / TILE_ROWS;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < n_panel; p++) {
+            int64_t first = p * PANEL, rows = MIN(PANEL, n_out - first);
+            unpack(panel, w, first, rows, k, is_bf16);
+            /* while this panel is multiplied, the next one is on its way */
+            const char *next = (const char *)w + (first + rows) * bytes;
+            int64_t next_bytes = MIN(PANEL, n_out - first - rows) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
+            for (int64_t i = start; i < end; i += TILE_ROWS) {
+                if (n_tile > 1)
+                    for (int64_t b = (i - start) / TILE_ROWS * share, stop = MIN(b + share, next_bytes); b < stop; b += 64)
+                        __builtin_prefetch(next + b);
+                tiles(MIN(TILE_ROWS, end - i), rows, x + i * kp, panel, y + i * n_out + first, kp, n_out);
+            }
+        }
+    }
+}
+
+/* --- The other ops ----------------------------------------------------------------------------------------------------------------- */
+
+/* y = x / √(mean x² + eps) · weight, over n entries; may be in place. */
+static void rms_norm(float *y, const float *x, const float *weight, int64_t n, float eps) {
+    float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+/* x += delta (where there is one); h = rms_norm(x), zeros behind it. Called by all threads together. */
+static void add_norm(float *h, float *x, const float *delta, const float *weight, int64_t n, int64_t width, float eps) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float *xi = x + i * width, *hi = h + i * PAD(width);
+        if (delta)
+            for (int64_t j = 0; j < width; j++) xi[j] += delta[i * width + j];
+        rms_norm(hi, xi, weight, width, eps);
+        for (int64_t j = width; j < PAD(width); j++) hi[j] = 0;
+    }
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* out = Σ_j softmax_j(q · k_j / √D) v_j over the keys lo … hi − 1, which lie `stride` apart. */
+static void attend(float *restrict out, const float *q, const float *k, const float *v, int64_t lo, int64_t hi, int64_t d, int64_t stride, float *restrict score) {
+    float scale = 1 / sqrtf(d), top = -INFINITY, sum = 0;
+    for (int64_t j = lo; j < hi; j++) {
+        float s = dot(q, k + j * stride, d) * scale;
+        score[j - lo] = s;
+        top = MAX(top, s);
+    }
+    for (int64_t i = 0; i < d; i++) out[i] = 0;
+    for (int64_t j = lo; j < hi; j++) {
+        const float *vj = v + j * stride;
+        float p = expf(score[j - lo] - top);
+        sum += p;
+#pragma omp simd
+        for (int64_t i = 0; i < d; i++) out[i] += p * vj[i];
+    }
+    for (int64_t i = 0; i < d; i++) out[i] /= sum;
+}
+
+/* --- One pass ---------------------------------------------------------------------------------------------------------------------- */
+
+/* Floats of scratch that `forward` needs for n tokens. */
+int64_t scratch_size(const Model *m, int64_t n, int64_t capacity, int64_t n_thread) {
+    int64_t heads = m->n_head * m->head_dim, all = heads + 2 * m->n_kv_head * m->head_dim;
+    int64_t k = MAX(MAX(m->width, m->mlp_width), heads);
+    return n * (3 * PAD(m->width) + all + PAD(heads) + 2 * m->mlp_width + PAD(m->mlp_width)) + n_thread * (PANEL * PAD(k) + capacity);
+}
+
+/* Put n tokens into the cache and give the logits of some of them. */
+void forward(
+    const Model *m,
+    int64_t n,
+    const int64_t *tokens,     /* (n,) */
+    const int64_t *rows,       /* (n,) of the cache */
+    const int64_t *positions,  /* (n,); the cache holds the positions before, or they come earlier in this list */
+    float *cache,              /* (n_layer, 2, slots, capacity, n_kv_head, head_dim) */
+    int64_t slots,
+    int64_t capacity,
+    int64_t n_last,
+    const int64_t *last,  /* (n_last,) which of the n tokens, ascending */
+    float *logits,        /* (n_last, vocab_size) */
+    float *scratch,
+    int64_t n_thread
+) {
+    const int64_t d = m->head_dim, half = d / 2, width = m->width, n_kv = m->n_kv_head, stride = n_kv * d;
+    const int64_t heads = m->n_head * d, all = heads + 2 * stride, group = m->n_head / n_kv;
+    float *x = scratch, *h = x + n * PAD(width), *delta = h + n * PAD(width), *qkv = delta + n * PAD(width);
+    float *a = qkv + n * all, *gate_up = a + n * PAD(heads), *mlp = gate_up + n * 2 * m->mlp_width;
+    float *panels = mlp + n * PAD(m->mlp_width), *scores = panels + n_thread * PANEL * PAD(MAX(MAX(width, m->mlp_width), heads));
+
+#pragma omp parallel num_threads(n_thread)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) unpack(h + i * PAD(width), m->embedding, tokens[i], 1, width, m->is_bf16);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) memcpy(x + i * width, h + i * PAD(width), 4 * width);
+
+        for (int64_t l = 0; l < m->n_layer; l++) {
+            const Layer *w = m->layers + l;
+            float *k = cache + 2 * l * slots * capacity * stride, *v = k + slots * capacity * stride;
+            add_norm(h, x, l ? delta : 0, w->attention_norm, n, width, m->eps);
+            linear(qkv, h, w->qkv, n, all, width, m->is_bf16, panels);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n; i++) {
+                const float *cos = m->cos + positions[i] * half, *sin = m->sin + positions[i] * half;
+                for (int64_t head = 0; head < m->n_head + n_kv; head++) {
+                    float *p = qkv + i * all + head * d;
+                    if (w->q_norm) rms_norm(p, p, head < m->n_head ? w->q_norm : w->k_norm, d, m->eps);
+                    rotate(p, cos, sin, half);
+                }
+                int64_t at = (rows[i] * capacity + positions[i]) * stride;
+                memcpy(k + at, qkv + i * all + heads, 4 * stride);
+                memcpy(v + at, qkv + i * all + heads + stride, 4 * stride);
+                for (int64_t j = heads; j < PAD(heads); j++) a[i * PAD(heads) + j] = 0;
+            }
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t head = 0; head < m->n_head; head++) {
+                    int64_t hi = positions[i] + 1, lo = m->window ? MAX(0, hi - m->window) : 0;
+                    int64_t at = rows[i] * capacity * stride + head / group * d;
+                    attend(a + i * PAD(heads) + head * d, qkv + i * all + head * d, k + at, v + at, lo, hi, d, stride, scores + THREAD * capacity);
+                }
+            linear(delta, a, w->attention_out, n, width, heads, m->is_bf16, panels);
+
+            add_norm(h, x, delta, w->mlp_norm, n, width, m->eps);
+            linear(gate_up, h, w->gate_up, n, 2 * m->mlp_width, width, m->is_bf16, panels);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n; i++) {
+                const float *gate = gate_up + i * 2 * m->mlp_width, *up = gate + m->mlp_width;
+                float *out = mlp + i * PAD(m->mlp_width);
+                for (int64_t j = 0; j < m->mlp_width; j++) out[j] = gate[j] / (1 + expf(-gate[j])) * up[j];
+                for (int64_t j = m->mlp_width; j < PAD(m->mlp_width); j++) out[j] = 0;
+            }
+            linear(delta, mlp, w->mlp_out, n, width, m->mlp_width, m->is_bf16, panels);
+        }
+        /* Only the tokens whose logits are wanted go on. They ascend, so each moves to a place that is read already. */
+#pragma omp single
+        for (int64_t i = 0; i < n_last; i++) {
+            memmove(x + i * width, x + last[i] * width, 4 * width);
+            memmove(delta + i * width, delta + last[i] * width, 4 * width);
+        }
+        add_norm(h, x, delta, m->norm, n_last, width, m->eps);
+        linear(logits, h, m->head, n_last, m->vocab_size, width, m->is_bf16, panels);
+    }
+}
