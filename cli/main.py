@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from . import generate
+from . import average, export, generate, sweep
 
-COMMANDS = {"generate": generate}
+COMMANDS = {"average": average, "export": export, "generate": generate, "sweep": sweep}
 
 
 def main(arguments: list[str] | None = None) -> None:

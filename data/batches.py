@@ -34,6 +34,11 @@ class Batch:
     targets: Tensor  # as tokens; int64, IGNORED where there is none
     cu_seqlens: Tensor | None  # (segments + 1,) int32: 0, the end of each segment, then N up to a fixed length
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(tokens, targets, cu_seqlens) on the device; a copy to a GPU does not wait."""
+        move = (lambda t: t) if device.type != "cuda" else lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)
+        return move(self.tokens), move(self.targets), move(self.cu_seqlens)
+
 
 class Batches:
     """The training batches of one process.

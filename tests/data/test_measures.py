@@ -57,7 +57,16 @@ def test_distinct_counts_over_all_texts_together():
 
 @pytest.mark.parametrize(
     ("text", "whole"),
-    [("他笑了。", True), ("“好！”", True), ("结束。\n", True), ("他说（是吗？）", True), ("他笑了，", False), ("他", False), ("", False), ("”", False)],
+    [
+        ("他笑了。", True),
+        ("“好！”", True),
+        ("结束。\n", True),
+        ("他说（是吗？）", True),
+        ("他笑了，", False),
+        ("他", False),
+        ("", False),
+        ("”", False),
+    ],
 )
 def test_proper_endings(text, whole):
     assert ends_properly(text) is whole
