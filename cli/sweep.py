@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     write_page(report, html_path)
     console.print(table(report))
     for finding in report["findings"]:
-        console.print(f"· {finding}", markup=False, highlight=False)
+        console.print(f"· {finding}", markup=False, highlight=False, soft_wrap=True)
     about = report["validation"]
     console.print(
         f"\nValidation on {about['documents']:,} of {about['of_documents']:,} held-out documents; copied stretches looked for in "
@@ -83,28 +83,41 @@ def run(args: argparse.Namespace) -> None:
 
 def table(report: dict):
     """The figures of each checkpoint, and of held-out stories below."""
+    from rich import box
     from rich.table import Table
 
-    result = Table(header_style="bold")
-    names = ("step", "bits/char", "repeated", "loop", "distinct-1/2/3", "length", "ends", "keeps people", "coherent", "copied")
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    names = (
+        "step",
+        "bits\n/char",
+        "repea-\nted",
+        "loop",
+        "dist-\n1",
+        "inct-\n2",
+        "\n3",
+        "chars",
+        "ends",
+        "peo-\nple",
+        "cohe-\nrent",
+        "copy",
+    )
     for name in names:
-        if name != "keeps people" or report["checks_cast"]:
-            result.add_column(name, justify="right")
+        if name != "peo-\nple" or report["checks_cast"]:
+            result.add_column(name, justify="right", no_wrap=True)
     for row in [*report["checkpoints"], report["reference"]]:
         is_real = row is report["reference"]
         if is_real:
             result.add_section()
-        cells = [
+        result.add_row(
             "real" if is_real else f"{row['step']:,}",
             "–" if is_real else f"{row['val_bits_per_char']:.3f}",
             f"{row['repeated_4grams']:.1%}",
             f"{row['longest_loop']:.0f}",
-            " ".join(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3)),
+            *(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3)),
             f"{row['length']:.0f}",
             f"{row['ends_properly']:.0%}",
             *([f"{row['consistent']:.0%}"] if report["checks_cast"] else []),
             f"{row['coherent']:.0%}",
             f"{row['overlap']:.0f}",
-        ]
-        result.add_row(*cells)
+        )
     return result

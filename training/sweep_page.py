@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from ..model.checkpoint import atomic_file
+from .sweep import REPEATS
 
 TEMPLATE = Path(__file__).with_name("sweep_page.html")
 WIDTH, HEIGHT = 340, 200  # of a chart, in its own units
@@ -18,10 +19,10 @@ CHARTS = (  # title, unit, {key: label}, percent
     ("Validation", "bits per character", {"val_bits_per_char": "validation"}, False),
     ("Repeated 4-grams", "% of all, per story", {"repeated_4grams": "model"}, True),
     ("Longest loop", "characters, per story", {"longest_loop": "model"}, False),
-    ("Stories that …", "% of all", {"ends_properly": "end properly", "consistent": "keep their people", "coherent": "coherent"}, True),
+    ("Stories that …", "% of all", {"ends_properly": "end properly", "consistent": "keep people", "coherent": "coherent"}, True),
     ("Distinct n-grams", "% of all n-grams", {"distinct_1": "n = 1", "distinct_2": "n = 2", "distinct_3": "n = 3"}, True),
     ("Length", "characters, per story", {"length": "model"}, False),
-    ("Copied from the training text", "longest stretch, characters", {"overlap": "model"}, False),
+    ("Copied", "longest stretch, characters", {"overlap": "model"}, False),
 )
 
 
@@ -38,7 +39,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    return f"{value:,.3f}".rstrip("0").rstrip(".") if abs(value) < 10 else f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def chart(rows: list[dict], reference: dict, floor: float | None, title: str, unit: str, labels: dict[str, str], percent: bool) -> dict:
@@ -50,6 +51,8 @@ def chart(rows: list[dict], reference: dict, floor: float | None, title: str, un
     dashed = {"chance alone": floor} if keys == ["val_bits_per_char"] and floor else {}
     if len(keys) == 1 and real:
         dashed = {"real stories": real[keys[0]]}
+    if keys == ["repeated_4grams"]:
+        dashed["threshold"] = scale * REPEATS
     values = [v for line in lines.values() for v in line] + list(dashed.values())
     y_ticks = ticks(0, max(values)) if not percent or max(values) < 95 else [0, 25, 50, 75, 100]
     steps = [row["step"] for row in rows]
@@ -105,6 +108,8 @@ def page(report: dict) -> str:
         report=report,
         rows=rows,
         reference=reference,
+        repeats=REPEATS,
+        shown_loop=SHOWN_LOOP,
         charts=[chart(rows, reference, floor, *parts) for parts in CHARTS],
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
     )
