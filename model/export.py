@@ -105,10 +105,14 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(tokenizer.merges):
         ranks.setdefault("".join(pair), rank)
+    space_byte = len(SPECIAL_TOKENS) + ord(" ")
+    has_space = tokenizer.encode(" ") != [space_byte]
     texts, scores, types = [], [], []
     for i in range(tokenizer.vocab_size):
         if i < len(SPECIAL_TOKENS):
             text, kind = SPECIAL_TOKENS[i], TokenType.CONTROL
+        elif i == space_byte and not has_space:  # else llama.cpp would write a space as the three bytes of ▁
+            text, kind = " ", TokenType.NORMAL
         elif i < len(SPECIAL_TOKENS) + len(BYTE_TOKENS):
             text, kind = BYTE_TOKENS[i - len(SPECIAL_TOKENS)], TokenType.BYTE
         else:

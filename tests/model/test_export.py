@@ -169,7 +169,7 @@ def llama_cpp_tokens(text: str, texts: list[str], scores: list[float], types: li
         offer(left, after[left])
     result = []
     for part in filter(None, parts):
-        result += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.replace("▁", " ").encode()]
+        result += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
     return result
 
 
