@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(
         f"{out}: the mean of steps {', '.join(map(str, steps))}\n"
         f"validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents: "
-        f"{about['val_bits_per_char']:.4f} bits per character; the last checkpoint alone, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f}",
+        f"{about['val_bits_per_char']:.4f} bits per character; "
+        f"the last checkpoint alone, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

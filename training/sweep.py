@@ -157,7 +157,8 @@ class Sweep:
         self.reference = self._summary(stories) | distinct_n([real[i] for i in evenly(len(real), len(self.prompts))])
 
     def load(self, folder: Path) -> None:
-        """Copy a checkpoint's weights into the model. Raises FileNotFoundError or ValueError where it is damaged, gone or of another shape."""
+        """Copy a checkpoint's weights into the model. Raises FileNotFoundError or ValueError where it is damaged, gone or of another
+        shape."""
         if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
             raise ValueError(f"{folder} has another shape than the newest checkpoint")
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
@@ -269,9 +270,8 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
     for share in COHERENT:
         step = lasting(rows, lambda row, share=share: row["coherent"] >= share)
         if step is not None:
-            says.append(
-                f"Coherent {since(step)}: at least {share:.0%} of the {n} stories ({means}); {last['coherent']:.0%} at step {last['step']:,}."
-            )
+            text = f"Coherent {since(step)}: at least {share:.0%} of the {n} stories ({means})"
+            says.append(f"{text}; {last['coherent']:.0%} at step {last['step']:,}.")
             break
     else:
         says.append(f"Not coherent yet: {last['coherent']:.0%} of the {n} stories at step {last['step']:,} ({means}).")

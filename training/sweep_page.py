@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import math
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -90,7 +91,7 @@ def pieces(story: dict) -> list[tuple[str, str]]:
     cuts = sorted({0, len(text), *(edge for mark in marks.values() for edge in mark)})
     return [
         (text[a:b], " ".join(name for name, (start, end) in marks.items() if start <= a and b <= end))
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
 
 

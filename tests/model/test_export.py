@@ -223,7 +223,7 @@ def test_llama_cpp_writes_the_same_greedy_text_with_the_same_probabilities(whole
 
 @pytest.mark.parametrize("whole_characters", list(SHAPES), indirect=True)
 def test_llama_cpp_python_gives_the_same_logits(whole_characters):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python, which compiles it)")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install compiles it)")
     llm, out = whole_characters
     theirs = llama_cpp.Llama(str(out), n_ctx=96, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)  # an fp32 cache
     ids = llm.encode_prompt(LLAMA_PROMPT)

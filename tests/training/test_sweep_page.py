@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -65,7 +66,8 @@ def test_in_a_browser_nothing_is_fetched_nothing_fails_and_a_script_in_a_story_i
     browser.get(path.as_uri())
     assert browser.title == "Sweep of out/<b>run</b>"  # the story's script did not run
     assert browser.get_log("browser") == []
-    requests = re.findall(r'"method":"Network\.requestWillBeSent".*?"url":"([^"]*)"', "\n".join(e["message"] for e in browser.get_log("performance")))
+    events = "\n".join(e["message"] for e in browser.get_log("performance"))
+    requests = re.findall(r'"method":"Network\.requestWillBeSent".*?"url":"([^"]*)"', events)
     assert requests and all(url.startswith((path.as_uri(), "data:")) for url in requests), requests
     assert shown(browser, "a")[1] == EVIL + EVIL  # prompt and story, letter by letter
     assert not browser.find_elements("css selector", "main img, main script, .story *:not(b):not(span)")
@@ -117,4 +119,4 @@ def test_marks_cut_the_text_without_changing_it():
 def test_ticks_are_few_round_and_reach_both_ends(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
-    assert len({round(b - a, 9) for a, b in zip(found, found[1:], strict=False)}) == 1
+    assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
