@@ -89,10 +89,7 @@ def pieces(story: dict) -> list[tuple[str, str]]:
         marks["loop"] = story["loop"][:2]
     text = story["text"]
     cuts = sorted({0, len(text), *(edge for mark in marks.values() for edge in mark)})
-    return [
-        (text[a:b], " ".join(name for name, (start, end) in marks.items() if start <= a and b <= end))
-        for a, b in pairwise(cuts)
-    ]
+    return [(text[a:b], " ".join(name for name, (start, end) in marks.items() if start <= a and b <= end)) for a, b in pairwise(cuts)]
 
 
 def csp_hash(script: str) -> str:
