@@ -13,30 +13,15 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tritale.data.batches import Batches, eval_batches
+from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
-from tritale.data.shards import Split
 from tritale.model import GPT, LLM
 from tritale.training import processes, state
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
 from tritale.training.optimizer import build_optimizers, lr_factor
 from tritale.training.plan import DataFacts, DeviceFacts, plan
-
-
-@torch.inference_mode()
-def validate(model: GPT, split: Split, config: RunConfig, here: processes.Processes, autocast) -> tuple[float, float]:
-    """(loss in nats per token, bits per character) over the whole split; the processes share the work."""
-    nll = torch.zeros(2, dtype=torch.float64, device=here.device)  # sum, tokens
-    sizes = dict(context=config.train.sequence(model.config), micro_batch=config.train.micro_batch, document_mask=config.data.document_mask)
-    for i, batch in enumerate(eval_batches(split, **sizes)):
-        if i % here.world_size == here.rank:
-            tokens, targets, cu_seqlens = batch.on(here.device)
-            with autocast():
-                loss = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="sum")
-            nll += torch.stack([loss.double(), (targets >= 0).sum().double()])
-    nats, n_tokens = processes.total(nll).tolist()
-    return nats / n_tokens, nats / math.log(2) / split.characters
+from tritale.training.validation import validate
 
 
 def write_samples(model: GPT, tokenizer, config: RunConfig, log: Log, *, seed: int) -> None:
@@ -90,6 +75,7 @@ def main(config: RunConfig) -> None:
         rank=here.rank,
         world_size=here.world_size,
     )
+    eval_sizes = dict(context=planned.sequence, micro_batch=train.micro_batch, document_mask=config.data.document_mask)
 
     # ---- optimizer, precision -----------------------------------------------------------------------------------------------------
     optimizers = build_optimizers(model, config.optim, bf16=device.precision == "bf16")
@@ -169,7 +155,7 @@ def main(config: RunConfig) -> None:
 
             pause = time.perf_counter()
             if done % train.validate_every == 0 or is_end:
-                val_loss, val_bits = validate(model, validation_split, config, here, autocast)
+                val_loss, val_bits = validate(model, validation_split, **eval_sizes, here=here, autocast=autocast)
                 log.metrics(step=done, val_loss=val_loss, val_bits_per_char=val_bits, seconds=before + time.perf_counter() - began)
                 log.print(f"step {done}: validation {val_bits:.3f} bits per character, loss {val_loss:.3f}")
             if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_end:
@@ -186,7 +172,7 @@ def main(config: RunConfig) -> None:
 
     # ---- the end --------------------------------------------------------------------------------------------------------------------
     if math.isnan(val_bits):  # the run was complete before
-        _, val_bits = validate(model, validation_split, config, here, autocast)
+        _, val_bits = validate(model, validation_split, **eval_sizes, here=here, autocast=autocast)
     log.close()
     if here.is_main:
         above = f", {val_bits / floor - 1:.0%} above the {floor:.3f} that chance alone puts into the stories" if floor else ""

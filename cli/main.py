@@ -6,9 +6,12 @@ One with TAKES_CONFIG gets what it does not know itself, the keys of a run's con
 import argparse
 import sys
 
-from . import generate, lr_find, plan, prepare, serve
+from . import average, export, generate, lr_find, plan, prepare, serve, sweep
 
-COMMANDS = {"prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate, "serve": serve}
+COMMANDS = {
+    "prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate, "sweep": sweep, "average": average, "export": export,
+    "serve": serve,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..data.prepare import Options, prepare
     from ..data.prepare_report import print_report
-    from ..data.read import EXTRA, Fields
+    from ..data.read import Fields
 
     fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
     options = Options(
@@ -50,5 +50,4 @@ def run(args: argparse.Namespace) -> None:
     report = prepare(args.input, args.out, options, workers=args.workers, console=console)
     print_report(report, console)
     page = Path(args.out) / "report.html"
-    page = page if page.exists() else f"not written: {EXTRA}"
     console.print(f"\nreport  {page}\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)

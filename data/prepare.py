@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import select
+from .files import atomic_file, temporary_of
 from .piece_encoder import PieceEncoder
 from .read import EXTRA, Fields, Reader, find_files
 from .select import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
@@ -233,11 +234,8 @@ def selection(options: Options, work: Path, read: dict, progress: Progress) -> t
         "exact_leaks": kept,
         "near_leaks": near_leaks,
     }
-    aside = fates_path.with_suffix(".tmp")
-    with open(aside, "wb") as file:
-        file.write(fates.tobytes())
-        os.fsync(file.fileno())
-    aside.replace(fates_path)
+    with atomic_file(fates_path) as aside:
+        aside.write_bytes(fates.tobytes())
     _write_json(work / "selection.json", counts)
     progress.update(task, total=1, completed=1)
     return fates, counts
@@ -544,9 +542,8 @@ def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> 
 
 def _is_finished(out: Path, recipe: dict) -> bool:
     """Raises ValueError where `out` holds something else."""
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file() and [p.name for p in out.iterdir()] != [WORK]
-    ):
+    begun = {out / WORK, temporary_of(out / RECIPE)}  # by a run that was killed before it could say what it makes
+    if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
         raise ValueError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
     found = _read_json(out / RECIPE)
     if not found:
@@ -609,9 +606,5 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with atomic_file(path) as aside:
+        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,13 +1,14 @@
 """What `prepare` tells at its end: on the terminal, and as one HTML file without scripts or links, its charts drawn in SVG."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .files import atomic_file
 from .tokenizer import Tokenizer
 
 VOCABULARIES = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -105,11 +106,7 @@ def print_report(report: dict, console: Console) -> None:
 
 
 def write_html(path: Path, report: dict) -> None:
-    """Write the page to `path`. Without Jinja2 nothing is written; the same is in report.json and on the terminal."""
-    try:
-        import jinja2
-    except ImportError:
-        return
+    """Write the page to `path`."""
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     lengths = report["lengths"]
     html = page.render(
@@ -120,9 +117,8 @@ def write_html(path: Path, report: dict) -> None:
         charts=[_bars(lengths["characters"], lengths["edges"], "characters"), _bars(lengths["tokens"], lengths["edges"], "tokens")],
         curve=_curve(report["vocabularies"]),
     )
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(html, encoding="utf-8")
-    os.replace(aside, path)
+    with atomic_file(path) as aside:
+        aside.write_text(html, encoding="utf-8")
 
 
 def _bars(counts: list[int], edges: list[float], unit: str) -> dict:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import sync_entries
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
@@ -194,7 +195,7 @@ class SplitWriter:
         self._starts.sync()
         if self._shard:
             self._shard.sync()
-        _sync_folder(self._aside)
+        sync_entries(self._aside)
         return json.loads(json.dumps(self._state))
 
     def finish(self, entropy_bits: float | None = None) -> Split:
@@ -215,12 +216,12 @@ class SplitWriter:
         }
         with _HashedFile(self._aside / INDEX) as file:
             file.write((json.dumps(index, indent=2) + "\n").encode())
-        _sync_folder(self._aside)
+        sync_entries(self._aside)
         if self.folder.exists():
             (self.folder / INDEX).unlink(missing_ok=True)  # first: what is left of the old split is then no split
             shutil.rmtree(self.folder)
         self._aside.rename(self.folder)
-        _sync_folder(self.folder.parent)
+        sync_entries(self.folder.parent)
         return Split.open(self.folder, verify=False)
 
     def abandon(self) -> None:
@@ -280,16 +281,6 @@ class _HashedFile:
 
     def __exit__(self, *_):
         self.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes renames and new names inside `folder` durable. Windows has no such call.
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read_index(path: Path) -> dict:

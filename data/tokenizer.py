@@ -171,6 +171,11 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
 
+    @cached_property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs of entries that are joined, in the order in which they were learnt."""
+        return [tuple(pair) for pair in json.loads(self._backend.to_str())["model"]["merges"]]
+
     def token_bytes(self, i: int) -> bytes:
         """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
         return self._bytes[i]

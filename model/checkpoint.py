@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.files import sync_entries
 from .gpt import GPT, GPTConfig, rotary_tables
 
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -49,9 +50,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
-        sync_parent = os.open(folder.parent, os.O_RDONLY)
-        os.fsync(sync_parent)
-        os.close(sync_parent)
+        sync_entries(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

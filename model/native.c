@@ -40,9 +40,9 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum {
-    TILE_ROWS = 4, /* × TILE_OUT sums in registers: 12 multiply-adds for 7 loads keep both FMA units of an AVX2 core busy */
-    TILE_OUT = 3,
-    PANEL = 6,      /* weight rows unpacked to fp32 at a time: with four rows of x they fit the first-level cache */
+    TILE_ROWS = LANES == 16 ? 6 : 3, /* × TILE_OUT sums, as many as the registers hold: 12 multiply-adds for 7 loads on AVX2 */
+    TILE_OUT = 4,
+    PANEL = 8,      /* weight rows multiplied at a time; as fp32 they and the rows of x of a tile fit the first-level cache */
     ROW_BLOCK = 64, /* rows of x that stay in the second-level cache while all weights pass */
 };
 
@@ -91,14 +91,27 @@ static void unpack(float *restrict panel, const void *w, int64_t first, int64_t 
     }
 }
 
-static inline float total(vec x) {
+/* The sum of the lanes: halves onto each other down to four, then (0 + 2) + (1 + 3). */
+static inline vec4 quarters(vec x) {
 #if LANES == 16
     vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
     vec8 a = x;
 #endif
-    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[2]) + (b[1] + b[3]);
+    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+}
+
+static inline float total(vec x) {
+    vec4 a = quarters(x);
+    return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+/* `total` of four vectors with the same bits, by fewer instructions. */
+static inline vec4 totals(const vec x[4]) {
+    vec4 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
+    vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7); /* a02 b02 a13 b13 */
+    vec4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
 /* Σ a_i b_i. Written out, since the order in which a compiler would sum may depend on the addresses. */
@@ -111,95 +124,123 @@ static inline float dot(const float *a, const float *b, int64_t n) {
     return total(sum) + rest;
 }
 
-/* m × n sums along K. m and n are constants where it is called, so the loops unroll and the sums stay in registers. */
+/* m × n sums along K for rows of x and of w that are kp apart. m and n are constants where it is called, so the loops unroll and the sums
+ * stay in registers. */
 static inline __attribute__((always_inline)) void tile(int m, int n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
     vec sum[TILE_ROWS][TILE_OUT];
     for (int i = 0; i < m; i++)
         for (int o = 0; o < n; o++) sum[i][o] = (vec){0};
     for (int64_t j = 0; j < kp; j += LANES) {
-        vec wj[TILE_OUT]; /* 12 sums, 3 of w and 1 of x: the 16 registers of AVX2 */
-        for (int o = 0; o < n; o++) wj[o] = *(const vec *)(w + o * kp + j);
-        for (int i = 0; i < m; i++) {
-            vec xj = *(const vec *)(x + i * kp + j);
-            for (int o = 0; o < n; o++) sum[i][o] = FMA(xj, wj[o], sum[i][o]);
+        vec xj[TILE_ROWS];
+        for (int i = 0; i < m; i++) xj[i] = *(const vec *)(x + i * kp + j);
+        for (int o = 0; o < n; o++) {
+            vec wj = *(const vec *)(w + o * kp + j);
+            for (int i = 0; i < m; i++) sum[i][o] = FMA(xj[i], wj, sum[i][o]);
         }
     }
-    for (int i = 0; i < m; i++)
-        for (int o = 0; o < n; o++) y[i * ldy + o] = total(sum[i][o]);
-}
-
-static void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
-    for (int64_t o = 0; o < n;) {
-        const float *wo = w + o * kp;
-        float *yo = y + o;
-        if (n - o >= TILE_OUT) {
-            switch (m) {
-                case 4: tile(4, 3, x, wo, yo, kp, ldy); break;
-                case 3: tile(3, 3, x, wo, yo, kp, ldy); break;
-                case 2: tile(2, 3, x, wo, yo, kp, ldy); break;
-                default: tile(1, 3, x, wo, yo, kp, ldy);
-            }
-            o += TILE_OUT;
+    for (int i = 0; i < m; i++) {
+        if (n == TILE_OUT) {
+            vec4 four = totals(sum[i]);
+            memcpy(y + i * ldy, &four, sizeof four);
         } else {
-            switch (m) {
-                case 4: tile(4, 1, x, wo, yo, kp, ldy); break;
-                case 3: tile(3, 1, x, wo, yo, kp, ldy); break;
-                case 2: tile(2, 1, x, wo, yo, kp, ldy); break;
-                default: tile(1, 1, x, wo, yo, kp, ldy);
-            }
-            o += 1;
+            for (int o = 0; o < n; o++) y[i * ldy + o] = total(sum[i][o]);
         }
     }
 }
 
-/* What a tile gives for one row of x and one of W, without unpacking W first: for a single token that would take as long as the sum.
- * Asking for the bytes one kilobyte ahead is worth 8 %: the hardware's prefetcher starts anew at each page. */
-static inline __attribute__((always_inline)) float row(const float *x, const void *w, int64_t o, int64_t k, const int is_bf16) {
-    vec sum = {0};
-    float end[LANES] = {0};
-    int64_t j = 0;
-    if (is_bf16) {
-        const uint16_t *p = (const uint16_t *)w + o * k;
-        for (; j + LANES <= k; j += LANES) {
-            if (j % 32 == 0) __builtin_prefetch((const char *)(p + j) + 1024);
-            words bits = __builtin_convertvector(*(const halves *)(p + j), words) << 16;
-            sum = FMA(*(const vec *)(x + j), (vec)bits, sum);
-        }
-        if (j < k) unpack(end, p + j, 0, 1, k - j, 1);
-    } else {
-        const float *p = (const float *)w + o * k;
-        for (; j + LANES <= k; j += LANES) {
-            if (j % 16 == 0) __builtin_prefetch((const char *)(p + j) + 1024);
-            sum = FMA(*(const vec *)(x + j), *(const vec *)(p + j), sum);
-        }
-        memcpy(end, p + j, 4 * (k - j));
+#define TILE(m) (n == TILE_OUT ? tile(m, TILE_OUT, x, w, y, kp, ldy) : tile(m, 1, x, w, y, kp, ldy))
+
+static inline __attribute__((always_inline)) void tile_of(int64_t m, int n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
+    switch (m) {
+#if LANES == 16
+        case 6: TILE(6); break;
+        case 5: TILE(5); break;
+        case 4: TILE(4); break;
+#endif
+        case 3: TILE(3); break;
+        case 2: TILE(2); break;
+        default: TILE(1);
     }
-    if (j < k) sum = FMA(*(const vec *)(x + j), *(const vec *)end, sum);
-    return total(sum);
+}
+
+/* m ≤ TILE_ROWS rows of x times n rows of w. */
+static void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
+    int64_t o = 0;
+    for (; o + TILE_OUT <= n; o += TILE_OUT) tile_of(m, TILE_OUT, x, w + o * kp, y + o, kp, ldy);
+    for (; o < n; o++) tile_of(m, 1, x, w + o * kp, y + o, kp, ldy);
+}
+
+/* What a tile gives for one row of x and n of W, without unpacking W first: for a single token that would take as long as the sum. Four
+ * rows of W at a time, since a sum waits for its last multiply-add; asking for the bytes behind them is worth a tenth. */
+static inline __attribute__((always_inline)) void row(float *y, const float *x, const void *w, int64_t first, const int n, int64_t k, const int is_bf16) {
+    vec sum[TILE_OUT];
+    for (int o = 0; o < n; o++) sum[o] = (vec){0};
+    int64_t j = 0, bytes = is_bf16 ? 2 : 4;
+    const char *p = (const char *)w + first * k * bytes;
+    for (; j + LANES <= k; j += LANES) {
+        vec xj = *(const vec *)(x + j);
+        for (int o = 0; o < n; o++) {
+            const char *at = p + (o * k + j) * bytes;
+            if (j * bytes % 64 == 0) __builtin_prefetch(at + n * k * bytes);
+            vec wj;
+            if (is_bf16) {
+                words bits = __builtin_convertvector(*(const halves *)at, words) << 16;
+                wj = (vec)bits;
+            } else {
+                wj = *(const vec *)at;
+            }
+            sum[o] = FMA(xj, wj, sum[o]);
+        }
+    }
+    if (j < k) {
+        for (int o = 0; o < n; o++) {
+            float end[LANES] = {0};
+            unpack(end, p + (o * k + j) * bytes, 0, 1, k - j, is_bf16);
+            sum[o] = FMA(*(const vec *)(x + j), *(const vec *)end, sum[o]);
+        }
+    }
+    if (n == TILE_OUT) {
+        vec4 four = totals(sum);
+        memcpy(y + first, &four, sizeof four);
+    } else {
+        for (int o = 0; o < n; o++) y[first + o] = total(sum[o]);
+    }
+}
+
+static inline __attribute__((always_inline)) void one_row(float *y, const float *x, const void *w, int64_t n_out, int64_t k, const int is_bf16) {
+#pragma omp for schedule(static) nowait
+    for (int64_t o = 0; o < n_out / TILE_OUT; o++) row(y, x, w, o * TILE_OUT, TILE_OUT, k, is_bf16);
+#pragma omp for schedule(static)
+    for (int64_t o = n_out / TILE_OUT * TILE_OUT; o < n_out; o++) row(y, x, w, o, 1, k, is_bf16);
 }
 
 /* y (n, n_out) = x (n, k) Wᵀ for W (n_out, k); rows of x are PAD(k) apart, zeros behind k. Called by all threads together. */
 static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n_out, int64_t k, int is_bf16, float *panels) {
-    int64_t kp = PAD(k), n_panel = (n_out + PANEL - 1) / PANEL, bytes = k * (is_bf16 ? 2 : 4);
     if (n == 1) {
-#pragma omp for schedule(static)
-        for (int64_t o = 0; o < n_out; o++) y[o] = is_bf16 ? row(x, w, o, k, 1) : row(x, w, o, k, 0);
+        if (is_bf16) one_row(y, x, w, n_out, k, 1);
+        else one_row(y, x, w, n_out, k, 0);
         return;
     }
-    float *panel = panels + THREAD * PANEL * kp;
+    int64_t kp = PAD(k), n_panel = (n_out + PANEL - 1) / PANEL, bytes = k * (is_bf16 ? 2 : 4);
+    const int is_ready = !is_bf16 && k == kp;
     for (int64_t start = 0; start < n; start += ROW_BLOCK) {
         int64_t end = MIN(n, start + ROW_BLOCK), n_tile = (end - start + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < n_panel; p++) {
-            int64_t first = p * PANEL, rows = MIN(PANEL, n_out - first);
-            unpack(panel, w, first, rows, k, is_bf16);
-            /* while this panel is multiplied, the next one is on its way */
-            const char *next = (const char *)w + (first + rows) * bytes;
-            int64_t next_bytes = MIN(PANEL, n_out - first - rows) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
+            int64_t first = p * PANEL, n_row = MIN(PANEL, n_out - first);
+            const float *panel = (const float *)w + first * k;
+            if (!is_ready) {
+                float *own = panels + THREAD * PANEL * kp;
+                unpack(own, w, first, n_row, k, is_bf16);
+                panel = own;
+            }
+            /* while this panel is multiplied, the next one is on its way to the second-level cache */
+            const char *next = (const char *)w + (first + n_row) * bytes;
+            int64_t next_bytes = MIN(PANEL, n_out - first - n_row) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
             for (int64_t i = start; i < end; i += TILE_ROWS) {
                 for (int64_t b = (i - start) / TILE_ROWS * share, stop = MIN(b + share, next_bytes); b < stop; b += 64)
-                    __builtin_prefetch(next + b);
-                tiles(MIN(TILE_ROWS, end - i), rows, x + i * kp, panel, y + i * n_out + first, kp, n_out);
+                    __builtin_prefetch(next + b, 0, 2);
+                tiles(MIN(TILE_ROWS, end - i), n_row, x + i * kp, panel, y + i * n_out + first, kp, n_out);
             }
         }
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 
+from ..data.files import atomic_file
 from .config import RunConfig, flatten
 
 
@@ -27,9 +28,8 @@ class Log:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start_step]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
-        aside.replace(path)
+        with atomic_file(path) as aside:
+            aside.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if self.config.log.wandb != "disabled":
             try:

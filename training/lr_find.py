@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.batches import Batches
+from ..data.files import atomic_file
 from .trial import Trial
 
 SMOOTHING = 0.4  # standard deviation of the Gaussian that smooths the loss over the logarithm of the rate; a running mean would lag
@@ -91,7 +92,5 @@ def draw(found: Found, path: Path, *, configured: float) -> None:
     axes.set(xlabel="optim.lr (all rates in proportion)", ylabel="training loss, nats per token", title="Learning-rate range test")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, format="png")

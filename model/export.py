@@ -1,0 +1,208 @@
+"""A checkpoint in the forms that other programs read: a litgpt folder, a GGUF file for llama.cpp. (It already is a Hugging Face model.)"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from ..data.files import atomic_file
+from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
+from .checkpoint import atomic_folder, hf_config, hf_state, write_json
+from .generate import LLM
+from .gpt import GPTConfig
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} exists and is not overwritten; name another --out, or remove it")
+
+
+# ---- litgpt -------------------------------------------------------------------------------------------------------------------------
+
+
+def litgpt_config(c: GPTConfig) -> dict:
+    """litgpt's `Config` of the same model."""
+    config = {
+        "name": "tritale",
+        "hf_config": {},
+        "block_size": c.context,
+        "vocab_size": c.vocab_size,
+        "padded_vocab_size": c.vocab_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_query_groups": c.n_kv_head,
+        "head_size": c.head_dim,
+        "n_embd": c.width,
+        "intermediate_size": c.mlp_width,
+        "mlp_class_name": "LLaMAMLP",
+        "norm_class_name": "RMSNorm",
+        "norm_eps": c.norm_eps,
+        "norm_qk": c.qk_norm,
+        "parallel_residual": False,
+        "bias": False,
+        "rotary_percentage": 1.0,
+        "rope_base": int(c.rope_theta) if float(c.rope_theta).is_integer() else c.rope_theta,
+    }
+    if c.window is not None:
+        config |= {"sliding_window_size": c.window, "sliding_window_indices": [1] * c.n_layer}
+    return config
+
+
+def litgpt_state(model) -> dict[str, torch.Tensor]:
+    """The weights under litgpt's names. q, k, v lie in one matrix there too, in the same order; gate and up do not."""
+    state = {
+        "transformer.wte.weight": model.embedding,
+        "lm_head.weight": model.head,  # tied ones share their memory in the file too
+        "transformer.ln_f.weight": model.norm,
+    }
+    for i, block in enumerate(model.blocks):
+        gate, up = block.gate_up.weight.chunk(2)
+        layer = {
+            "norm_1": block.attention_norm,
+            "attn.qkv": block.qkv.weight,
+            "attn.proj": block.attention_out.weight,
+            "norm_2": block.mlp_norm,
+            "mlp.fc_1": gate.clone(),  # a view would be saved with all of its memory
+            "mlp.fc_2": up.clone(),
+            "mlp.proj": block.mlp_out.weight,
+        }
+        if model.config.qk_norm:
+            layer |= {"attn.norm_q": block.q_norm, "attn.norm_k": block.k_norm}
+        state |= {f"transformer.h.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def export_litgpt(llm: LLM, out: Path) -> None:
+    """Write a folder that `litgpt.LLM.load` reads. `lit_model.pth` is a dictionary of plain tensors (`weights_only=True` loads it).
+
+    Raises ValueError where `out` exists."""
+    _refuse_existing(out)
+    tokenizer, c = llm.tokenizer, llm.model.config
+    with atomic_folder(out) as folder:
+        torch.save(litgpt_state(llm.model), folder / "lit_model.pth")
+        (folder / "model_config.yaml").write_text(yaml.safe_dump(litgpt_config(c), sort_keys=False), encoding="utf-8")
+        tokens = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
+        write_json(folder / "config.json", hf_config(c, **tokens))
+        write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.eot_id, **tokens})
+        tokenizer.save(folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        # Without it litgpt takes the leading <|endoftext|> away, and the model reads a text that begins nowhere.
+        write_json(folder / "tokenizer_config.json", config | {"add_bos_token": True})
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------------------------
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[float], list[int]]:
+    """(text, score, type) of each id, as llama.cpp's tokenizer "llama" has them; rows of the embedding beyond the tokenizer are unused.
+
+    That tokenizer is, like this project's, one of whole characters with single bytes for those that have no entry; its "gpt2" begins with
+    bytes and drops those of an unknown character that a merge has joined halfway. It joins the neighbours whose union has the highest
+    score, so the score of an entry is minus the rank of the merge that makes it. Spaces are written ▁."""
+    from gguf import TokenType
+
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(tokenizer.merges):
+        ranks.setdefault("".join(pair), rank)
+    space_byte = len(SPECIAL_TOKENS) + ord(" ")
+    has_space = tokenizer.encode(" ") != [space_byte]
+    texts, scores, types = [], [], []
+    for i in range(tokenizer.vocab_size):
+        if i < len(SPECIAL_TOKENS):
+            text, kind = SPECIAL_TOKENS[i], TokenType.CONTROL
+        elif i == space_byte and not has_space:  # else llama.cpp would write a space as the three bytes of ▁
+            text, kind = " ", TokenType.NORMAL
+        elif i < len(SPECIAL_TOKENS) + len(BYTE_TOKENS):
+            text, kind = BYTE_TOKENS[i - len(SPECIAL_TOKENS)], TokenType.BYTE
+        else:
+            text, kind = tokenizer.token_bytes(i).decode("utf-8"), TokenType.NORMAL
+            if "▁" in text:  # it would read as a space; such a character then falls back to its bytes
+                text, kind = f"<|unused_{i}|>", TokenType.UNUSED
+        texts.append(text.replace(" ", "▁"))
+        scores.append(-float(ranks.get(text, 0)))
+        types.append(int(kind))
+    for i in range(tokenizer.vocab_size, n_rows):
+        texts.append(f"<|unused_{i}|>")
+        scores.append(0.0)
+        types.append(int(TokenType.UNUSED))
+    return texts, scores, types
+
+
+def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
+    # llama.cpp's architecture "llama" turns neighbouring pairs of a head, Hugging Face its halves: (H · 2 · D/2, K) -> (H · D/2 · 2, K).
+    n, k = weight.shape
+    return weight.reshape(n_head, 2, n // n_head // 2, k).swapaxes(1, 2).reshape(n, k)
+
+
+def gguf_tensors(llm: LLM) -> dict[str, np.ndarray]:
+    """The weights in fp32 under GGUF's names, rows as in PyTorch."""
+    c = llm.model.config
+    names = {
+        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    whole = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in hf_state(llm.model).items():
+        array = tensor.float().cpu().contiguous().numpy()
+        if name in whole:
+            tensors[whole[name]] = array
+            continue
+        _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
+        if not c.qk_norm and kind in ("self_attn.q_proj", "self_attn.k_proj"):
+            array = _interleaved(array, c.n_head if kind == "self_attn.q_proj" else c.n_kv_head)
+        tensors[f"blk.{layer}.{names[kind]}.weight"] = np.ascontiguousarray(array)
+    return tensors
+
+
+def export_gguf(llm: LLM, out: Path, *, name: str) -> None:
+    """Write a GGUF file in fp32 for llama.cpp: its architecture "llama", or with QK-norm "qwen3". Its `llama-quantize` makes it smaller.
+
+    Raises ValueError where `out` exists, or for a model with a window shorter than its context, which those architectures do not have;
+    ModuleNotFoundError where the package gguf is missing."""
+    import gguf
+
+    _refuse_existing(out)
+    c, tokenizer = llm.model.config, llm.tokenizer
+    if c.window is not None and c.window < c.context:
+        raise ValueError(f"model.window is {c.window}, and GGUF's architecture has no sliding window; export it to litgpt instead")
+    with atomic_file(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, "qwen3" if c.qk_norm else "llama")
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        writer.add_vocab_size(c.vocab_size)
+        writer.add_context_length(c.context)
+        writer.add_embedding_length(c.width)
+        writer.add_block_count(c.n_layer)
+        writer.add_feed_forward_length(c.mlp_width)
+        writer.add_head_count(c.n_head)
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+        writer.add_rope_dimension_count(c.head_dim)
+        writer.add_rope_freq_base(c.rope_theta)
+        writer.add_layer_norm_rms_eps(c.norm_eps)
+
+        texts, scores, types = gguf_vocabulary(tokenizer, c.vocab_size)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(texts)
+        writer.add_token_scores(scores)
+        writer.add_token_types(types)
+        writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with the token that ends the one before
+        writer.add_eos_token_id(tokenizer.eot_id)
+        writer.add_pad_token_id(tokenizer.pad_id)
+        writer.add_add_bos_token(True)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(False)
+
+        for tensor_name, array in gguf_tensors(llm).items():
+            writer.add_tensor(tensor_name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

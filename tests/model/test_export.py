@@ -1,0 +1,257 @@
+"""Exports are read by the programs they are for, and give the same logits; where such a program is missing, its own file reader judges."""
+
+import heapq
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tritale.cli.main import main
+from tritale.data.stories import story
+from tritale.data.tokenizer import Tokenizer
+from tritale.model import GPT, LLM, GPTConfig
+from tritale.model.checkpoint import save_model
+from tritale.model.export import export_gguf, export_litgpt, gguf_vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([story(3, i).text for i in range(200)], 700)
+
+
+# Heads times head size is not the width; grouped queries; both families; tied and not.
+SHAPES = {
+    "mistral": dict(qk_norm=False, tie_embeddings=True),
+    "qwen3": dict(qk_norm=True, tie_embeddings=True),
+    "untied": dict(qk_norm=False, tie_embeddings=False),
+}
+
+
+def checkpoint(folder, tokenizer, **changes):
+    """A checkpoint with random weights, its norms too, large enough that logits differ."""
+    shape = dict(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, width=96, mlp_width=160, context=96)
+    model = GPT(GPTConfig(**shape | {"rope_theta": 20_000.0} | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1) if p.ndim == 2 else p.uniform_(0.5, 1.5)
+    folder.mkdir()
+    save_model(folder, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(params=list(SHAPES))
+def model_folder(request, tmp_path, tokenizer, seed):
+    return checkpoint(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
+
+
+def prompt_ids(llm: LLM) -> torch.Tensor:
+    return torch.tensor([llm.encode_prompt("汤姆和杰瑞是好朋友，他们 love 龘。")])
+
+
+def test_litgpt_loads_the_export_and_gives_the_same_logits(model_folder, tmp_path):
+    litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
+    llm, out = LLM.load(model_folder, device="cpu"), tmp_path / "lit"
+    main(["export", str(model_folder), "--to", "litgpt", "--out", str(out)])
+    theirs = litgpt.GPT(litgpt.Config.from_file(out / "model_config.yaml")).eval()
+    theirs.load_state_dict(torch.load(out / "lit_model.pth", weights_only=True))
+    ids = prompt_ids(llm)
+    assert litgpt.Tokenizer(out).encode("汤姆和杰瑞是好朋友，他们 love 龘。").tolist() == ids[0].tolist()
+    with torch.no_grad():
+        ours, found = llm.model(ids), theirs(ids)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(found, ours, atol=1e-3, rtol=0)
+
+
+def test_the_lines_of_a_litgpt_user_run_on_the_export(tmp_path, tokenizer, seed):
+    litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
+    out = tmp_path / "step-00001000"
+    export_litgpt(LLM.load(checkpoint(tmp_path / "step-00000001", tokenizer), device="cpu"), out)
+    llm = litgpt.LLM.load(model=str(out))
+    text = llm.generate(prompt="汤姆和杰瑞是好朋友，", max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=30)
+    assert isinstance(text, str)
+
+
+def test_lit_model_holds_plain_tensors_only_and_no_more_of_them_than_the_model(model_folder, tmp_path):
+    llm = LLM.load(model_folder, device="cpu")
+    export_litgpt(llm, tmp_path / "lit")
+    state = torch.load(tmp_path / "lit" / "lit_model.pth", weights_only=True)
+    assert all(type(t) is torch.Tensor for t in state.values())
+    n_parameters = sum(p.numel() for p in llm.model.parameters())
+    assert (tmp_path / "lit" / "lit_model.pth").stat().st_size < 4 * n_parameters + 50_000  # a tied head is in it once
+    assert torch.equal(state["lm_head.weight"], llm.model.head)
+
+
+def read_gguf(path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {t.name: t.data.reshape(list(reversed(t.shape.tolist()))) for t in reader.tensors}
+
+
+def gguf_logits(fields: dict, tensors: dict, tokens: list[int]) -> np.ndarray:
+    """The model as llama.cpp defines it, in float64 from the file alone: rotary pairs are neighbours in "llama", halves in "qwen3"."""
+    arch = fields["general.architecture"]
+    value = lambda name: fields[f"{arch}.{name}"]
+    n_head, n_kv, d = value("attention.head_count"), value("attention.head_count_kv"), value("attention.key_length")
+    eps, theta, n = value("attention.layer_norm_rms_epsilon"), value("rope.freq_base"), len(tokens)
+    norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+    angles = np.arange(n)[:, None] * theta ** (-np.arange(0, d, 2) / d)  # (n, D/2)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+    def rotate(x):  # (n, H, D)
+        first, second = (x[..., 0::2], x[..., 1::2]) if arch == "llama" else (x[..., : d // 2], x[..., d // 2 :])
+        a, b = first * cos - second * sin, first * sin + second * cos
+        return np.stack([a, b], -1).reshape(x.shape) if arch == "llama" else np.concatenate([a, b], -1)
+
+    w = {name: t.astype(np.float64) for name, t in tensors.items()}
+    x = w["token_embd.weight"][tokens]
+    for i in range(value("block_count")):
+        of = lambda name, i=i: w[f"blk.{i}.{name}.weight"]
+        h = norm(x, of("attn_norm"))
+        q, k, v = ((h @ of(f"attn_{name}").T).reshape(n, -1, d) for name in "qkv")
+        if arch == "qwen3":
+            q, k = norm(q, of("attn_q_norm")), norm(k, of("attn_k_norm"))
+        q, k = rotate(q), rotate(k)
+        k, v = (np.repeat(t, n_head // n_kv, axis=1) for t in (k, v))
+        scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(d) + np.triu(np.full((n, n), -np.inf), 1)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        a = np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v).reshape(n, -1)
+        x = x + a @ of("attn_output").T
+        h = norm(x, of("ffn_norm"))
+        gate = h @ of("ffn_gate").T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ of("ffn_up").T)) @ of("ffn_down").T
+    return norm(x, w["output_norm.weight"]) @ w.get("output.weight", w["token_embd.weight"]).T
+
+
+def test_the_gguf_file_alone_defines_the_same_logits(model_folder, tmp_path):
+    llm, out = LLM.load(model_folder, device="cpu"), tmp_path / "model.gguf"
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    main(["export", str(model_folder), "--to", "gguf", "--out", str(out)])
+    fields, tensors = read_gguf(out)
+    c, ids = llm.model.config, prompt_ids(llm)
+    arch = "qwen3" if c.qk_norm else "llama"
+    assert fields["general.architecture"] == arch and fields["tokenizer.ggml.model"] == "llama"
+    sizes = {"context_length": c.context, "embedding_length": c.width, "feed_forward_length": c.mlp_width, "vocab_size": c.vocab_size}
+    assert {name: fields[f"{arch}.{name}"] for name in sizes} == sizes
+    assert fields[f"{arch}.rope.dimension_count"] == fields[f"{arch}.attention.value_length"] == c.head_dim
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == llm.tokenizer.eot_id
+    assert fields["tokenizer.ggml.add_bos_token"] is True and fields["tokenizer.ggml.add_space_prefix"] is False
+    assert len(fields["tokenizer.ggml.tokens"]) == len(tensors["token_embd.weight"]) == c.vocab_size
+    assert ("output.weight" in tensors) is not c.tie_embeddings
+    with torch.no_grad():
+        ours = llm.model(ids)[0].double().numpy()
+    np.testing.assert_allclose(gguf_logits(fields, tensors, ids[0].tolist()), ours, atol=1e-3)
+
+
+def llama_cpp_tokens(text: str, texts: list[str], scores: list[float], types: list[int]) -> list[int]:
+    """llama.cpp's tokenizer "llama" (llm_tokenizer_spm): join the neighbours whose union has the highest score, the leftmost of equals."""
+    ids = {t: i for i, t in enumerate(texts)}
+    parts = list(text.replace(" ", "▁"))
+    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    heap = []
+
+    def offer(left, right):
+        if left >= 0 and right < len(parts) and (i := ids.get(parts[left] + parts[right])) is not None:
+            heapq.heappush(heap, (-scores[i], left, right, parts[left] + parts[right]))
+
+    for i in range(len(parts) - 1):
+        offer(i, i + 1)
+    while heap:
+        _, left, right, union = heapq.heappop(heap)
+        if not parts[left] or not parts[right] or after[left] != right or parts[left] + parts[right] != union:
+            continue
+        parts[left], parts[right], after[left] = union, "", after[right]
+        if after[left] < len(parts):
+            before[after[left]] = left
+        offer(before[left], left)
+        offer(left, after[left])
+    result = []
+    for part in filter(None, parts):
+        result += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+    return result
+
+
+def test_llama_cpp_reads_a_text_as_the_same_tokens(tokenizer, seed):
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    texts, scores, types = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 3)
+    assert len(texts) == len(set(texts)) == tokenizer.vocab_size + 3
+    for text in [story(seed, i).text for i in range(150)] + ["龘 and <|endoftext|> 12 ……！！\n\n<0x41>", ""]:
+        assert llama_cpp_tokens(text, texts, scores, types) == tokenizer.encode(text), text
+
+
+LLAMA_PROMPT = "汤姆和杰瑞是好朋友，他们 love 龘。"
+
+
+@pytest.fixture
+def whole_characters(tmp_path, tokenizer, seed, request):
+    """A checkpoint that never writes a single byte: llama.cpp's server withholds the tokens of an unfinished character."""
+    folder = checkpoint(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
+    llm = LLM.load(folder, device="cpu")
+    with torch.no_grad():
+        llm.model.head[:260] *= 0.01
+    save_model(folder, llm.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    out = tmp_path / "model.gguf"
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    export_gguf(llm, out, name="test")
+    return llm, out
+
+
+@pytest.mark.parametrize("whole_characters", list(SHAPES), indirect=True)
+def test_llama_cpp_writes_the_same_greedy_text_with_the_same_probabilities(whole_characters):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed (pip install xllamacpp)")
+    llm, out = whole_characters
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads, params.warmup = str(out), 96, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server, n = xllamacpp.Server(params), 24
+    found = server.handle_completions({"prompt": LLAMA_PROMPT, "temperature": 0, "max_tokens": n, "logprobs": 5})
+    ids = llm.encode_prompt(LLAMA_PROMPT)
+    assert found["usage"]["prompt_tokens"] == len(ids)
+    steps = found["choices"][0]["logprobs"]["content"]
+    assert len(steps) == n
+    for step in steps:
+        with torch.no_grad():
+            logprobs = llm.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        theirs = torch.tensor([candidate["logprob"] for candidate in step["top_logprobs"]])
+        ours = logprobs[[candidate["id"] for candidate in step["top_logprobs"]]]
+        torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+        assert logprobs[step["id"]] > logprobs.max() - 1e-3
+        ids.append(step["id"])
+
+
+@pytest.mark.parametrize("whole_characters", list(SHAPES), indirect=True)
+def test_llama_cpp_python_gives_the_same_logits(whole_characters):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install compiles it)")
+    llm, out = whole_characters
+    theirs = llama_cpp.Llama(str(out), n_ctx=96, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False)  # an fp32 cache
+    ids = llm.encode_prompt(LLAMA_PROMPT)
+    assert theirs.tokenize(LLAMA_PROMPT.encode(), add_bos=True, special=False) == ids
+    theirs.eval(ids)
+    with torch.no_grad():
+        ours = llm.model(torch.tensor([ids]))[0].numpy()
+    np.testing.assert_allclose(np.array(theirs.scores[: len(ids)]), ours, atol=5e-3)
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, tokenizer, seed):
+    folder, out = checkpoint(tmp_path / "step-00000001", tokenizer, window=8), tmp_path / "there"
+    out.mkdir()
+    with pytest.raises(SystemExit, match="exists and is not overwritten"):
+        main(["export", str(folder), "--to", "litgpt", "--out", str(out)])
+    with pytest.raises(SystemExit, match="exists and is not overwritten"):
+        main(["export", str(folder), "--to", "gguf", "--out", str(out)])
+    with pytest.raises(SystemExit, match="sliding window"):
+        main(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "model.gguf")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "there"] and not any(out.iterdir())
+    with pytest.raises(SystemExit, match=r"config.json is missing"):
+        main(["export", str(out), "--to", "litgpt", "--out", str(tmp_path / "lit")])
+    with pytest.raises(SystemExit, match="being written at this moment"):
+        main(["export", str(tmp_path / ".step-00000002.0123abcd.tmp"), "--to", "litgpt", "--out", str(tmp_path / "lit")])
+
+
+def test_without_the_package_gguf_its_extra_is_named(tmp_path, tokenizer, seed, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(SystemExit, match=r"tritale\[export\]"):
+        main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "model.gguf")])
+    assert not (tmp_path / "model.gguf").exists()
