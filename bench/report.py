@@ -23,7 +23,7 @@ GREY, SKY, BLUE, GREEN, YELLOW, PURPLE, ORANGE, RED = "#9a9a9a #56b4e9 #0072b2 #
 COLORS = {
     "reference": GREY, "reference, eager": GREY, "reference, compiled": SKY, "ours": RED, "ours, recompute": ORANGE, "SDPA": BLUE,
     "F.rms_norm": BLUE, "F.cross_entropy": BLUE, "F.linear_cross_entropy, 256 rows": BLUE,
-    "F.linear_cross_entropy, default options": "#7fb2d8",
+    "F.linear_cross_entropy, default options": "#7fb2d8", "F.linear_cross_entropy, no options": "#b5d4e9",
     "cut-cross-entropy": GREEN, "Liger-Kernel": PURPLE, "flash-attn": YELLOW, "litgpt": GREEN, "transformers Mistral": BLUE,
     "transformers Mistral, eager": "#7fb2d8",
 }  # fmt: skip

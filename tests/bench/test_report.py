@@ -10,7 +10,9 @@ import torch
 
 from bench import ops
 from bench.measure import Stopwatch, interleaved, one_round, write_results
-from bench.report import slower_than_peers, tables
+from bench.report import COLORS, slower_than_peers, tables
+from bench.test_scaling import TRAINERS as SCALED
+from bench.test_training_step import TRAINERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +32,11 @@ def step_row(contender: str, seconds: float, **changes) -> dict:
 
 def scaling_row(contender: str, value: int) -> dict:
     return step_row(contender, 0.5) | {"suite": "scaling", "case": "batch", "value": value}
+
+
+def test_every_contender_has_a_colour():
+    names = {c for contenders in ops.CONTENDERS.values() for c in contenders} | {*SCALED, *TRAINERS}
+    assert not {n for n in names if not n.startswith("ours without")} - set(COLORS)
 
 
 def test_what_is_wrong_or_cannot_run_is_listed_without_figures():
