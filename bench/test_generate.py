@@ -34,7 +34,10 @@ def folder(tmp_path_factory, is_measured):
     torch.manual_seed(0)
     config = GPTConfig.preset("microstories-44m") if is_measured else GPTConfig.preset("microstories-44m", vocab_size=2048, n_layer=1)
     folder = tmp_path_factory.mktemp("generate")
-    save_model(folder, GPT(config), eos_token_id=0, pad_token_id=3)
+    model = GPT(config)
+    with torch.no_grad():
+        model.embedding[0] = 0  # the logit of <|endoftext|> is 0, never the largest: every text is written to the end, by everybody
+    save_model(folder, model, eos_token_id=0, pad_token_id=3)
     entries = [*FIXED_TOKENS, *(chr(0x4E00 + i) for i in range(20_000)), *(f"entry {i}" for i in range(65_024))][: config.vocab_size]
     backend = tokenizers.Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[], byte_fallback=True))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
@@ -129,7 +132,7 @@ def test_one_prompt(dtype, folder, is_measured, capsys):
     texts = prompts(1)
     contenders = {name: (make(folder, DTYPES[dtype], n_tokens), texts) for name, make in makers.items()}
     for write, _ in contenders.values():
-        assert 1 <= write(texts) <= n_tokens  # and the first call's work is done
+        assert write(texts) == n_tokens  # and the first call's work is done
     best = rates(contenders, rounds)
     show(capsys, f"one prompt, {dtype}", best)
 
@@ -146,7 +149,7 @@ def test_32_prompts(dtype, folder, is_measured, capsys):
         contenders["transformers, a batch of 32"] = (transformers(folder, DTYPES[dtype], n_tokens // 10), texts)
     one = contenders["tritale, one after the other"]
     contenders["tritale, one after the other"] = (lambda texts: sum(one[0]([text]) for text in texts), one[1])
-    assert ours(texts) == sum(ours([text]) for text in texts) or not is_measured
+    assert ours(texts) == N_PROMPTS * n_tokens
     best = rates(contenders, rounds)
     show(capsys, f"32 prompts of 1 to 40 characters, {dtype}", best)
 

@@ -56,6 +56,7 @@ class Decoder:
         self._slots, self._capacity, self._n_token = slots, capacity, n_token or c.vocab_size
         runs_native = native.can_run(model)
         self._forward = native.NativeForward(model) if runs_native else TorchForward(model)
+        self._argmax = native.argmax if runs_native else lambda logits: logits.argmax(-1)
         dtype = torch.float32 if runs_native else weight.dtype
         shape = (c.n_layer, 2, slots, capacity, c.n_kv_head, c.head_dim)
         self._cache = torch.zeros(shape, dtype=dtype, device=weight.device)  # zeros: masked keys are multiplied by 0 too
@@ -129,7 +130,7 @@ class Decoder:
         for filters, rows in groups.items():
             part = logits if len(rows) == len(texts) else logits[rows]
             if dict(filters)["temperature"] == 0:
-                chosen[rows] = part.argmax(-1).cpu()
+                chosen[rows] = self._argmax(part).cpu()
                 continue
             u = torch.stack([torch.rand(1, dtype=torch.float64, generator=texts[row].generator) for row in rows])
             chosen[rows] = draw(*candidates(part, **dict(filters)), u.to(logits.device)).cpu()

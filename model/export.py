@@ -165,12 +165,12 @@ def export_gguf(llm: LLM, out: Path, *, name: str) -> None:
 
     Raises ValueError where `out` exists, or for a model with a window shorter than its context, which those architectures do not have;
     ModuleNotFoundError where the package gguf is missing."""
-    import gguf
-
     _refuse_existing(out)
     c, tokenizer = llm.model.config, llm.tokenizer
     if c.window is not None and c.window < c.context:
         raise ValueError(f"model.window is {c.window}, and GGUF's architecture has no sliding window; export it to litgpt instead")
+    import gguf
+
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "qwen3" if c.qk_norm else "llama")
         writer.add_name(name)

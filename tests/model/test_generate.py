@@ -224,6 +224,17 @@ def test_native_logits_are_pytorchs_and_the_same_bits_in_any_company(dtype, fold
     torch.testing.assert_close(together, llm.model.float()(tokens).detach().flatten(0, 1), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n_col", [1, 7, 8, 1001])
+def test_native_argmax_is_the_first_of_the_largest(n_col, seed):
+    if isinstance(native.library(), str):
+        pytest.skip(native.library())
+    logits = torch.randn(5, n_col + 3)[:, :n_col]
+    logits[1, n_col // 3] = logits[1, n_col // 2] = logits[1, -1] = 9.0
+    logits[2] = -torch.inf
+    first = [[i for i, value in enumerate(row) if value == max(row)][0] for row in logits.tolist()]
+    assert native.argmax(logits).tolist() == first
+
+
 def test_weights_copied_into_the_model_are_used(llm):
     before = llm.generate("小兔", temperature=0, max_new_tokens=20)
     with torch.no_grad():
