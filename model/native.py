@@ -81,7 +81,7 @@ def can_run(model: GPT) -> bool:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The first of the largest of each row of logits (B, V), fp32 on the CPU, rows of any stride: (B,) int64. Twice as fast as PyTorch's."""
+    """The first of the largest of each row of logits (B, V), fp32 on the CPU, in rows of any stride: (B,) int64."""
     index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
     library().argmax(
         ctypes.c_void_p(logits.data_ptr()), *map(integer, (*logits.shape, logits.stride(0))),

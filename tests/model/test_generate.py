@@ -231,7 +231,7 @@ def test_native_argmax_is_the_first_of_the_largest(n_col, seed):
     logits = torch.randn(5, n_col + 3)[:, :n_col]
     logits[1, n_col // 3] = logits[1, n_col // 2] = logits[1, -1] = 9.0
     logits[2] = -torch.inf
-    first = [[i for i, value in enumerate(row) if value == max(row)][0] for row in logits.tolist()]
+    first = [next(i for i, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
     assert native.argmax(logits).tolist() == first
 
 
