@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import select
+from .bulk_encoder import BulkEncoder
 from .files import atomic_file, temporary_of
-from .piece_encoder import PieceEncoder
+from .measures import evenly
 from .read import EXTRA, Fields, Reader, find_files
 from .select import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
 from .shards import REMEDY, Split, SplitWriter
@@ -101,6 +102,8 @@ def prepare(inputs: list[str], out: str | Path, options: Options, *, workers: in
             read = fingerprints(files, options, work, pool, progress)
             fates, chosen = selection(options, work, read, progress)
             tokenizer = given or trained_tokenizer(files, options, fates, work, out, progress)
+            if BulkEncoder(tokenizer).is_fallback:
+                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", style="yellow")
             if not (out / "tokenizer").exists():
                 _save_tokenizer(tokenizer, out / "tokenizer")
             pool.use(out / "tokenizer")
@@ -249,15 +252,15 @@ def trained_tokenizer(files: list[str], options: Options, fates: np.ndarray, wor
     if (out / "tokenizer").exists():
         return Tokenizer.load(out / "tokenizer")
     task = progress.add_task("training the tokenizer", total=None)
-    tokenizer = Tokenizer.train(sample(files, options, fates, work, TRAIN, SAMPLE_CHARACTERS), options.vocab_size)
+    tokenizer = Tokenizer.train(sample(files, options, fates, work, SAMPLE_CHARACTERS), options.vocab_size)
     progress.update(task, total=1, completed=1)
     return tokenizer
 
 
-def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, fate: int, characters: int) -> list[str]:
-    """Documents of one side with about so many characters together, chosen by their hashes, in the order of the input."""
+def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, characters: int) -> list[str]:
+    """Training documents with about so many characters together, chosen by their hashes, in the order of the input."""
     path = work / "documents.bin"
-    of_side = lambda first, records: fates[first : first + len(records)] == fate
+    of_side = lambda first, records: fates[first : first + len(records)] == TRAIN
     total = sum(int(r["characters"][of_side(first, r)].sum(dtype=np.int64)) for first, r in chunks(path, RECORD))
     limit = min(int(characters / max(total, 1) * 2**64), 2**64 - 1)
     parts = [first + np.flatnonzero(of_side(first, r) & (r["hash"][:, 0] <= np.uint64(limit))) for first, r in chunks(path, RECORD)]
@@ -271,7 +274,7 @@ def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, fa
             length += len(texts[-1])
             number = next(wanted, None)
     if not texts:  # the few documents there are have high hashes
-        number = int(np.flatnonzero(fates == fate)[0])
+        number = int(np.flatnonzero(fates == TRAIN)[0])
         texts = [normalise(d.text) for i, (_, d) in enumerate(Reader(files, options.fields, options.skip_errors).read()) if i == number]
     return texts
 
@@ -395,10 +398,7 @@ def report_of(
         characters += np.bincount(length_bin(records["characters"][kept]), minlength=64)
     tokens = sum(np.bincount(length_bin(split.lengths), minlength=64) for split in splits.values())
     task = progress.add_task("comparing vocabularies", total=None)
-    texts = (
-        sample(files, options, fates, work, TRAIN, MEASURED_CHARACTERS),
-        sample(files, options, fates, work, VALIDATION, MEASURED_CHARACTERS // 5),
-    )
+    texts = [_some(splits[side], tokenizer, n) for side, n in zip(SIDES, (MEASURED_CHARACTERS, MEASURED_CHARACTERS // 5), strict=True)]
     table = vocabulary_table(*texts, pool, lambda done, total: progress.update(task, completed=done, total=total))
     return {
         "files": len(files),
@@ -425,6 +425,12 @@ def report_of(
         "vocabularies": table,
         "strangest": encoded["strangest"],
     }
+
+
+def _some(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
+    # Documents evenly spread over the split, with about so many characters together. Decoding gives them back as they were.
+    wanted = max(1, int(split.n_documents * characters / split.characters))
+    return [tokenizer.decode(split.document(i).tolist()) for i in evenly(split.n_documents, wanted)]
 
 
 def length_bin(lengths: np.ndarray) -> np.ndarray:
@@ -474,14 +480,14 @@ def _batches(reader: Reader, place: list[int]) -> Iterator[_Batch]:
         yield batch()
 
 
-_encoder: PieceEncoder | None = None  # of a worker
+_encoder: BulkEncoder | None = None  # of a worker
 
 
 def _set_up_worker(tokenizer: str | None) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes share the cores already
     if tokenizer:
-        _encoder = PieceEncoder(Tokenizer.load(tokenizer))
+        _encoder = BulkEncoder(Tokenizer.load(tokenizer))
     if parent := parent_process():  # die with it, also where it is killed
         Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 

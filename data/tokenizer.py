@@ -180,10 +180,6 @@ class Tokenizer:
         """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
         return self._bytes[i]
 
-    def encode_piece(self, piece: str) -> list[int]:
-        """Ids of one piece as `PIECES` cuts them; `encode` is this for every piece, one after another."""
-        return [token.id for token in self._backend.model.tokenize(piece)]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.
 
