@@ -118,7 +118,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--benchmark") or not rows:
         return
     machine = describe_machine() | {"seconds": round(time.monotonic() - config.stash[STARTED])}
-    is_whole = {row["suite"] for row in rows} == {"ops", "training step", "scaling"} and not terminalreporter.stats.get("deselected")
+    suites = {"generation", "ops", "training step", "scaling"}
+    is_whole = {row["suite"] for row in rows} == suites and not terminalreporter.stats.get("deselected")
     folder = ROOT / "bench/results" if is_whole else ROOT / "out/bench"
     file = folder / f"{machine['slug']}.json"
     write_results(file, machine, rows)

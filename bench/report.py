@@ -201,8 +201,26 @@ def scaling_tables(rows: list[dict]) -> list[Table]:
     return result
 
 
+def generation_tables(rows: list[dict]) -> list[Table]:
+    result = []
+    for (model,) in distinct(of_suite(rows, "generation"), "model"):
+        mine = [r for r in of_suite(rows, "generation") if r["model"] == model]
+        table = Table(f"Generation: {model}", ["implementation", "dtype", "tokens/s", "rounds", "ours is", "note"])
+        for r in mine:
+            ours = next(o for o in mine if o["contender"] == "ours" and o["dtype"] == r["dtype"])
+            note = f"WRONG: {r['note']}" if r["status"] == "wrong" else ""
+            faster = times(tokens_per_second(ours) / tokens_per_second(r)) if r is not ours else ""
+            table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note])
+        table.note = (
+            "microstories-44m with random weights, greedy, 100 new tokens for each prompt, on the CPU; "
+            "ours multiplies bf16 weights in fp32."
+        )
+        result.append(table)
+    return result
+
+
 def tables(rows: list[dict]) -> list[Table]:
-    return op_tables(rows) + step_tables(rows) + scaling_tables(rows)
+    return op_tables(rows) + step_tables(rows) + scaling_tables(rows) + generation_tables(rows)
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
@@ -216,7 +234,8 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
         others = {n: r for n, r in group.items() if not n.startswith("ours")}
         if ours is None:
             continue
-        faster = {n: ours["seconds"]["median"] / r["seconds"]["median"] for n, r in others.items()}
+        per_token = lambda r: r["seconds"]["median"] / r.get("tokens", 1)
+        faster = {n: per_token(ours) / per_token(r) for n, r in others.items()}
         smaller = {n: r["bytes"] / ours["bytes"] for n, r in others.items() if ours["bytes"]}
         if ours.get("is_definition"):
             if "reference, compiled" in faster:
@@ -248,18 +267,20 @@ def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
     parts += ["## Ops\n", *(t.markdown() for t in op_tables(rows))]
     parts += ["## Training step\n", *(t.markdown() for t in step_tables(rows))]
     parts += ["## Scaling\n", *(t.markdown() for t in scaling_tables(rows))]
+    parts += ["## Generation\n", *(t.markdown() for t in generation_tables(rows))]
     return "\n".join(parts)
 
 
 def summary(machine: dict, rows: list[dict], folder: str, is_short: bool) -> str:
-    """The training step, and where another is faster or smaller than ours; `is_short`: in the training step and the fused loss only."""
+    """The training step, generation, and where another is faster or smaller than ours; `is_short`: without the other ops."""
     head = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`."
     picture = f"![Tokens per second and memory of a training step]({folder}/{machine['slug']}-training-step.png)"
     slower = slower_than_peers(rows)
     if is_short:
-        slower = [line for line in slower if line.startswith(("- training step", "- linear_cross_entropy", "- nothing"))]
-        slower = slower or ["- nothing in the training step or the fused loss; the rest is in the full tables."]
-    steps = "\n".join(t.markdown() for t in step_tables(rows) if not (is_short and t.title.startswith("Ablation")))
+        slower = [line for line in slower if line.startswith(("- training step", "- linear_cross_entropy", "- generation", "- nothing"))]
+        slower = slower or ["- nothing in the training step, the fused loss or generation; the rest is in the full tables."]
+    shown = step_tables(rows) + generation_tables(rows)
+    steps = "\n".join(t.markdown() for t in shown if not (is_short and t.title.startswith("Ablation")))
     return "\n\n".join([head, picture, steps, "### Where another is faster or smaller than ours", "\n".join(slower)]) + "\n"
 
 

@@ -1,7 +1,7 @@
 """How fast texts are written, and in how much memory: `pytest bench/test_generate.py --benchmark`; without the option one short round.
 
-The model has the shape `microstories-44m` and random weights, the tokenizer as many entries. Contenders of one table take turns, round
-after round, so that whatever else the machine does falls on all; the figure is each one's fastest round.
+The model has the shape `microstories-44m` and random weights, the tokenizer as many entries; all is greedy. Contenders of one table take
+turns, round after round, so that whatever else the machine does falls on all. In fp32 their tokens must be the same.
 """
 
 import importlib.util
@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from bench.conftest import ROWS
+from bench.measure import spread
 from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from tritale.model import GPT, LLM, GPTConfig
 from tritale.model.checkpoint import save_model
@@ -55,29 +58,27 @@ def prompts(n: int) -> list[str]:
     return ["".join(chr(0x4E00 + c) for c in draw(1500, (int(draw(40, ())) + 1,)).tolist()) for _ in range(n)]
 
 
-def tritale(folder, dtype, n_tokens):
+Write = Callable[[list[str]], list[list[int]]]  # the new tokens of each text
+
+
+def tritale(folder, dtype, n_tokens) -> Write:
     llm = LLM.load(folder, device="cpu", dtype=dtype)
-
-    def write(texts: list[str]) -> int:
-        return sum(len(c.tokens) for c in llm.complete(texts, temperature=0, max_new_tokens=n_tokens))
-
-    return write
+    return lambda texts: [c.tokens for c in llm.complete(texts, temperature=0, max_new_tokens=n_tokens)]
 
 
-def transformers(folder, dtype, n_tokens):
+def transformers(folder, dtype, n_tokens) -> Write:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
 
-    def write(texts: list[str]) -> int:
+    def write(texts: list[str]) -> list[list[int]]:
         given = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        out = model.generate(**given, do_sample=False, max_new_tokens=n_tokens)
-        return (out[:, given["input_ids"].shape[1] :] != model.generation_config.pad_token_id).sum().item()
+        return model.generate(**given, do_sample=False, max_new_tokens=n_tokens)[:, given["input_ids"].shape[1] :].tolist()
 
     return write
 
 
-def litgpt(folder, dtype, n_tokens):
+def litgpt(folder, dtype, n_tokens) -> Write:
     litgpt = pytest.importorskip("litgpt")
     from litgpt.generate.base import generate
 
@@ -94,64 +95,52 @@ def litgpt(folder, dtype, n_tokens):
     model.set_kv_cache(batch_size=1, dtype=dtype)
 
     @torch.inference_mode()
-    def write(texts: list[str]) -> int:
-        written = 0
-        for text in texts:
-            ids = torch.tensor(tokenizer.encode(text, bos=True))
-            written += len(generate(model, ids, len(ids) + n_tokens, temperature=0.0, eos_id=0, include_prompt=False))
-        return written
+    def write(texts: list[str]) -> list[list[int]]:
+        prompts = [torch.tensor(tokenizer.encode(text, bos=True)) for text in texts]
+        settings = dict(temperature=0.0, eos_id=0, include_prompt=False)
+        return [generate(model, ids, len(ids) + n_tokens, **settings).tolist() for ids in prompts]
 
     return write
 
 
-def rates(contenders: dict, rounds: int) -> dict[str, float]:
-    """Tokens/s of each contender's fastest round; all take turns."""
-    best = dict.fromkeys(contenders, 0.0)
-    for _ in range(rounds):
+def compare(request, model: str, dtype: str, contenders: dict[str, tuple[Write, list[str]]], n_tokens: int, rounds: int) -> None:
+    """Let the contenders {name: (write, its texts)} take turns, and put a row for each into the results. The first is ours."""
+    found, tokens = {name: [] for name in contenders}, {}
+    for i in range(rounds + 1):
         for name, (write, texts) in contenders.items():
             began = time.perf_counter()
-            written = write(texts)
-            best[name] = max(best[name], written / (time.perf_counter() - began))
-    return best
-
-
-def show(capsys, title: str, best: dict[str, float]) -> None:
-    ours = next(iter(best.values()))
-    with capsys.disabled():
-        print(f"\n{title}, {torch.get_num_threads()} threads")
-        for name, rate in best.items():
-            print(f"  {name:32s} {rate:8.1f} tokens/s   tritale is {ours / rate:.2f} times as fast")
+            tokens[name] = write(texts)
+            if i:  # the first call compiles, allocates, reads from the disk
+                found[name].append(time.perf_counter() - began)
+    for name, seconds in found.items():
+        row = {"suite": "generation", "case": "generation", "model": model, "dtype": dtype, "contender": name, "status": "ok", "note": ""}
+        row |= {"tokens": sum(map(len, tokens[name])), "seconds": spread(seconds), "bytes": None}
+        same = [ours == theirs for ours, theirs in zip(tokens["ours"], tokens[name], strict=False)]
+        if not all(same) and dtype == "fp32":
+            row |= {"status": "wrong", "note": f"{same.count(False)} of {len(same)} texts differ from ours"}
+        request.config.stash[ROWS].append(row)
+        assert name != "ours" or row["tokens"] == len(contenders[name][1]) * n_tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_prompt(dtype, folder, is_measured, capsys):
+def test_one_prompt(dtype, folder, is_measured, request):
+    n_tokens, rounds = (100, 7) if is_measured else (4, 1)
+    makers = {"ours": tritale, "transformers": transformers} | ({"litgpt": litgpt} if importlib.util.find_spec("litgpt") else {})
+    contenders = {name: (make(folder, DTYPES[dtype], n_tokens), prompts(1)) for name, make in makers.items()}
+    compare(request, "one prompt", dtype, contenders, n_tokens, rounds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_32_prompts(dtype, folder, is_measured, request):
     n_tokens, rounds = (100, 5) if is_measured else (4, 1)
-    makers = {"tritale": tritale, "transformers": transformers}
-    if importlib.util.find_spec("litgpt"):
-        makers["litgpt"] = litgpt
-    texts = prompts(1)
-    contenders = {name: (make(folder, DTYPES[dtype], n_tokens), texts) for name, make in makers.items()}
-    for write, _ in contenders.values():
-        assert write(texts) == n_tokens  # and the first call's work is done
-    best = rates(contenders, rounds)
-    show(capsys, f"one prompt, {dtype}", best)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_32_prompts(dtype, folder, is_measured, capsys):
-    n_tokens, rounds = (100, 3) if is_measured else (4, 1)
-    texts = prompts(N_PROMPTS)
-    ours = tritale(folder, DTYPES[dtype], n_tokens)
-    contenders = {"tritale, a batch of 32": (ours, texts), "tritale, one after the other": (ours, texts[:3])}
+    texts, ours = prompts(N_PROMPTS), tritale(folder, DTYPES[dtype], n_tokens)
+    one_by_one = lambda texts: [ours([text])[0] for text in texts]
+    contenders = {"ours": (ours, texts), "ours, one after the other": (one_by_one, texts[:3])}
     if dtype == "fp32" or not is_measured or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        contenders["transformers, a batch of 32"] = (transformers(folder, DTYPES[dtype], n_tokens), texts)
+        contenders["transformers"] = transformers(folder, DTYPES[dtype], n_tokens), texts
     else:  # on a CPU that imitates bf16 it takes minutes; a tenth tells
-        contenders["transformers, a batch of 32"] = (transformers(folder, DTYPES[dtype], n_tokens // 10), texts)
-    one = contenders["tritale, one after the other"]
-    contenders["tritale, one after the other"] = (lambda texts: sum(one[0]([text]) for text in texts), one[1])
-    assert ours(texts) == N_PROMPTS * n_tokens
-    best = rates(contenders, rounds)
-    show(capsys, f"32 prompts of 1 to 40 characters, {dtype}", best)
+        contenders["transformers"] = transformers(folder, DTYPES[dtype], n_tokens // 10), texts
+    compare(request, f"{N_PROMPTS} prompts of 1 to 40 characters", dtype, contenders, n_tokens, rounds)
 
 
 def test_memory(folder, is_measured, capsys):

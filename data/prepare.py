@@ -46,6 +46,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 20  # what a worker gets at once
 BATCHES_PER_COMMIT = 64
 SAMPLE_CHARACTERS = 6_000_000  # for training the tokenizer; more gains little, and takes 60 bytes of memory for each
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
+PLACES = 100  # they are taken from
 N_STRANGEST = {"shortest": 3, "longest": 3, "most byte fallback": 4}
 EXCERPT = 60  # characters
 
@@ -428,9 +429,11 @@ def report_of(
 
 
 def _some(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
-    # Documents evenly spread over the split, with about so many characters together. Decoding gives them back as they were.
-    wanted = max(1, int(split.n_documents * characters / split.characters))
-    return [tokenizer.decode(split.document(i).tolist()) for i in evenly(split.n_documents, wanted)]
+    # Documents with about so many characters together, as runs from places evenly spread over the split, since each page of the mapped
+    # shards that is touched counts as memory. Decoding gives them back as they were.
+    run = max(1, round(split.n_documents * characters / split.characters / PLACES))
+    documents = dict.fromkeys(i for start in evenly(split.n_documents, PLACES) for i in range(start, min(start + run, split.n_documents)))
+    return [tokenizer.decode(split.document(i).tolist()) for i in documents]
 
 
 def length_bin(lengths: np.ndarray) -> np.ndarray:
@@ -503,12 +506,12 @@ class _Workers:
         return self
 
     def __exit__(self, *_):
-        self._stop()
+        self.stop()
 
     def use(self, tokenizer: Path) -> None:
         """From now on the workers encode with this one."""
         if self._tokenizer is None:
-            self._stop()
+            self.stop()
         self._tokenizer = str(tokenizer)
         if self.n == 1:
             _set_up_worker(self._tokenizer)
@@ -530,7 +533,8 @@ class _Workers:
         for item, future in ahead:
             yield item, future.result()
 
-    def _stop(self):
+    def stop(self) -> None:
+        """End the processes, and with them what they hold; the next call starts others."""
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

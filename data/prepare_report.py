@@ -21,6 +21,7 @@ def vocabulary_table(train: list[str], validation: list[str], pool, told: Callab
     rows = []
     told(0, len(VOCABULARIES))
     ((_, bodies),) = pool.map(_bodies, [(None, ())])
+    pool.stop()  # the process that imported torch
     for size, (found, stats) in pool.map(_measure, ((size, (train, validation, size)) for size in VOCABULARIES)):
         shares = {name: found * width / (found * width + body) for name, (body, width) in bodies.items()}
         rows.append({"vocab_size": found, **stats, "embedding_share": shares})
