@@ -25,6 +25,13 @@ from .swiglu import swiglu
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}  # model_type: prefix of its classes
 
 
+def _cache_name() -> str:
+    """What this transformers calls the KV cache: `cache` from 5.24 on, `past_key_values` before."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 def _norm(self, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -40,15 +47,15 @@ def _attention(
     attention_mask: Tensor | None = None,
     past_key_values=None,
     *,
+    cache=None,
     tritale_attention: "tuple[bool, Tensor | None]",
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     use_kernel, cu_seqlens = tritale_attention
+    cache = past_key_values if cache is None else cache
     if not use_kernel:
-        return type(self).forward(
-            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-            past_key_values=past_key_values, **kwargs,
-        )  # fmt: skip
+        kwargs |= {_cache_name(): cache}
+        return type(self).forward(self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
     n_batch, n_tokens, _ = hidden_states.shape
     q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, D)
     if hasattr(self, "q_norm"):
@@ -57,8 +64,8 @@ def _attention(
     own = cos.shape[0] != n_tokens  # every row of the batch has positions of its own
     rows = torch.arange(n_batch * n_tokens, device=q.device).view(n_batch, n_tokens) if own else None
     q, k = rope(q, k, cos, sin, positions=rows)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, S, H_kv, D)
     window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
     if cu_seqlens is not None:
@@ -74,7 +81,7 @@ def _documents(starts: Tensor) -> Tensor:
     return F.pad(places.sort().values, (0, 1), value=n).int()
 
 
-def _plan(self, attention_mask, position_ids, past_key_values, use_cache, n_batch: int, n_tokens: int, options: dict):
+def _plan(self, attention_mask, position_ids, cache, use_cache, n_batch: int, n_tokens: int, options: dict):
     """(mask to hand down, (whether the kernel can do it, its documents))."""
     from transformers import DynamicCache
 
@@ -84,12 +91,12 @@ def _plan(self, attention_mask, position_ids, past_key_values, use_cache, n_batc
         raise ValueError("is_causal=False: the patched attention is causal; unpatch(model) first")
     if options.get("cu_seq_lens_q") is not None:  # padding-free batches, as transformers' flash-attention takes them
         return attention_mask, (True, options["cu_seq_lens_q"].int())
-    is_cached = past_key_values is not None
+    is_cached = cache is not None
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
         return attention_mask, (False, None)
-    if is_cached and not isinstance(past_key_values, DynamicCache):
+    if is_cached and not isinstance(cache, DynamicCache):
         return attention_mask, (False, None)
-    is_fresh = not is_cached or past_key_values.get_seq_length() == 0
+    is_fresh = not is_cached or cache.get_seq_length() == 0
     if attention_mask is None:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if position_ids is None or is_cached or use_cache:
@@ -114,25 +121,27 @@ def _plan(self, attention_mask, position_ids, past_key_values, use_cache, n_batc
 
 
 def _base_model(
-    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs
-):
+    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, *, cache=None,
+    **kwargs,
+):  # fmt: skip
+    cache = past_key_values if cache is None else cache
     shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    attention_mask, plan = _plan(self, attention_mask, position_ids, past_key_values, use_cache, *shape, kwargs)
+    attention_mask, plan = _plan(self, attention_mask, position_ids, cache, use_cache, *shape, kwargs)
     return type(self).forward(
-        self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds, use_cache=use_cache, tritale_attention=plan, **kwargs,
+        self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        use_cache=use_cache, tritale_attention=plan, **{_cache_name(): cache}, **kwargs,
     )  # fmt: skip
 
 
 def _causal_lm(
     self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-    logits_to_keep=0, *, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs,
+    logits_to_keep=0, *, cache=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs,
 ):  # fmt: skip
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     inputs = {
-        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
-        "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache, _cache_name(): past_key_values if cache is None else cache,
     }  # fmt: skip
     if labels is None and shift_labels is None:
         return type(self).forward(self, **inputs, logits_to_keep=logits_to_keep, **kwargs)
@@ -150,8 +159,8 @@ def _causal_lm(
         logits = self.lm_head(x)
         loss = cross_entropy(logits, targets, **options)
     result = CausalLMOutputWithPast(
-        loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        **{_cache_name(): getattr(outputs, _cache_name())},
     )  # fmt: skip
     return_dict = self.config.return_dict if return_dict is None else return_dict
     return result if return_dict else result.to_tuple()
