@@ -48,13 +48,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def report(request, benchmark) -> Callable[[dict, list[float] | None], None]:
     """report(row, seconds): put a row into the results and its rounds into pytest-benchmark. Skips where the contender cannot run,
-    and marks as expected failure where a peer is wrong; where ours is wrong, the test fails."""
+    and marks as expected failure where a peer fails or is wrong; where ours does, the test fails."""
 
     def play(row: dict, seconds: list[float] | None) -> None:
         request.config.stash[ROWS].append(row)
         if row["status"] == "cannot run":
             pytest.skip(row["note"])
-        if row["status"] == "wrong":
+        if row["status"] in ("failed", "wrong"):
             (pytest.fail if row["contender"].startswith("ours") else pytest.xfail)(row["note"])
         rounds = iter(seconds)
 
@@ -113,13 +113,14 @@ def progress(request):
     return bar
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     rows = config.stash[ROWS]
     if not config.getoption("--benchmark") or not rows:
         return
     machine = describe_machine() | {"seconds": round(time.monotonic() - config.stash[STARTED])}
     suites = {"generation", "ops", "training step", "scaling"}
-    is_whole = {row["suite"] for row in rows} == suites and not terminalreporter.stats.get("deselected")
+    is_all = {row["suite"] for row in rows} == suites and not terminalreporter.stats.get("deselected")
+    is_whole = is_all and exitstatus == pytest.ExitCode.OK
     folder = ROOT / "bench/results" if is_whole else ROOT / "out/bench"
     file = folder / f"{machine['slug']}.json"
     write_results(file, machine, rows)
@@ -128,6 +129,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for table in tables(rows):
         console.print(table.rich())
     minutes = machine["seconds"] / 60
-    part = "" if is_whole else " (a part of the suite, so not into bench/results)"
+    part = "" if is_whole else " (not the whole suite, or not all of it passed, so not into bench/results)"
     console.print(f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {minutes:.1f} min. Written: {file}{part}")
     console.print(f"Charts: python -m bench.report {file.relative_to(ROOT)}")

@@ -73,15 +73,22 @@ def children() -> multiprocessing.context.BaseContext:
     return context
 
 
+DIED = "the process died (out of memory?)"
+
+
 def _call(pipe, function: Callable, job: tuple) -> None:
     try:
-        pipe.send(("done", function(*job)))
+        pipe.send(function(*job))
     except Exception as error:
-        pipe.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
+        pipe.send({"failed": in_a_line(error)})
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def each_in_a_fresh_process(function: Callable, jobs: list[tuple], at_once: int, tick: Callable) -> dict[tuple, object]:
-    """{job: function(*job)}, each computed by a process that does nothing else. Raises RuntimeError where one fails or dies."""
+    """{job: function(*job)}, each computed by a process that does nothing else; {"failed": why} for one that raises or dies."""
     context, waiting, running, results = children(), list(jobs), {}, {}
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -94,13 +101,10 @@ def each_in_a_fresh_process(function: Callable, jobs: list[tuple], at_once: int,
         for pipe in wait(list(running)):
             job, process = running.pop(pipe)
             try:
-                state, result = pipe.recv()
+                results[job] = pipe.recv()
             except EOFError:
-                state, result = "failed", "the process died (out of memory?)"
+                results[job] = {"failed": DIED}
             process.join()
-            if state == "failed":
-                raise RuntimeError(f"{function.__name__}{job}: {result}")
-            results[job] = result
             tick()
     return results
 
@@ -132,6 +136,7 @@ class Stopwatch:
     def cold(self) -> None:
         if self.is_cuda:
             self.flush.zero_()
+            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the kernels queue up: they are timed, not their launches
 
 
 Times = dict[str, list[float]]  # {"forward": seconds of each round, "backward": …, "both": …}

@@ -84,6 +84,10 @@ def rate_of(row: dict) -> str:
     return f"{row['rate'] / 1e9:,.0f} {'GB/s' if row['unit'] == 'B/s' else 'GFLOP/s'} ({row['share']:.0%})"
 
 
+def note(row: dict) -> str:
+    return {"wrong": "WRONG: ", "failed": "FAILED: "}.get(row["status"], "") + row["note"]
+
+
 def tokens_per_second(row: dict) -> float:
     return row["tokens"] / row["seconds"]["median"]
 
@@ -120,8 +124,8 @@ def op_tables(rows: list[dict]) -> list[Table]:
         for model, dtype, contender in distinct(mine, "model", "dtype", "contender"):
             found = {r["pass"]: r for r in mine if (r["model"], r["dtype"], r["contender"]) == (model, dtype, contender)}
             any_row = next(iter(found.values()))
-            if any_row["status"] == "cannot run":
-                table.lines.append([model, "", contender, *[""] * (len(columns) - 3), any_row["note"]])
+            if any_row["status"] != "ok":
+                table.lines.append([model, any_row.get("sizes", ""), contender, *[""] * (len(columns) - 3), note(any_row)])
                 continue
             base = {
                 r["pass"]: r
@@ -130,12 +134,11 @@ def op_tables(rows: list[dict]) -> list[Table]:
             }
             both, ms = found.get("both"), [milliseconds(found[p]["seconds"]) if p in found else "" for p in PASSES]
             rest = [""] * 5
-            if both and both["status"] == "ok":
+            if both:
                 speed = times(base["both"]["seconds"]["median"] / both["seconds"]["median"]) if "both" in base else ""
                 memory = ratio(both["bytes"], base["both"]["bytes"]) if "both" in base else ""
                 rest = [spread_of(both["seconds"]), speed, rate_of(both), mebibytes(both["bytes"]), memory]
-            note = f"WRONG: {any_row['note']}" if any_row["status"] == "wrong" else ""
-            table.lines.append([model, f"{any_row['sizes']}, {dtype}", contender, *ms, *rest, note])
+            table.lines.append([model, f"{any_row['sizes']}, {dtype}", contender, *ms, *rest, note(any_row)])
         result.append(table)
     if result:
         result[-1].note = (
@@ -161,22 +164,22 @@ def step_tables(rows: list[dict]) -> list[Table]:
         for r in mine:
             is_ablation = r["contender"].startswith("ours without ")
             name = r["contender"].removeprefix("ours without ") if is_ablation else r["contender"]
-            if r["status"] == "cannot run":
-                (off if is_ablation else trainers).lines.append([name, *[""] * (3 if is_ablation else 6), r["note"]])
+            if r["status"] != "ok":
+                (off if is_ablation else trainers).lines.append([name, *[""] * (3 if is_ablation else 6), note(r)])
                 continue
-            note = f"WRONG: {r['note']}" if r["status"] == "wrong" else ""
             if is_ablation:
-                speed = times(r["ours_beside_it"]["median"] / r["seconds"]["median"])
-                off.lines.append([name, speed, mebibytes(r["bytes"]), ratio(r["bytes"], ours["bytes"]) if ours else "", note])
+                speed = times(r["ours_beside_it"]["median"] / r["seconds"]["median"]) if "ours_beside_it" in r else ""
+                off.lines.append([name, speed, mebibytes(r["bytes"]), ratio(r["bytes"], ours["bytes"]) if ours else "", note(r)])
                 continue
             speed, memory = (times(tokens_per_second(r) / tokens_per_second(base)), ratio(r["bytes"], base["bytes"])) if base else ("", "")
-            rate = "" if note else f"{tokens_per_second(r):,.0f}"
-            trainers.lines.append([name, rate, spread_of(r["seconds"]), speed, mebibytes(r["bytes"]), memory, f"{r['loss']:.5f}", note])
-        shape = next(r for r in [*mine] if r["status"] != "cannot run" or r is mine[-1])
-        if "tokens" in shape:
+            rate, loss = f"{tokens_per_second(r):,.0f}", f"{r['loss']:.5f}"
+            trainers.lines.append([name, rate, spread_of(r["seconds"]), speed, mebibytes(r["bytes"]), memory, loss, note(r)])
+        measured = next((r for r in mine if r["status"] == "ok"), None)
+        if measured:
             trainers.note = (
-                f"{shape['tokens']:,} tokens a step, {shape['parameters'] / 1e6:.1f} M parameters, {shape['dtype']}; torch.compile where "
-                "not eager; peak memory of the process, less what it held before it built the model."
+                f"{measured['tokens']:,} tokens a step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
+                "compiled where not eager; peak memory of the process, less what it held before it built the model; the first loss is "
+                "in fp32, of weights larger than those of a training."
             )
         off.note = "ours with this one op as the reference, over ours timed in turns with it."
         result += [t for t in (trainers, off) if t.lines]
@@ -194,8 +197,7 @@ def scaling_tables(rows: list[dict]) -> list[Table]:
             ok = {n: r for n, r in found.items() if r["status"] == "ok"}
             speeds = [f"{tokens_per_second(ok[n]):,.0f}" if n in ok else "" for n in names]
             memory = [mebibytes(ok[n]["bytes"]) if n in ok else "" for n in names]
-            note = "; ".join(f"{n}: {r['note']}" for n, r in found.items() if r["status"] != "ok")
-            table.lines.append([f"{value:,}", *speeds, *memory, note])
+            table.lines.append([f"{value:,}", *speeds, *memory, "; ".join(f"{n}: {note(r)}" for n, r in found.items() if note(r))])
         table.note = "Training steps without torch.compile."
         result.append(table)
     return result
@@ -207,10 +209,12 @@ def generation_tables(rows: list[dict]) -> list[Table]:
         mine = [r for r in of_suite(rows, "generation") if r["model"] == model]
         table = Table(f"Generation: {model}", ["implementation", "dtype", "tokens/s", "rounds", "ours is", "note"])
         for r in mine:
-            ours = next(o for o in mine if o["contender"] == "ours" and o["dtype"] == r["dtype"])
-            note = f"WRONG: {r['note']}" if r["status"] == "wrong" else ""
+            if r["status"] != "ok":
+                table.lines.append([r["contender"], r["dtype"], "", "", "", note(r)])
+                continue
+            ours = next((o for o in mine if (o["contender"], o["dtype"], o["status"]) == ("ours", r["dtype"], "ok")), r)
             faster = times(tokens_per_second(ours) / tokens_per_second(r)) if r is not ours else ""
-            table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note])
+            table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note(r)])
         table.note = (
             "microstories-44m with random weights, greedy, 100 new tokens for each prompt, on the CPU; "
             "ours multiplies bf16 weights in fp32."
@@ -224,16 +228,18 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
-    """One line for every case in which another implementation is faster or smaller than ours, by more than `margin`. An op that on a CPU is
-    its definition has that one said once: it is what "reference, compiled" compiles."""
-    lines, compiled = [], {}
-    ok = [r for r in rows if r["status"] == "ok" and r["suite"] != "scaling" and r.get("pass", "both") == "both"]
-    for suite, op, model, dtype in distinct(ok, "suite", "case", "model", "dtype"):
-        group = {r["contender"]: r for r in ok if (r["suite"], r["case"], r["model"], r["dtype"]) == (suite, op, model, dtype)}
+    """One line for every case in which another implementation is faster or smaller than ours, by more than `margin`, after one that says
+    what was compared. An op that on a CPU is its definition has that one said once: it is what "reference, compiled" compiles."""
+    lines, compiled, n_compared = [], {}, 0
+    ok = [r for r in rows if r["status"] == "ok" and r.get("pass", "both") == "both"]
+    keys = "suite", "case", "model", "value", "dtype"
+    for suite, op, model, value, dtype in distinct(ok, *keys):
+        group = {r["contender"]: r for r in ok if tuple(r.get(k) for k in keys) == (suite, op, model, value, dtype)}
         ours = group.get("ours")
         others = {n: r for n, r in group.items() if not n.startswith("ours")}
         if ours is None:
             continue
+        n_compared += len(others)
         per_token = lambda r: r["seconds"]["median"] / r.get("tokens", 1)
         faster = {n: per_token(ours) / per_token(r) for n, r in others.items()}
         smaller = {n: r["bytes"] / ours["bytes"] for n, r in others.items() if ours["bytes"]}
@@ -245,14 +251,17 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
         parts = [f"{n} is {x:.2f} × as fast" for n, x in faster.items() if x > 1 + margin]
         parts += [f"{n} needs {x:.2f} × the memory" for n, x in smaller.items() if x < 1 - margin]
         if parts:
-            lines.append(f"- {op if suite == 'ops' else suite}, {model}: {'; '.join(parts)}.")
+            where = {"ops": f"{op}, {model}", "scaling": f"scaling, {op} {value}"}.get(suite, f"{suite}, {model}")
+            lines.append(f"- {where}, {dtype}: {'; '.join(parts)}.")
     if compiled:
         spans = ", ".join(f"{op} {min(v):.1f}–{max(v):.1f} ×" for op, v in compiled.items())
         lines.append(
             "- On a CPU these ops of ours are their definition, meant to be compiled with the model around them; alone and uncompiled they "
             f"take this many times as long as compiled: {spans}."
         )
-    return lines or ["- nothing: no implementation measured here is faster or smaller than ours."]
+    missing = len(distinct([r for r in rows if r["status"] != "ok"], *keys, "contender"))
+    head = f"{n_compared} times another was compared with ours, {missing} times it was not (its line in the tables says why). "
+    return [f"{head}By more than {margin:.0%}:\n", *(lines or ["- nothing is faster or smaller than ours."])]
 
 
 def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
@@ -277,8 +286,9 @@ def summary(machine: dict, rows: list[dict], folder: str, is_short: bool) -> str
     picture = f"![Tokens per second and memory of a training step]({folder}/{machine['slug']}-training-step.png)"
     slower = slower_than_peers(rows)
     if is_short:
-        slower = [line for line in slower if line.startswith(("- training step", "- linear_cross_entropy", "- generation", "- nothing"))]
-        slower = slower or ["- nothing in the training step, the fused loss or generation; the rest is in the full tables."]
+        shown = ("- training step", "- linear_cross_entropy", "- generation")
+        lines = [line for line in slower if line.startswith(shown)]
+        slower = lines or ["- nothing in the training step, the fused loss or generation; the rest is in the full tables."]
     shown = step_tables(rows) + generation_tables(rows)
     steps = "\n".join(t.markdown() for t in shown if not (is_short and t.title.startswith("Ablation")))
     return "\n\n".join([head, picture, steps, "### Where another is faster or smaller than ours", "\n".join(slower)]) + "\n"

@@ -8,8 +8,7 @@ import torch
 from bench import trainers
 from bench.conftest import selected
 from bench.measure import device, half_precision, spread
-from bench.test_training_step import TOLERANCE
-from bench.trainers import MISTRAL, OURS, REFERENCE, Job, disagreement, missing
+from bench.trainers import MISTRAL, OURS, REFERENCE, Job, missing, status
 from tritale.model.gpt import GPTConfig
 
 # On a CPU the quick start's shape with Mistral's norms (0.8 M parameters beside the embedding), on a GPU microstories-44m.
@@ -66,10 +65,7 @@ def test_scaling(size, axis, point, contender, request, benchmarking, progress, 
         with progress(f"{axis} {value:,}", len(jobs) * (rounds + 1)) as tick:
             measured[axis, value] = trainers.measure(jobs, rounds, tick)
     found, base = measured[axis, value][contender], measured[axis, value][REFERENCE]
-    if "failed" in found:
-        return report(row | {"status": "cannot run", "note": found["failed"]}, None)
-    row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "status": "ok", "note": ""}
-    off = disagreement(found, base) if "failed" not in base else 0.0
-    if not off < TOLERANCE:
-        row |= {"status": "wrong", "note": f"first loss or gradient norm {off:.1e} from the reference's (allowed: {TOLERANCE:.0e})"}
-    report(row, found["seconds"])
+    row |= status(found, base)
+    if row["status"] in ("cannot run", "failed"):
+        return report(row, None)
+    report(row | {"seconds": spread(found["seconds"]), "bytes": found["bytes"]}, found["seconds"])

@@ -9,7 +9,7 @@ import torch
 from bench import trainers
 from bench.conftest import selected
 from bench.measure import device, half_precision, spread
-from bench.trainers import ABLATIONS, LITGPT, MISTRAL, OURS, REFERENCE, Job, ablation, disagreement, missing
+from bench.trainers import ABLATIONS, LITGPT, MISTRAL, OURS, REFERENCE, Job, ablation, missing, status
 from tritale.model.gpt import GPTConfig
 
 MODELS = {
@@ -21,8 +21,6 @@ EAGER = ", eager"
 TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))  # compiled where not eager
 BATCH = {"cuda": 32, "cpu": 2}  # sequences of 512 tokens
 ROUNDS = {"cuda": 30, "cpu": 5}
-# bf16's rounding of activations moves the gradient norm by about a percent.
-TOLERANCE = 1e-3 if half_precision() is None else 3e-2
 
 
 def pytest_generate_tests(metafunc):
@@ -77,13 +75,12 @@ def test_training_step(model, contender, request, benchmarking, progress, measur
         names = list(dict.fromkeys([REFERENCE + EAGER, *names]))  # what the others are compared with
         measured[model] = measure(model, names, progress, ROUNDS[device().type] if benchmarking else 1)
     found, base = measured[model][contender], measured[model][REFERENCE + EAGER]
-    if "failed" in found:
-        return report(row | {"status": "cannot run", "note": found["failed"]}, None)
+    row |= status(found, base)
+    if row["status"] in ("cannot run", "failed"):
+        return report(row, None)
     tokens = BATCH[device().type] * min(512, MODELS[model].context)
     row |= {"dtype": half_precision() or "fp32", "tokens": tokens, "parameters": found["parameters"]}
-    row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "loss": found["loss"], "grad_norm": found["grad_norm"]}
-    if contender in map(ablation, ABLATIONS):
+    row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "loss": found["fp32"][0]}
+    if contender in map(ablation, ABLATIONS) and "failed" not in found["base"]:
         row["ours_beside_it"] = spread(found["base"]["seconds"])  # ours, in turns with the ablations
-    off = disagreement(found, base)
-    wrong = f"first loss or gradient norm {off:.1e} from the reference's (allowed: {TOLERANCE:.0e})"
-    report(row | ({"status": "ok", "note": ""} if off < TOLERANCE else {"status": "wrong", "note": wrong}), found["seconds"])
+    report(row, found["seconds"])

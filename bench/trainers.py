@@ -1,13 +1,12 @@
 """Whole training steps by trainer, each in a process of its own that waits for orders, so that steps can be taken in turns.
 
 All trainers start from the same weights and see the same batch, with the same AdamW, gradient clipping, autocast, threads and heap settings
-(`keep_heap`, which our trainer uses, for all). The first loss and gradient norm say whether they compute the same thing.
+(`keep_heap`, which our trainer uses, for all). The losses and gradient norms of the first steps say whether they compute the same thing.
 """
 
 import contextlib
 import importlib.util
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from multiprocessing.connection import wait
 import torch
 from torch import Tensor, nn
 
-from bench.measure import DTYPES, children, device, forget_peak, half_precision, peak
+from bench.measure import DIED, DTYPES, children, device, forget_peak, half_precision, in_a_line, peak
 from tritale.kernels import reference
 from tritale.model import GPT
 from tritale.model import gpt as gpt_module
 from tritale.model.checkpoint import hf_config, hf_state
+from tritale.model.export import litgpt_config, litgpt_state
 from tritale.model.gpt import GPTConfig
 from tritale.training.processes import keep_heap
 
@@ -55,13 +55,26 @@ def missing(trainer: str) -> str | None:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of (B, T) tokens and targets
+CHECKED_STEPS = 3
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}  # of their losses and gradient norms
+
+
+def _weights(config: GPTConfig) -> GPT:
+    """The weights all start from: matrices four times as large as at the start of a training, so that attention and the softmax are far
+    from uniform, and the losses depend on every part of the model."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4 if p.ndim > 1 else 1)
+    return model
 
 
 def _our_model(config: GPTConfig, replaced: tuple[str, ...], is_compiled: bool) -> tuple[nn.Module, Loss]:
     """Our model, with the named ops replaced by the reference's for the rest of this process."""
     for name in replaced:
         setattr(gpt_module, name, getattr(reference, name))
-    model = GPT(config)
+    model = _weights(config)
     run = torch.compile(model, dynamic=False) if is_compiled else model
     return model, lambda tokens, targets: run(tokens, targets)
 
@@ -69,8 +82,9 @@ def _our_model(config: GPTConfig, replaced: tuple[str, ...], is_compiled: bool) 
 def _mistral(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
     from transformers import MistralConfig, MistralForCausalLM
 
-    state = hf_state(GPT(config))
-    model = MistralForCausalLM(MistralConfig(**hf_config(config, eos_token_id=0, pad_token_id=0) | {"use_cache": False}))
+    state = hf_state(_weights(config))
+    fair = {"use_cache": False, "pad_token_id": None}  # a padding token's embedding would get no gradient
+    model = MistralForCausalLM(MistralConfig(**hf_config(config, eos_token_id=0, pad_token_id=0) | fair))
     model.load_state_dict(state, strict=False)  # the tied head is not in it
     run = torch.compile(model, dynamic=False) if is_compiled else model
     return model, lambda tokens, targets: run(input_ids=tokens, labels=targets, shift_labels=targets).loss
@@ -81,34 +95,14 @@ def _litgpt(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
     from litgpt.model import Config
     from litgpt.utils import chunked_cross_entropy
 
-    ours = GPT(config)
-    model = LitGPT(
-        Config(
-            block_size=config.context, vocab_size=config.vocab_size, padded_vocab_size=config.vocab_size, n_layer=config.n_layer,
-            n_head=config.n_head, n_query_groups=config.n_kv_head, head_size=config.head_dim, n_embd=config.width, rotary_percentage=1.0,
-            parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=config.norm_eps, mlp_class_name="LLaMAMLP",
-            intermediate_size=config.mlp_width, rope_base=int(config.rope_theta),
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        model.transformer.wte.weight.copy_(ours.embedding)
-        model.transformer.ln_f.weight.copy_(ours.norm)
-        for theirs, block in zip(model.transformer.h, ours.blocks, strict=True):
-            gate, up = block.gate_up.weight.chunk(2)
-            pairs = [
-                (theirs.norm_1.weight, block.attention_norm), (theirs.attn.qkv.weight, block.qkv.weight),
-                (theirs.attn.proj.weight, block.attention_out.weight), (theirs.norm_2.weight, block.mlp_norm),
-                (theirs.mlp.fc_1.weight, gate), (theirs.mlp.fc_2.weight, up), (theirs.mlp.proj.weight, block.mlp_out.weight),
-            ]  # fmt: skip
-            for into, value in pairs:
-                into.copy_(value)
+    model = LitGPT(Config(**litgpt_config(config)))
+    model.load_state_dict(litgpt_state(_weights(config)))
     model.lm_head.weight = model.transformer.wte.weight  # its tie_embeddings
     run = torch.compile(model) if is_compiled else model  # as its pretrain.py: the model compiled, the loss on the logits outside
     return model, lambda tokens, targets: chunked_cross_entropy(run(tokens), targets)
 
 
 def build(trainer: str, config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
-    torch.manual_seed(0)  # the same weights for all
     if trainer == MISTRAL:
         return _mistral(config, is_compiled)
     if trainer == LITGPT:
@@ -132,7 +126,11 @@ class Job:
 
 
 def serve(pipe, job: Job) -> None:
-    """What the fresh process does: build, take two steps, send ("ready", {…}), then a step for each message until None comes."""
+    """What the fresh process does: build, take the steps that are checked, send {"loss", …}, then a step for each message until None comes.
+
+    Checked are the first steps on two of the sequences, in fp32 and, where training has autocast, in that too. Then the whole batch
+    warms up."""
+    first = {}
     try:
         warnings.filterwarnings("ignore")
         on, precision = device(), half_precision()
@@ -149,9 +147,9 @@ def serve(pipe, job: Job) -> None:
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         scaler = torch.amp.GradScaler(on.type, enabled=precision == "fp16")
 
-        def step() -> tuple[Tensor, Tensor]:
+        def step(rows: int = job.batch, precision: str | None = precision) -> tuple[Tensor, Tensor]:
             with contextlib.nullcontext() if precision is None else torch.autocast(on.type, DTYPES[precision]):
-                loss = loss_of(tokens, targets)
+                loss = loss_of(tokens[:rows], targets[:rows])
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -160,26 +158,29 @@ def serve(pipe, job: Job) -> None:
             scaler.update()
             return loss.detach(), norm
 
-        loss, norm = step()
-        first = {"loss": loss.item(), "grad_norm": norm.item(), "parameters": sum(p.numel() for p in parameters)}
+        first["parameters"] = sum(p.numel() for p in parameters)
+        for dtype in dict.fromkeys((None, precision)):
+            steps = [step(min(2, job.batch), dtype) for _ in range(CHECKED_STEPS)]
+            first[dtype or "fp32"] = [x.item() for pair in steps for x in pair]
+        step()
         step()
         forget_peak()  # compilation is over: what is measured from here on is training
-        pipe.send(("ready", first))
+        pipe.send(first)
         while pipe.recv():
             start = time.perf_counter()
             step()
             if on.type == "cuda":
                 torch.cuda.synchronize()
-            pipe.send((time.perf_counter() - start, peak() - before))
+            pipe.send({"seconds": time.perf_counter() - start, "bytes": peak() - before})
     except EOFError:  # the parent is gone
         pass
-    except Exception:
-        pipe.send(("failed", traceback.format_exc().strip().splitlines()[-1]))
+    except Exception as error:
+        pipe.send(first | {"failed": in_a_line(error)})
 
 
 @contextlib.contextmanager
 def _started(jobs: list[Job], at_once: int, tick: Callable) -> Iterator[tuple[dict[str, tuple], dict[str, dict]]]:
-    """({name: (process, pipe)}, {name: first loss and norm, or {"failed": …}}): all jobs built and warm, `at_once` starting together."""
+    """({name: (process, pipe)}, {name: what it sent, or {"failed": …}}): all jobs built and warm, `at_once` starting together."""
     context = children()
     running: dict[str, tuple] = {}
     first: dict[str, dict] = {}
@@ -211,30 +212,39 @@ def _started(jobs: list[Job], at_once: int, tick: Callable) -> Iterator[tuple[di
 
 def answer(pipe) -> dict:
     try:
-        kind, value = pipe.recv()
+        return pipe.recv()
     except EOFError:
-        return {"failed": "the process died (out of memory?)"}
-    return value if kind == "ready" else {"failed": value}
+        return {"failed": DIED}
 
 
 def measure(jobs: list[Job], rounds: int, tick: Callable = lambda: None) -> dict[str, dict]:
-    """{name: {"loss", "grad_norm", "parameters", "seconds": […], "bytes"}} of the jobs, steps taken in turns; {"failed": why} for one that
-    did not run. On a CPU as many start (and compile) together as there are threads; when the timing begins all are done."""
+    """{name: {"parameters", dtype: what is checked, "seconds": […], "bytes"}} of the jobs, steps taken in turns; with "failed": why for one
+    that did not run to its end. On a CPU as many start (and compile) together as there are threads; when the timing begins all are done."""
     at_once = 1 if device().type == "cuda" else torch.get_num_threads()
     with _started(jobs, at_once, tick) as (running, found):
-        alive = [t for t in found if "failed" not in found[t]]
-        for trainer in alive:
-            found[trainer]["seconds"] = []
+        seconds = {t: [] for t in found}
         for _ in range(rounds):
-            for trainer in alive:
-                pipe = running[trainer][1]
-                pipe.send(True)
-                seconds, found[trainer]["bytes"] = pipe.recv()
-                found[trainer]["seconds"].append(seconds)
+            for trainer in found:
+                if "failed" not in found[trainer]:
+                    pipe = running[trainer][1]
+                    pipe.send(True)
+                    found[trainer] |= answer(pipe)
+                    seconds[trainer].append(found[trainer].get("seconds"))
                 tick()
-    return found
+    return {t: {**value, "seconds": seconds[t]} for t, value in found.items()}
 
 
-def disagreement(found: dict, reference: dict) -> float:
-    """Largest relative difference of the first loss and gradient norm from the reference's."""
-    return max(abs(found[k] / reference[k] - 1) for k in ("loss", "grad_norm"))
+def status(found: dict, reference: dict) -> dict[str, str]:
+    """{"status", "note"} of a trainer, by how far the losses and gradient norms of the first steps lie from the reference's."""
+    if "failed" in found:
+        return {"status": "failed", "note": found["failed"]}
+    compared = [dtype for dtype in TOLERANCE if dtype in found and dtype in reference]
+    if not compared:
+        return {"status": "cannot run", "note": f"not compared, so not reported: the reference failed ({reference['failed']})"}
+    for dtype in compared:
+        allowed = TOLERANCE[dtype]
+        off = (torch.tensor(found[dtype]) / torch.tensor(reference[dtype]) - 1).abs().max().item()  # NaN if one is
+        if not off < allowed:
+            note = f"{dtype}: losses or gradient norms of the first steps {off:.1e} from the reference's (allowed: {allowed:.0e})"
+            return {"status": "wrong", "note": note}
+    return {"status": "ok", "note": ""}

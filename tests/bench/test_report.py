@@ -1,6 +1,7 @@
 """The benchmark's tables tell what is wrong, what cannot run and what is faster than ours; its charts are drawn from the same rows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from bench import ops
-from bench.measure import Stopwatch, interleaved, one_round, write_results
+from bench.measure import DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
 from bench.report import COLORS, slower_than_peers, tables
 from bench.test_scaling import TRAINERS as SCALED
 from bench.test_training_step import TRAINERS
+from bench.trainers import status
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +33,39 @@ def step_row(contender: str, seconds: float, **changes) -> dict:
 
 
 def scaling_row(contender: str, value: int) -> dict:
-    return step_row(contender, 0.5) | {"suite": "scaling", "case": "batch", "value": value}
+    return step_row(contender, 0.5) | {"suite": "scaling", "case": "batch", "value": value, "model": None}
+
+
+def generation_row(contender: str, seconds: float, **changes) -> dict:
+    return step_row(contender, seconds, **changes) | {"suite": "generation", "case": "generation", "bytes": None}
+
+
+def said(rows: list[dict]) -> list[str]:
+    """What is said to be faster or smaller than ours."""
+    return [line for line in slower_than_peers(rows)[1:] if line != "- nothing is faster or smaller than ours."]
+
+
+def test_a_trainer_is_right_only_if_its_first_steps_are():
+    right = {"fp32": [18.7, 5.1, 10.0], "bf16": [18.6, 5.0, 10.1]}
+    assert status(right, right | {"failed": "out of memory, in the whole batch"})["status"] == "ok"
+    assert status({"fp32": [18.7, 5.1, 10.002], "bf16": right["bf16"]}, right)["status"] == "wrong"
+    assert status({"fp32": right["fp32"], "bf16": [18.6, 5.3, 10.1]}, right)["status"] == "wrong"
+    assert status({"fp32": [18.7, float("nan"), 10.0], "bf16": right["bf16"]}, right)["status"] == "wrong"
+    assert status(right | {"failed": "out of memory"}, right) == {"status": "failed", "note": "out of memory"}
+    assert status(right, {"failed": "died"})["status"] == "cannot run"
+
+
+def fails(n: int) -> int:
+    if n == 2:
+        raise ValueError("two")
+    if n == 3:
+        os._exit(1)
+    return n
+
+
+def test_a_contender_that_raises_or_dies_leaves_the_others_their_results():
+    found = each_in_a_fresh_process(fails, [(1,), (2,), (3,)], 2, lambda: None)
+    assert found == {(1,): 1, (2,): {"failed": "ValueError: two"}, (3,): {"failed": DIED}}
 
 
 def test_every_contender_has_a_colour():
@@ -42,24 +76,35 @@ def test_every_contender_has_a_colour():
 def test_what_is_wrong_or_cannot_run_is_listed_without_figures():
     rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**19)
     rows += op_rows("SDPA", 0.001, 1, status="wrong", note="differs by 3")
-    rows += [r | {"contender": "Liger-Kernel", "status": "cannot run", "note": "needs a GPU"} for r in op_rows("x", 1, 1)]
-    lines = {line[2]: line for line in tables(rows)[0].lines}
+    without = {"suite": "ops", "case": "swiglu", "model": "44m", "dtype": "fp32", "pass": "both"}
+    rows += [without | {"contender": "Liger-Kernel", "status": "cannot run", "note": "needs a GPU"}]
+    rows += [without | {"contender": "flash-attn", "status": "failed", "note": "RuntimeError: no"}]
+    rows += [step_row("reference, eager", 1.0), step_row("ours", 1.0), step_row("litgpt", 0.001, status="wrong", note="differs by 4")]
+    rows += [generation_row("ours", 1.0), generation_row("litgpt", 0.001, status="wrong", note="differs by 5")]
+    ops_table, steps, generation = tables(rows)
+    lines = {line[2]: line for line in ops_table.lines}
     assert lines["ours"][7] == "2.00 ×" and lines["ours"][10] == "0.50 ×"
-    assert lines["SDPA"][7] == "" and lines["SDPA"][-1] == "WRONG: differs by 3"
-    assert lines["Liger-Kernel"][-1] == "needs a GPU"
-    assert slower_than_peers(rows) == ["- nothing: no implementation measured here is faster or smaller than ours."]
+    assert lines["SDPA"][3:] == [""] * 8 + ["WRONG: differs by 3"]
+    assert lines["Liger-Kernel"][3:] == [""] * 8 + ["needs a GPU"]
+    assert lines["flash-attn"][3:] == [""] * 8 + ["FAILED: RuntimeError: no"]
+    assert steps.lines[-1] == ["litgpt", *[""] * 6, "WRONG: differs by 4"]
+    assert generation.lines[-1] == ["litgpt", "fp32", "", "", "", "WRONG: differs by 5"]
+    assert not list(said(rows))
 
 
 def test_a_faster_or_smaller_peer_is_said_plainly():
     rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**20) + op_rows("SDPA", 0.5, 2**19)
-    assert slower_than_peers(rows) == ["- swiglu, 44m: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
+    assert said(rows) == ["- swiglu, 44m, fp32: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
+    assert slower_than_peers(rows)[0].startswith("2 times another was compared with ours, 0 times it was not")
     rows = [step_row("reference, eager", 2.0), step_row("ours", 1.0), step_row("litgpt", 0.8)]
-    assert slower_than_peers(rows) == ["- training step, small: litgpt is 1.25 × as fast."]
+    assert said(rows) == ["- training step, small, fp32: litgpt is 1.25 × as fast."]
+    rows = [scaling_row("ours", 4), scaling_row("transformers Mistral", 4) | {"bytes": 2**19}]
+    assert said(rows) == ["- scaling, batch 4, fp32: transformers Mistral needs 0.50 × the memory."]
 
 
 def test_an_op_that_is_its_definition_on_a_cpu_says_what_compiling_gains():
     rows = op_rows("reference, compiled", 0.25, 2**18) + op_rows("ours", 1.0, 2**20, is_definition=True)
-    (line,) = slower_than_peers(rows)
+    (line,) = said(rows)
     assert "swiglu 4.0–4.0 ×" in line
 
 
@@ -109,6 +154,22 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, 
         assert ops.error(bad, want) > ops.TOLERANCE["fp32"]
         nan = [*outputs, found[0] * torch.nan, *found[1:]]
         assert ops.error(nan, want) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fused_loss_without_the_softmax_in_its_gradient_is_seen(dtype, seed):
+    case = ops.case("linear_cross_entropy", "tiny", dtype)
+    grads = [torch.ones(())]
+    want = ops.exact(case.functions[ops.REFERENCE], case.inputs, grads)
+
+    def without_softmax(x, weight, targets):
+        return -(x.float() * weight.float()[targets]).sum(-1).mean()
+
+    loss = want[0].float()
+    _, found, _ = one_round(Stopwatch(), without_softmax, case.inputs, grads)
+    assert ops.error([loss, *want[1:]], want) < ops.TOLERANCE[dtype]
+    assert ops.error([loss, found[0], want[2]], want) > 3 * ops.TOLERANCE[dtype]
+    assert ops.error([loss, want[1], found[1]], want) > 3 * ops.TOLERANCE[dtype]
 
 
 def test_rounds_are_taken_in_turns():
