@@ -64,8 +64,8 @@ def bounds(lengths, device):
 def gradient_terms(q, k, v, scale=None):
     """How large the terms are that rounding leaves traces of: p (do · v − do · o) times k or q, and p do.
 
-    p = exp2(s − lse) is made again from a stored lse, so in fp32 its error is eps · |s|, that of the exponent; a stored p has eps. In 16 bits
-    do · o is made from the stored o: its error, |o| · eps at random, reaches 2.7 TINY · |v| in 250 short documents (4 σ are 7)."""
+    p = exp2(s − lse) is made again from a stored lse, so in fp32 its error is eps · |s|, that of the exponent; a stored p has eps. In 16
+    bits do · o is made from the stored o: its error, |o| · eps at random, reaches 2.7 TINY · |v| in 250 short documents (4 σ are 7)."""
     if not q.numel() or not k.numel():
         return [0.0, 0.0, 0.0]
     scale = abs(q.shape[-1] ** -0.5 if scale is None else scale)
