@@ -35,8 +35,9 @@
 #define LANES 8
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
-/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. */
-#ifdef __x86_64__
+/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. Without AVX no
+ * register holds it. */
+#ifdef __AVX__
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
 #define IN_REGISTER(v) (void)0
@@ -412,7 +413,8 @@ void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_
         }
         float most = -INFINITY;
         for (int lane = 0; lane < LANES; lane++) most = MAX(most, top[lane]);
-        for (; j < n_col; j++) most = MAX(most, xi[j]);
+        for (; j < n_col; j++)
+            if (xi[j] > most) most = xi[j]; /* not MAX, which NaN would pass through */
         for (j = 0; j < n_col && xi[j] != most; j++) {}
         index[i] = j;
     }
