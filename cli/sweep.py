@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
                 rows.append(sweep.measure(step, lambda: bar.advance(task)))
             except (OSError, ValueError) as error:  # damaged, removed by the trainer in the meantime, or not finite
                 left_out[folder.name] = str(error)
-                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False)
+                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ValueError(f"no checkpoint of {opened.folder} could be measured ({reasons})")

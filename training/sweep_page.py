@@ -130,7 +130,7 @@ def page(report: dict) -> str:
 
 
 def write_sweep(report: dict, json_path: Path, html_path: Path) -> None:
-    """Write both files, or neither where the report cannot be written as JSON or as a page."""
+    """Write both files; both texts are made first, so a report that cannot be JSON (ValueError) or a page leaves the old ones."""
     as_json = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for path, text in ((html_path, page(report)), (json_path, as_json)):
         with atomic_file(path) as temporary:

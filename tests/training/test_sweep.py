@@ -17,7 +17,6 @@ from tritale.model import LLM, Sampling
 from tritale.model.checkpoint import read_json
 from tritale.training import state
 from tritale.training.sweep import REPEATS, Run, Sweep, every_nth, findings, lasting, read_prompts
-from tritale.training.sweep_page import write_sweep
 from tritale.training.validation import part, validate
 
 SHORT = ["--samples", "2", "--max-new-tokens", "12"]
@@ -162,13 +161,6 @@ def test_a_run_without_one_finite_checkpoint_is_said_and_leaves_no_file(run_dir)
     with pytest.raises(SystemExit, match=r"could be measured.*step-00000003: its validation is nan"):
         main(["sweep", str(run_dir), *SHORT])
     assert not list(run_dir.glob("sweep.*"))
-
-
-def test_a_report_that_is_not_json_or_no_page_leaves_no_file(tmp_path):
-    for report in ({"checkpoints": math.nan}, {"checkpoints": []}):
-        with pytest.raises((ValueError, KeyError)):
-            write_sweep(report, tmp_path / "sweep.json", tmp_path / "sweep.html")
-        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [["sweep"], ["average", "--last", "2"]])

@@ -1,13 +1,15 @@
 """The page of a sweep, as a browser shows it: everything there, nothing fetched, no error, and what a model wrote is text."""
 
+import math
 import random
 import re
 import shutil
 from itertools import pairwise
 
 import pytest
+from jinja2 import UndefinedError
 
-from tritale.training.sweep_page import BOTTOM, HEIGHT, LINE, TOP, WIDTH, chart, csp_hash, page, pieces, spread, ticks
+from tritale.training.sweep_page import BOTTOM, HEIGHT, LINE, TOP, WIDTH, chart, csp_hash, page, pieces, spread, ticks, write_sweep
 
 EVIL = '<script>document.title = "owned"</script><img src="https://example.com/x.png" onerror="document.title=1">&lt;b&gt;{{ 7 * 7 }}'
 
@@ -102,6 +104,17 @@ def test_one_checkpoint_and_data_without_a_cast_make_a_page_too():
         s |= {"cast": None, "is_consistent": None, "loop": None}
     html = page(report(checkpoints=rows, checks_cast=False, left_out={}, reference=whole["reference"] | {"consistent": None}))
     assert html.count("<polyline") == 10 and "keep people" not in html and "<script>document" not in html
+
+
+def test_a_report_that_cannot_be_json_or_a_page_leaves_no_file(tmp_path):
+    paths = tmp_path / "sweep.json", tmp_path / "sweep.html"
+    lacking = {key: value for key, value in report().items() if key != "findings"}
+    for bad, error in ((report(seed=math.nan), ValueError), (lacking, UndefinedError)):
+        with pytest.raises(error):
+            write_sweep(bad, *paths)
+        assert not list(tmp_path.iterdir())
+    write_sweep(report(), *paths)
+    assert all(path.is_file() for path in paths)
 
 
 def test_only_the_pages_own_script_may_run():
