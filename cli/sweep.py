@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..model import Sampling
-    from ..training.sweep import Run, Sweep, check_outputs, every_nth, read_prompts, write_report
-    from ..training.sweep_page import write_page
+    from ..training.sweep import Run, Sweep, check_outputs, every_nth, read_prompts
+    from ..training.sweep_page import write_sweep
 
     opened = Run.open(args.run_dir)
     chosen = every_nth(opened.checkpoints, args.every)
@@ -60,16 +60,15 @@ def run(args: argparse.Namespace) -> None:
             bar.update(task, description=f"step {step}", completed=n * (1 + len(sweep.prompts)))
             try:
                 sweep.load(folder)
-            except (OSError, ValueError) as error:  # damaged, or removed by the trainer in the meantime
+                rows.append(sweep.measure(step, lambda: bar.advance(task)))
+            except (OSError, ValueError) as error:  # damaged, removed by the trainer in the meantime, or not finite
                 left_out[folder.name] = str(error)
-                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False)
-                continue
-            rows.append(sweep.measure(step, lambda: bar.advance(task)))
+                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:
-        raise ValueError(f"no checkpoint of {opened.folder} could be read: {'; '.join(left_out.values())}")
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"no checkpoint of {opened.folder} could be measured ({reasons})")
     report = sweep.report(rows, left_out)
-    write_report(report, json_path)
-    write_page(report, html_path)
+    write_sweep(report, json_path, html_path)
     console.print(table(report))
     for finding in report["findings"]:
         console.print(f"· {finding}", markup=False, highlight=False, soft_wrap=True)

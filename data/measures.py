@@ -79,12 +79,13 @@ class Cast:
     heroes: tuple[str, ...]  # children and animals
     adults: tuple[str, ...]
     things: tuple[str, ...]
+    strangers: tuple[str, ...]  # heroes after the first whom nothing introduces
 
     @property
     def is_consistent(self) -> bool:
-        """Every built-in story has at most two heroes, one grown-up and one thing. More: somebody or something came from nowhere, or
-        turned into another on the way."""
-        return len(self.heroes) <= 2 and len(self.adults) <= 1 and len(self.things) <= 1
+        """Every built-in story has one hero or two, the second introduced, and at most one grown-up and one thing. Otherwise it is about
+        nobody, or somebody or something came from nowhere or turned into another on the way."""
+        return 1 <= len(self.heroes) <= 2 and not self.strangers and len(self.adults) <= 1 and len(self.things) <= 1
 
 
 @cache
@@ -97,17 +98,29 @@ def _cast_words() -> tuple[tuple[str, ...], ...]:
     return longest_first(heroes), longest_first(adults), longest_first(t.name for t in THINGS if t.name not in plots)
 
 
+# What stands before a hero whom the story meets on the way (plots 相遇 and 迷路), or who is called somebody's friend.
+_MEETING = re.compile(r"(看见|发现|遇见|遇到|碰见|碰到|认识了?|(这时|正巧)，|朋友|伙伴|叫作?|就是)[：，]?$")
+
+
 def cast(text: str) -> Cast:
-    """The heroes, grown-ups and things of the built-in stories that `text` names. Of 小乌龟 and 小龟 both are not counted in one place."""
-    found = []
+    """The heroes, grown-ups and things of the built-in stories that `text` names. Of 小乌龟 and 小龟 both are not counted in one place.
+
+    A second hero is introduced by standing in one sentence with the first, where that one comes up, or behind words of a meeting."""
+    found, places = [], {}
     for words in _cast_words():
         left, names = text, []
         for word in words:
             if word in left:
                 names.append(word)
-                left = left.replace(word, "\n")
+                places[word] = left.find(word)
+                left = left.replace(word, "\n" * len(word))
         found.append(tuple(names))
-    return Cast(*found)
+    first, *others = sorted(found[0], key=places.get) or [""]
+    strangers = tuple(
+        name for name in others
+        if re.search(r"[。！？\n]", text[places[first] : places[name]]) and not _MEETING.search(text[: places[name]])
+    )  # fmt: skip
+    return Cast(*found, strangers)
 
 
 BREAK = "\ud800"  # between documents: no text that came from UTF-8 holds it

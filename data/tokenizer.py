@@ -36,6 +36,16 @@ CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry o
 CHARACTER_SHARE = 2 / 3  # … in at most this share of the entries: at 4,096, entries for all take 9 % more tokens
 
 
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raises ValueError for the first text that UTF-8 cannot hold."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(text[max(0, error.start - 10) : error.start + 10])
+            raise ValueError(f"character {error.start + 1} of the text ({found}) is not valid Unicode; give the text as UTF-8") from None
+
+
 @dataclass(frozen=True)
 class TokenizerStats:
     """How well a tokenizer fits some text."""
@@ -164,12 +174,23 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, all of it ordinary text; with `bos` the id of `<|endoftext|>`, with which every document begins, in front."""
-        return self._backend.encode(text, add_special_tokens=bos).ids
+        """Ids of `text`, all of it ordinary text; with `bos` the id of `<|endoftext|>`, with which every document begins, in front.
+
+        Raises ValueError for a text that UTF-8 cannot hold: one with half a surrogate pair, as bytes that are not UTF-8 leave behind.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=bos).ids
+        except TypeError:
+            check_unicode([text])
+            raise
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
+        except TypeError:
+            check_unicode(texts)
+            raise
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:

@@ -94,19 +94,32 @@ def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dic
 
 
 def gpt_config(hf: dict) -> GPTConfig:
-    """The model's shape from a config.json. Raises ValueError where the architecture is another one."""
+    """The model's shape from a config.json. Raises ValueError where the architecture is another one, or a value of the wrong kind."""
     kind = hf.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in tuple(ARCHITECTURES):
         raise ValueError(f"model_type {kind!r} is not one this project reads ({', '.join(ARCHITECTURES)})")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    missing = [name for name in (*sizes, "max_position_embeddings", "rms_norm_eps") if name not in hf]
+    sizes += ("max_position_embeddings",)
+    missing = [name for name in (*sizes, "rms_norm_eps") if name not in hf]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; the checkpoint is damaged, use another step")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("attention_bias"):
         raise ValueError("only models with hidden_act 'silu' and without attention biases are read")
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters is {rope!r}, no object; the checkpoint is damaged, use another step")
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type {rope['rope_type']!r} is not read; only 'default' is")
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+    sizes = {name: hf[name] for name in sizes} | {"head_dim": hf.get("head_dim") or 1, "sliding_window": 1 if window is None else window}
+    init_std = hf.get("initializer_range", 0.02)
+    numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": hf["rms_norm_eps"], "initializer_range": init_std}
+    wrong = [f"{name} is {value!r}, not a whole number from 1" for name, value in sizes.items() if type(value) is not int or value < 1]
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            wrong.append(f"{name} is {value!r}, not a number from 0")
+    if wrong:
+        raise ValueError(f"config.json: {'; '.join(wrong)}; the checkpoint is damaged, use another step")
     return GPTConfig(
         vocab_size=hf["vocab_size"],
         n_layer=hf["num_hidden_layers"],
@@ -120,8 +133,8 @@ def gpt_config(hf: dict) -> GPTConfig:
         norm_eps=hf["rms_norm_eps"],
         qk_norm=kind == "qwen3",
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        window=hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None,
-        init_std=hf.get("initializer_range", 0.02),
+        window=window,
+        init_std=init_std,
     )
 
 
@@ -162,15 +175,18 @@ def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """A JSON file of a checkpoint. Raises FileNotFoundError or ValueError that says what the folder lacks."""
+    """A JSON object of a checkpoint. Raises FileNotFoundError or ValueError that says what the folder lacks."""
     path = folder / name
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {name} is missing (found: {found}); give a step-… folder of a run")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); the checkpoint is damaged, use another step") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, no object; the checkpoint is damaged, use another step")
+    return value
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:

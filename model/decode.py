@@ -95,7 +95,8 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
-        """The next token of every text, by handle. A text whose capacity is full must be removed before; raises ValueError else."""
+        """The next token of every text, by handle. A text whose capacity is full must be removed before; raises ValueError else, and where
+        the logits are not finite."""
         texts = self._texts
         full = [text.handle for text in texts if len(text.ids) > self._capacity]
         if full:
@@ -111,6 +112,8 @@ class Decoder:
         rows = torch.arange(len(texts))
         tokens, positions = torch.tensor([t.ids[-1] for t in texts]), torch.tensor([len(t.ids) - 1 for t in texts])
         logits = self._forward(tokens, rows, positions, self._cache, rows)[:, : self._n_token]  # (texts, V)
+        if not logits.sum(dtype=torch.float32).isfinite():  # NaN and infinity both pass into the sum
+            raise ValueError("the logits are not finite: the checkpoint's weights hold NaN or infinity; use another step")
         chosen = self._choose(logits)
         for text, token in zip(texts, chosen, strict=True):
             text.ids.append(token)

@@ -31,12 +31,17 @@
 #include <immintrin.h>
 #define LANES 8
 #define FMA _mm256_fmadd_ps
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define LANES 4
+#define FMA(a, b, c) ((vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #else
 #define LANES 8
-#define FMA(a, b, c) ((a) * (b) + (c))
+#define FMA(a, b, c) ((a) * (b) + (c)) /* two roundings everywhere: -ffp-contract=off */
 #endif
-/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. */
-#ifdef __x86_64__
+/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. Without AVX no
+ * register holds it. */
+#ifdef __AVX__
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
 #define IN_REGISTER(v) (void)0
@@ -100,12 +105,16 @@ static void unpack(float *restrict panel, const void *w, int64_t first, int64_t 
 
 /* The sum of the lanes: halves onto each other down to four, then (0 + 2) + (1 + 3). */
 static inline vec4 quarters(vec x) {
+#if LANES == 4
+    return x;
+#else
 #if LANES == 16
     vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
     vec8 a = x;
 #endif
     return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#endif
 }
 
 static inline float total(vec x) {
@@ -412,7 +421,8 @@ void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_
         }
         float most = -INFINITY;
         for (int lane = 0; lane < LANES; lane++) most = MAX(most, top[lane]);
-        for (; j < n_col; j++) most = MAX(most, xi[j]);
+        for (; j < n_col; j++)
+            if (xi[j] > most) most = xi[j]; /* not MAX, which NaN would pass through */
         for (j = 0; j < n_col && xi[j] != most; j++) {}
         index[i] = j;
     }

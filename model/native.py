@@ -16,7 +16,8 @@ from torch import Tensor
 from .gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
+# No contraction: where the compiler may fuse a · b + c, it does so in some loops and not in others, and a text would depend on its company.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -46,6 +47,10 @@ def _machine() -> str:
     return platform.platform() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The compiled `native.c`, or why there is none on this machine (a sentence for the user)."""
@@ -55,17 +60,22 @@ def library() -> ctypes.CDLL | str:
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _machine())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritale"
     try:
-        path = folder / f"native-{key}.so"
-        if not path.is_file():
+        # The content's hash is in the name: a file that was cut off, by a crash say, would end the process where its code is missing.
+        kept = folder.glob(f"native-{key}-*.so")
+        path = next((p for p in kept if p.stem == f"native-{key}-{_digest(p)}"), None)
+        if path is None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                built = Path(temporary) / path.name
+                built = Path(temporary) / "native.so"
                 result = subprocess.run(
-                    [compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120
-                )
+                    [compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120,
+                    env=os.environ | {"LC_ALL": "C"},
+                )  # fmt: skip
                 if result.returncode:
-                    why = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[0]
+                    lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+                    why = next((line for line in lines if "error" in line), lines[0])
                     return f"{compiler} could not compile {SOURCE.name} ({why}); the slower PyTorch path runs"
+                path = folder / f"native-{key}-{_digest(built)}.so"
                 built.rename(path)
         lib = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:

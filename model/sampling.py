@@ -48,6 +48,7 @@ class Sampling:
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
 
+COLDEST = 1e-30  # from here on the likeliest token has it all; below it the quotient overflows
 FIRST_LOOK = 1024  # top-p and min-p mostly keep fewer tokens than this; sorting all of a large vocabulary takes longer than the model
 
 
@@ -55,7 +56,7 @@ def candidates(logits: Tensor, *, temperature: float, top_k: int | None, top_p: 
     """Probabilities (B, W) of the tokens that pass the filters, 0 for others among them, and their ids (B, W); ids None: W is V.
 
     logits (B, V) of any dtype, temperature above 0. Tokens as likely as the k-th stay, as in `transformers`."""
-    scores = logits.float() / temperature
+    scores = logits.float() / max(temperature, COLDEST)
     n, ids = scores.shape[-1], None
     if top_k is not None and top_k < n:
         values, ids = scores.topk(top_k + 1)

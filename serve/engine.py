@@ -17,6 +17,7 @@ import torch
 from ..model import LLM, Completion, Sampling, Writer
 
 LOADED = 2  # checkpoints in memory at a time: enough to compare two without loading at every turn
+LOG = logging.getLogger("uvicorn.error")
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -186,10 +187,10 @@ class Engine:
             for request in [*running, *(request for request, _ in self._waiting)]:
                 self._fail(request, RequestError(503, "the server is stopping"))
 
-    def _fail(self, request: Request, error: RequestError) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         if not request.is_over:
             request.is_over = True
-            request.deliver(error)
+            request.deliver(error if isinstance(error, RequestError) else RequestError(500, f"the request failed ({error})"))
 
     def _drop_what_is_over(self) -> None:
         for model in self._loaded.values():
@@ -217,14 +218,16 @@ class Engine:
                     request.ids, request.ids_version = _encode(model.llm, request.prompts), model.version
                     if is_first:
                         request.deliver(Started([len(ids) for ids in request.ids]))
-            except RequestError as error:
+                ids, sampling = request.ids[index], request.samplings[index]
+                writer = Writer(model.llm.tokenizer, sampling, len(ids), model.llm.model.config.context)
+                model.writers[model.decoder.add(ids, sampling)] = request, index, writer
+            except Exception as error:  # this request ends, the server goes on
+                if not isinstance(error, RequestError):
+                    LOG.exception("a request to %s failed", request.folder.name)
                 self._fail(request, error)
                 continue
-            ids, sampling = request.ids[index], request.samplings[index]
             with self._changed:
                 self._waiting.popleft()
-            writer = Writer(model.llm.tokenizer, sampling, len(ids), model.llm.model.config.context)
-            model.writers[model.decoder.add(ids, sampling)] = request, index, writer
 
     def _load(self, folder: Path) -> _Loaded | None:
         """The checkpoint, from memory or disk; None where it has to wait until another one's texts are done."""
@@ -247,7 +250,7 @@ class Engine:
             known = None
         try:
             self._loaded[name] = _Loaded(LLM.load(folder, device=self._device, dtype=self._dtype), version, self.slots)
-        except (ValueError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever a damaged file leads to
             raise RequestError(500, f"{name} cannot be loaded: {error}") from error
         return self._loaded[name]
 
@@ -255,15 +258,21 @@ class Engine:
         try:
             tokens = model.decoder.step()
         except Exception as error:  # memory, say: the texts of this checkpoint end, the server goes on
-            logging.getLogger("uvicorn.error").exception("a step of %s failed", name)
+            LOG.exception("a step of %s failed", name)
             del self._loaded[name]
+            hint = "" if isinstance(error, ValueError) else "; try again, with fewer or shorter texts"
             for request, _, _ in model.writers.values():
-                self._fail(request, RequestError(500, f"writing with {name} failed ({error}); try again, with fewer or shorter texts"))
+                self._fail(request, RequestError(500, f"writing with {name} failed ({error}){hint}"))
             return
         self.n_steps += 1
         for handle, token in tokens.items():
             request, index, writer = model.writers[handle]
-            text = writer.push(token)
+            try:
+                text = writer.push(token)
+            except Exception as error:  # the texts of this request leave before the next step
+                LOG.exception("a text of %s failed", name)
+                self._fail(request, RequestError(500, f"writing with {name} failed ({error})"))
+                continue
             is_done = writer.finish_reason is not None
             if is_done:
                 model.decoder.remove(handle)

@@ -43,6 +43,8 @@ def average(run: Run, *, last: int, validation_documents: int, data: Path | None
         if gpt_config(read_json(folder, "config.json")) != model.config:
             raise ValueError(f"{folder} has another shape than {newest}; average checkpoints of one run")
         load_weights(model, folder)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"{folder} has weights that are not finite numbers; move it away, or take fewer checkpoints with --last")
         for name, p in model.named_parameters():
             total[name] += p
         advance("averaging", n_parts)

@@ -3,17 +3,17 @@
 One model stays in memory; the weights of one checkpoint after another are copied into it.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from ..data.files import atomic_file
 from ..data.measures import CorpusIndex, cast, distinct, ends_properly, evenly, longest_loop, repeated_share
 from ..data.shards import Split
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import gpt_config, load_weights, read_json, write_json
+from ..model.checkpoint import gpt_config, load_weights, read_json
 from ..model.generate import LLM
 from ..model.sampling import Sampling
 from . import state
@@ -22,6 +22,8 @@ from .validation import part, validate
 FORMAT, VERSION = "tritale-sweep", 1
 OVERLAP_CHARACTERS = 8_000_000  # of the training text, looked through for copied stretches: 400 MB and 5 s while its index is made
 REPEATS, COHERENT = 0.05, (0.9, 0.75, 0.5)
+SHORTEST = 0.5  # of the shortest real story: a coherent one is at least as long
+CONFIG_KEYS = ("data.source", "data.document_mask", "train.context", "train.micro_batch", "log.prompts")  # what is read here
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,13 @@ class Run:
             raise FileNotFoundError(
                 f"{folder} has no checkpoints (step-…; found: {found}); give the out_dir of a run, such as out/quickstart"
             )
-        config = read_json(list(checkpoints.values())[-1] / "trainer", "trainer.json")["config"]
+        newest = list(checkpoints.values())[-1]
+        config = read_json(newest / "trainer", "trainer.json").get("config", {})
+        if missing := [key for key in CONFIG_KEYS if key not in config]:
+            raise ValueError(
+                f"{newest / 'trainer' / 'trainer.json'} does not say how the run was trained (not in its config: {', '.join(missing)}); "
+                f"move {newest.name} away if an older checkpoint has it, or give a run that this version of train.py made"
+            )
         return cls(folder, checkpoints, config, tuple(name for name in writing if not (folder / name).exists()))
 
     @property
@@ -154,6 +162,7 @@ class Sweep:
             "checks_cast": run.is_built_in,
         }
         real = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
+        self.about["shortest_coherent"] = math.ceil(SHORTEST * min(map(len, real)))
         stories = [self._story("", 0, text, None, is_whole=True) for text in real]
         self.reference = self._summary(stories) | distinct_n([real[i] for i in evenly(len(real), len(self.prompts))])
 
@@ -167,9 +176,13 @@ class Sweep:
         load_weights(self.llm.model, folder)
 
     def measure(self, step: int, advance: Callable[[], None] = lambda: None) -> dict:
-        """What the weights that are loaded do; `advance` is called after validation and after each story."""
+        """What the weights that are loaded do; `advance` is called after validation and after each story.
+
+        Raises ValueError where their validation is not a finite number."""
         model = self.llm.model
         val_loss, val_bits = validate(model, self.validation, **self.run.eval_sizes(model.config.context))
+        if not math.isfinite(val_bits):
+            raise ValueError(f"its validation is {val_bits}: the weights are not finite numbers, or too large")
         advance()
         samplings = [Sampling(**asdict(self.sampling) | {"seed": self.seed + i}) for i in range(len(self.prompts))]
         stories: list[dict] = [{}] * len(self.prompts)
@@ -183,7 +196,8 @@ class Sweep:
         return head | self._summary(stories) | distinct_n([s["text"] for s in stories]) | {"stories": stories}
 
     def _story(self, prompt: str, sample: int, text: str, n_tokens: int | None, *, is_whole: bool) -> dict:
-        # Repetition, length and overlap are those of what the model wrote; people and ending those of the whole story.
+        # Repetition, length and overlap are those of what the model wrote; people, ending and whether it is too short those of the whole
+        # story. But people whom the prompt alone names are not kept.
         loop = longest_loop(text)
         story = {
             "prompt": prompt,
@@ -197,8 +211,11 @@ class Sweep:
         }
         found = cast(prompt + text) if self.run.is_built_in else None
         story["cast"] = found and asdict(found)
-        story["is_consistent"] = found and found.is_consistent
-        story["is_coherent"] = story["ends_properly"] and story["repeated_4grams"] < REPEATS and story["is_consistent"] is not False
+        story["is_consistent"] = found and found.is_consistent and bool(cast(text).heroes)
+        is_long_enough = len(prompt + text) >= self.about["shortest_coherent"]
+        story["is_coherent"] = (
+            story["ends_properly"] and is_long_enough and story["repeated_4grams"] < REPEATS and story["is_consistent"] is not False
+        )
         return story
 
     def _summary(self, stories: list[dict]) -> dict:
@@ -267,7 +284,7 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
         says.append(f"Repetition {verb} below {REPEATS:.0%} of all 4-grams {since(step)} ({real}).")
 
     means = "it ends properly, " + ("keeps to its people and its thing, " if about["checks_cast"] else "")
-    means += f"and repeats less than {REPEATS:.0%}"
+    means += f"has at least {about['shortest_coherent']} characters, and repeats less than {REPEATS:.0%}"
     for share in COHERENT:
         step = lasting(rows, lambda row, share=share: row["coherent"] >= share)
         if step is not None:
@@ -290,8 +307,3 @@ def check_outputs(folder: Path) -> tuple[Path, Path]:
         if path.exists() and not (path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")[:2000]):
             raise ValueError(f"{path} exists and is not the result of a sweep, so it is not overwritten; move it away")
     return paths
-
-
-def write_report(report: dict, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        write_json(temporary, report)

@@ -58,6 +58,7 @@ def test_a_terminal_is_asked_for_prompts(tiny_run):
     [
         (["--model", "nowhere"], "nowhere is not a checkpoint"),
         (["--prompt", "小兔子" * 100], "shorten"),
+        (["--prompt", "\udcff\udcfe"], "not valid Unicode"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--top-p", "0"], "temperature=0"),
         (["--top-k", "-1"], "top_k is -1"),

@@ -176,6 +176,9 @@ def test_errors_name_the_value_and_the_next_step(tokenizer, tmp_path):
     for bad in (500, -1):
         with pytest.raises(ValueError, match=rf"id {bad} .* 0 to 499"):
             tokenizer.decode([bad])
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["小熊", text])):
+        with pytest.raises(ValueError, match=r"character 2 of the text \('\\u718a\\udcff'\) is not valid Unicode; give the text as UTF-8"):
+            encode("熊\udcff")
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     whole = path.read_text()

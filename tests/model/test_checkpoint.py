@@ -82,6 +82,37 @@ def test_a_damaged_file_is_named(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         load_model(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list, no object; the checkpoint is damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": ["mistral"]}, "model_type"),
+        ({"vocab_size": "x"}, "vocab_size is 'x', not a whole number from 1"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"head_dim": 14.0}, r"head_dim is 14\.0"),
+        ({"sliding_window": "5"}, "sliding_window is '5'"),
+        ({"rope_parameters": []}, None),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x', no object"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None, not a number from 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"initializer_range": "x"}, "initializer_range is 'x'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(change, message, tmp_path):
+    folder = write(tmp_path / "m", random_model())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    if message is None:  # nothing there: the other place holds it
+        assert load_model(folder).config.rope_theta == 3000
+        return
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Generation is Hugging Face's, alone and in a batch, by native.c and by PyTorch."""
 
 import math
+import platform
 import shutil
 import string
 
@@ -165,6 +166,15 @@ def test_tokens_as_likely_as_the_kth_stay(seed):
     assert kept == [[1, 2, 3, 5], [0, 1]]
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-300])
+def test_a_temperature_near_0_draws_the_likeliest_token(temperature, seed):
+    logits = torch.randn(4, 50) * 30
+    for top_k in (None, 5):
+        p, ids = candidates(logits, temperature=temperature, top_k=top_k, top_p=1.0, min_p=0.0)
+        p = p if ids is None else torch.zeros_like(logits).scatter(-1, ids, p)
+        assert torch.equal(p, F.one_hot(logits.argmax(-1), 50).float())
+
+
 # --- Batches -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +243,18 @@ def test_native_argmax_is_the_first_of_the_largest(n_col, seed):
     logits[2] = -torch.inf
     first = [next(i for i, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
     assert native.argmax(logits).tolist() == first
+    for i in range(1, n_col):  # NaN hides no other number
+        spoilt = logits[:1].clone()
+        spoilt[0, i], spoilt[0, 0] = torch.nan, 20.0
+        assert native.argmax(spoilt).item() == 0
+
+
+def test_weights_that_are_not_finite_are_named(llm):
+    for value in (torch.nan, torch.inf):
+        llm.model.norm.data[3] = value
+        for temperature in (0, 0.8):
+            with pytest.raises(ValueError, match="weights hold NaN or infinity"):
+                llm.generate("小兔", temperature=temperature)
 
 
 def test_weights_copied_into_the_model_are_used(llm):
@@ -390,6 +412,13 @@ def test_an_empty_text_has_no_perplexity(tmp_path, tokenizer):
         llm.perplexity("")
 
 
+def test_a_text_with_half_a_surrogate_pair_is_refused(tmp_path, tokenizer):
+    llm = LLM.load(save(tmp_path / "m", tokenizer), device="cpu")
+    for measure in (llm.generate, llm.perplexity, llm.bits_per_char):
+        with pytest.raises(ValueError, match=r"character 3 of the text .*\\ud800.* is not valid Unicode"):
+            measure("小兔\ud800")
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path, tokenizer):
     folder = save(tmp_path / "run" / "step-00000002", tokenizer)
     with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint"):
@@ -436,6 +465,11 @@ def test_without_a_working_compiler_a_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     assert "could not" in native.library.__wrapped__()
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nprintf 'native.c: In function x:\\nnative.c:4:2: error: impossible\\n' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert "(native.c:4:2: error: impossible)" in native.library.__wrapped__()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert "no C compiler" in native.library.__wrapped__()
     assert list(tmp_path.rglob("*.so")) == []
@@ -448,5 +482,25 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, monkeypatch):
     assert not isinstance(native.library.__wrapped__(), str)
     kept = list((tmp_path / "tritale").iterdir())
     assert len(kept) == 1 and kept[0].suffix == ".so"
-    monkeypatch.setattr(native.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(native.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
+        assert not isinstance(native.library.__wrapped__(), str)
+    whole = kept[0].read_bytes()
+    kept[0].unlink()  # a new file: this process has mapped the old one
+    kept[0].write_bytes(whole[:8000])
     assert not isinstance(native.library.__wrapped__(), str)
+    assert kept[0].read_bytes() == whole
+
+
+def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed):
+    if isinstance(native.library(), str) or platform.machine() != "x86_64":
+        pytest.skip("not an x86 with a compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("=native", "=x86-64-v2") for flag in native.FLAGS))
+    plain = native.library.__wrapped__()
+    assert not isinstance(plain, str), plain
+    llm, prompts = LLM.load(folder, device="cpu"), random_prompts(7)
+    settings = {"temperature": 0, "max_new_tokens": 10}
+    expected = llm.generate(prompts, **settings)
+    monkeypatch.setattr(native, "library", lambda: plain)
+    assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts] == expected

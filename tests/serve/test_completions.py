@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_checkpoint
-from tritale.model import LLM, Decoder
+from tritale.model import LLM, Decoder, Writer
 
 CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈妈说：“你看！”🐰龘x1 "
 
@@ -229,6 +229,18 @@ def test_a_step_that_fails_ends_its_texts_and_not_the_server(client, server, mon
     assert ask(client, prompt="", max_tokens=7, temperature=0)["choices"][0]["text"]
 
 
+@pytest.mark.parametrize("place", ["__init__", "push"])
+def test_a_text_that_fails_ends_its_request_and_not_the_server(place, client, monkeypatch):
+    def fail(*args):
+        raise KeyError(4096)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, place, fail)
+        response = client.post("/v1/completions", json={"max_tokens": 5, "n": 2})
+    assert response.status_code == 500 and "4096" in error(response)["message"]
+    assert ask(client, prompt="", max_tokens=7, temperature=0)["choices"][0]["text"]
+
+
 # --- checkpoints ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +301,25 @@ def test_checkpoints_come_go_and_change_while_the_server_runs(tmp_path, tokenize
         (folder / "step-00000002" / "model.safetensors").write_bytes(b"damaged")
         response = client.post("/v1/completions", json={"model": "step-00000002"})
         assert response.status_code == 500 and "damaged" in error(response)["message"]
+
+
+def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "run"
+    write_checkpoint(folder / "step-00000003", tokenizer, reciting(tokenizer, "从前"))
+    spoilt = tiny(tokenizer)
+    spoilt.embedding.data *= torch.nan
+    write_checkpoint(folder / "step-00000002", tokenizer, spoilt)
+    write_checkpoint(folder / "step-00000001", tokenizer, tiny(tokenizer))
+    (folder / "step-00000001" / "config.json").write_text("[]")
+    with running(folder) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        for name, message in (("step-00000002", "weights hold NaN"), ("step-00000001", "config.json holds a list"), ("fault", "fault")):
+            if name == "fault":
+                name = "step-00000001"
+                monkeypatch.setattr(LLM, "load", lambda *args, **kwargs: {}["fault"])
+            for temperature in (0, 1):
+                response = client.post("/v1/completions", json={"model": name, "temperature": temperature})
+                assert response.status_code == 500 and message in error(response)["message"]
+            assert ask(client, model="step-00000003", temperature=0)["choices"][0]["text"] == "从前"
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """A sweep measures what each checkpoint's own weights do; its sentences say what its figures say; what cannot work is named."""
 
 import json
+import math
 import re
 import shutil
 
 import pytest
 import torch
 from runs import metrics
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tritale.cli.main import main
@@ -96,7 +98,7 @@ def row(step: int, repeated: float, coherent: float, n: int = 16) -> dict:
     }
 
 
-ABOUT = {"validation": {"entropy_bits_per_char": None}, "checks_cast": True}
+ABOUT = {"validation": {"entropy_bits_per_char": None}, "checks_cast": True, "shortest_coherent": 112}
 REAL = {"repeated_4grams": 0.016, "overlap": 31.4}
 
 
@@ -108,7 +110,7 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
     still = "\n".join(findings(rows[:3], REAL, ABOUT))
     assert "Repetition is still 9.0%" in still and "Coherent from step 60,000 on: at least 50%" in still
     always = "\n".join(findings(rows[-1:], REAL, ABOUT))
-    assert "at every checkpoint looked at" in always
+    assert "at every checkpoint looked at" in always and "has at least 112 characters" in always
     assert "Not coherent yet: 30%" in "\n".join(findings(rows[:2], REAL, ABOUT))
     assert lasting(rows, lambda r: r["repeated_4grams"] < REPEATS) == 80_000 and lasting(rows[:1], lambda r: False) is None
 
@@ -123,6 +125,53 @@ def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
     assert told["is_coherent"] and told["overlap"] == [0, len(text)]  # a story of the training text is found to be copied whole
     assert not sweep._story("", 0, text, 100, is_whole=False)["ends_properly"]  # cut off by the context
     assert sweep.reference["consistent"] == 1 and sweep.reference["repeated_4grams"] < 0.1
+
+
+def test_a_few_characters_or_people_of_the_prompt_alone_are_no_coherent_story(tiny_run):
+    sweep = Sweep(Run.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
+    assert 100 < sweep.about["shortest_coherent"] < 175  # the generator's stories have 220 to 350 characters
+    short = sweep._story("", 0, "从前，豆豆爱画画。", 9, is_whole=True)
+    assert short["is_consistent"] and short["ends_properly"] and not short["is_coherent"]
+    unnamed = sweep._story("小兔和小熊是好朋友，", 0, "天黑了。", 9, is_whole=True)
+    assert unnamed["cast"]["heroes"] and not unnamed["is_consistent"]
+    nobody = sweep._story("", 0, "喜欢挖土。", 9, is_whole=True)
+    assert not nobody["is_consistent"] and not nobody["is_coherent"]
+
+
+def spoil(checkpoint) -> None:
+    """Multiply all weights of a checkpoint by NaN."""
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: w * math.nan for name, w in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_checkpoint_that_is_not_finite_is_left_out_and_named(run_dir, capsys, step):
+    spoil(run_dir / f"step-{step:08d}")
+    main(["sweep", str(run_dir), *SHORT])
+    report = report_of(run_dir)
+    assert [r["step"] for r in report["checkpoints"]] == [9 - step]
+    assert list(report["left_out"]) == [f"step-{step:08d}"] and "validation is nan" in report["left_out"][f"step-{step:08d}"]
+    assert f"step-{step:08d} is left out" in capsys.readouterr().out
+    assert "validation is nan" in (run_dir / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_a_run_without_one_finite_checkpoint_is_said_and_leaves_no_file(run_dir):
+    for step in (3, 6):
+        spoil(run_dir / f"step-{step:08d}")
+    with pytest.raises(SystemExit, match=r"could be measured.*step-00000003: its validation is nan"):
+        main(["sweep", str(run_dir), *SHORT])
+    assert not list(run_dir.glob("sweep.*"))
+
+
+@pytest.mark.parametrize("command", [["sweep"], ["average", "--last", "2"]])
+def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
+    file = run_dir / "step-00000006" / "trainer" / "trainer.json"
+    trainer = json.loads(file.read_text(encoding="utf-8"))
+    whole = trainer.pop("config")
+    for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
+        file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"does not say how the run was trained .*data.source.*move step-00000006 away"):
+            main([command[0], str(run_dir), *command[1:]])
 
 
 def test_a_damaged_checkpoint_is_left_out_and_named(run_dir, capsys):
@@ -226,6 +275,13 @@ def test_an_average_is_no_checkpoint_to_go_on_from(run_dir):
 def test_an_average_of_too_few_is_refused(run_dir, last, said):
     with pytest.raises(SystemExit, match=said):
         main(["average", str(run_dir), "--last", last])
+    assert not list(run_dir.glob("*average*"))
+
+
+def test_weights_that_are_not_finite_are_not_averaged(run_dir):
+    spoil(run_dir / "step-00000003")
+    with pytest.raises(SystemExit, match="step-00000003 has weights that are not finite"):
+        main(["average", str(run_dir), "--last", "2"])
     assert not list(run_dir.glob("*average*"))
 
 

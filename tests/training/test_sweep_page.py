@@ -1,12 +1,15 @@
 """The page of a sweep, as a browser shows it: everything there, nothing fetched, no error, and what a model wrote is text."""
 
+import math
+import random
 import re
 import shutil
 from itertools import pairwise
 
 import pytest
+from jinja2 import UndefinedError
 
-from tritale.training.sweep_page import csp_hash, page, pieces, ticks
+from tritale.training.sweep_page import BOTTOM, HEIGHT, LINE, TOP, WIDTH, chart, csp_hash, page, pieces, spread, ticks, write_sweep
 
 EVIL = '<script>document.title = "owned"</script><img src="https://example.com/x.png" onerror="document.title=1">&lt;b&gt;{{ 7 * 7 }}'
 
@@ -14,8 +17,8 @@ EVIL = '<script>document.title = "owned"</script><img src="https://example.com/x
 def story(prompt: str, sample: int, text: str) -> dict:
     return {
         "prompt": prompt, "sample": sample, "text": text, "tokens": 9, "repeated_4grams": 0.5, "loop": [1, 11, "送给"],
-        "ends_properly": False, "overlap": [0, 5], "cast": {"heroes": ["小兔"], "adults": [], "things": []}, "is_consistent": True,
-        "is_coherent": False,
+        "ends_properly": False, "overlap": [0, 5], "cast": {"heroes": ["小兔"], "adults": [], "things": [], "strangers": []},
+        "is_consistent": True, "is_coherent": False,
     }  # fmt: skip
 
 
@@ -34,8 +37,9 @@ def report(**changes) -> dict:
         "run": "out/<b>run</b>", "prompts": ["从前，", EVIL], "samples": 2, "seed": 0,
         "sampling": {"temperature": 0.8, "top_k": 30, "top_p": 0.9},
         "validation": {"documents": 8, "of_documents": 80, "characters": 2000, "entropy_bits_per_char": 0.4},
-        "overlap": {"characters": 10, "of_characters": 20}, "checks_cast": True, "left_out": {"step-00000300": EVIL},
-        "reference": numbers, "findings": ["Repetition falls below 5% from step 60,000 on.", EVIL], "checkpoints": rows,
+        "overlap": {"characters": 10, "of_characters": 20}, "checks_cast": True, "shortest_coherent": 112,
+        "left_out": {"step-00000300": EVIL}, "reference": numbers,
+        "findings": ["Repetition falls below 5% from step 60,000 on.", EVIL], "checkpoints": rows,
     } | changes  # fmt: skip
 
 
@@ -102,6 +106,17 @@ def test_one_checkpoint_and_data_without_a_cast_make_a_page_too():
     assert html.count("<polyline") == 10 and "keep people" not in html and "<script>document" not in html
 
 
+def test_a_report_that_cannot_be_json_or_a_page_leaves_no_file(tmp_path):
+    paths = tmp_path / "sweep.json", tmp_path / "sweep.html"
+    lacking = {key: value for key, value in report().items() if key != "findings"}
+    for bad, error in ((report(seed=math.nan), ValueError), (lacking, UndefinedError)):
+        with pytest.raises(error):
+            write_sweep(bad, *paths)
+        assert not list(tmp_path.iterdir())
+    write_sweep(report(), *paths)
+    assert all(path.is_file() for path in paths)
+
+
 def test_only_the_pages_own_script_may_run():
     html = page(report())
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
@@ -113,6 +128,43 @@ def test_marks_cut_the_text_without_changing_it():
     found = pieces({"text": "他送给送给送给送给送给我，好。", "overlap": [0, 5], "loop": [1, 11, "送给"]})
     assert "".join(text for text, _ in found) == "他送给送给送给送给送给我，好。"
     assert [(t, m) for t, m in found if m] == [("他", "copy"), ("送给送给", "copy loop"), ("送给送给送给", "loop")]
+
+
+@pytest.mark.parametrize("axis", [0.6, 0.07, 0.2])
+def test_labels_of_dashed_lines_stand_beside_the_plot_and_apart(axis):
+    rows = [{"step": step, "repeated_4grams": axis / k} for k, step in enumerate((100, 200), 1)]
+    drawn = chart(rows, {"repeated_4grams": 0.0163}, None, "Repeated", "%", {"repeated_4grams": "model"}, True)
+    assert [(label, value) for _, _, label, value in drawn["dashed"]] == [("threshold", "5"), ("real", "1.63")]
+    assert all(x <= drawn["right"] <= WIDTH - 60 for x, _, _ in drawn["lines"][0]["points"])
+    (line, a), (line2, b) = [(y, at) for y, at, _, _ in drawn["dashed"]]
+    assert b - a >= LINE and max(abs(a - line), abs(b - line2)) <= LINE
+
+
+def test_labels_keep_apart_and_above_the_axis(seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        wanted = sorted(rng.uniform(TOP, HEIGHT - BOTTOM) for _ in range(rng.randrange(4)))
+        found = spread(wanted)
+        assert all(b - a >= LINE - 1e-9 for a, b in pairwise(found)) and all(y <= HEIGHT - BOTTOM for y in found)
+        if all(b - a >= LINE for a, b in pairwise(wanted)):
+            assert found == wanted
+
+
+def test_in_a_browser_no_label_is_on_another_or_outside_its_chart(browser, tmp_path):
+    path = tmp_path / "sweep.html"
+    whole = report()
+    for row in whole["checkpoints"]:
+        row["repeated_4grams"] = 0.6
+    path.write_text(page(whole | {"reference": whole["reference"] | {"repeated_4grams": 0.0163, "length": 1234.0}}), encoding="utf-8")
+    browser.get(path.as_uri())
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('svg.chart')].map(s => [...s.querySelectorAll('.label')].map(t => "
+        "{const b = t.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height]}))"
+    )
+    assert [len(labels) for labels in boxes] == [1, 2, 1, 0, 0, 1, 1]
+    for labels in boxes:
+        assert all(right <= WIDTH for _, _, right, _ in labels)
+        assert all(b[1] >= a[3] - 1 for a, b in pairwise(labels))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 3), (0, 0.42), (0, 209_000), (0, 97), (0, 0), (0, 1e-4)])
