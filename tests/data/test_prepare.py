@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tritale.data.built_in import open_data
 from tritale.data.prepare import Options, normalise, prepare
 from tritale.data.prepare_report import PRESETS, VOCABULARIES
 from tritale.data.read import Fields
+from tritale.data.shards import write_split
 from tritale.data.stories import story
 from tritale.data.tokenizer import Tokenizer
 
@@ -184,6 +186,7 @@ def test_the_near_leak_check_sees_planted_leaks(tmp_path, seed, monkeypatch):
     # With all documents sorted in many small parts the same are found.
     monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 7)
     monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 11)
+    assert module.select.count_near_leaks(path, fates, 0.7) == leaks
     assert module.select.near_duplicates(path, fates, 0.7) == 15
     assert (fates == module.NEAR).tolist() == [False] * 40 + [True] * 15  # validation stays
     assert module.select.count_near_leaks(path, fates, 0.7) == 0
@@ -231,9 +234,41 @@ def test_a_number_of_validation_documents_is_kept_exactly(tmp_path, tokenizer_fo
     assert report["splits"]["validation"]["documents"] == n and report["splits"]["train"]["documents"] == 200 - n
     # The fraction that the report names holds out the same ones.
     run([file], tmp_path / "b", tokenizer_folder, val_fraction=report["selection"]["val_fraction"])
-    assert abs(len(texts_by_side(tmp_path / "b")[1]) - n) <= 1  # a fraction has 53 of the 64 bits
+    assert digests(tmp_path / "b") == digests(tmp_path / "a")
     with pytest.raises(ValueError, match="--val-documents 200 leaves none"):
         run([file], tmp_path / "c", tokenizer_folder, val_documents=200)
+
+
+def test_the_fraction_of_a_number_of_validation_documents_holds_out_the_same(tmp_path, seed):
+    sides = np.random.default_rng(seed).integers(0, 2**64, 1000, np.uint64)
+    records = np.zeros(1000, module.RECORD)
+    records["side"] = sides
+    (tmp_path / "documents.bin").write_bytes(records.tobytes())
+    for n in range(1, 1000, 37):
+        threshold = module.select.threshold_of_documents(tmp_path / "documents.bin", np.zeros(1000, np.uint8), n)
+        assert (sides < np.uint64(threshold)).sum() == n  # but for two sides that agree in 53 bits
+        assert module.select.threshold_of_fraction(float(repr(threshold / 2**64))) == threshold
+
+
+@pytest.mark.parametrize("how", ["val_fraction", "val_documents"])
+def test_a_copy_in_a_training_group_does_not_move_a_held_out_text(tmp_path, tokenizer_folder, seed, how):
+    texts = stories(seed, 60)
+    groups = [f"主题{i % 20}" for i in range(60)]
+    fields = Fields("text", group_key="theme")
+    write_jsonl(tmp_path / "b.jsonl", texts, theme=groups)
+    first = run(
+        [tmp_path / "b.jsonl"],
+        tmp_path / "small",
+        tokenizer_folder,
+        fields=fields,
+        **{how: {"val_fraction": 0.3, "val_documents": 12}[how]},
+    )
+    train, validation = texts_by_side(tmp_path / "small")
+    in_training = groups[texts.index(train[0])]
+    write_jsonl(tmp_path / "a.jsonl", validation, theme=[in_training] * len(validation))  # read before the others
+    fraction = first["selection"]["val_fraction"]
+    run([tmp_path / "*.jsonl"], tmp_path / "large", tokenizer_folder, fields=fields, val_fraction=fraction)
+    assert texts_by_side(tmp_path / "large") == (train, validation)
 
 
 def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path, tokenizer_folder, seed):
@@ -246,10 +281,11 @@ def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path
     fields = Fields("text", group_key="theme")
     report = run([file], tmp_path / "out", tokenizer_folder, fields=fields, val_fraction=0.3)
     train, validation = texts_by_side(tmp_path / "out")
-    group_of = dict(zip(texts, groups, strict=True))
-    assert not {group_of[t] for t in train} & {group_of[t] for t in validation}
+    threshold = module.select.threshold_of_fraction(0.3)
+    held_out = {group for group in all_groups if module._record("", group)[1] < threshold}
+    held_out_texts = {t for t, group in zip(all_texts, all_groups, strict=True) if group in held_out}
+    assert set(validation) == held_out_texts
     assert sorted(train + validation) == sorted(texts) and report["selection"]["exact_leaks"] == 0
-    held_out = {group_of[t] for t in validation}
     n_leaks = sum((groups[i] in held_out) != (all_groups[240 + j] in held_out) for j, i in enumerate(copies))
     assert report["selection"]["exact_across_sides_removed"] == n_leaks > 0
     off = run([file], tmp_path / "off", tokenizer_folder, fields=fields, val_fraction=0.3, dedup="off")
@@ -352,6 +388,20 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tm
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
 
 
+def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted(tmp_path, tokenizer_folder, seed):
+    file, out = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "out"
+    run([file], out, tokenizer_folder, val_fraction=0.3)
+    before = digests(out)
+    (out / "work").mkdir()
+    (out / "work" / "encoding.json").write_text('{"done": true}', encoding="utf-8")
+    run([file], out, tokenizer_folder, val_fraction=0.3)
+    assert not (out / "work").exists()
+    for missing in ("train", "tokenizer"):
+        shutil.rmtree(out / missing)
+        run([file], out, tokenizer_folder, val_fraction=0.3)
+        assert digests(out) == before and not (out / "work").exists()
+
+
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):
     pytest.importorskip("fcntl")
     (tmp_path / "out" / "work").mkdir(parents=True)
@@ -395,8 +445,31 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer_folder, seed):
             for _ in range(copies):
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         done = drive([tmp_path / "a.jsonl"], tmp_path / f"out{copies}", tokenizer_folder, "exact", batch=512)
+        assert done.returncode == 0, done.stderr
         peaks.append(int(re.search(r"peak (\d+)", done.stdout)[1]) / 1024)
     assert peaks[1] - peaks[0] < 12, peaks  # MiB; the text alone would take 20
+
+
+def test_long_documents_are_cut_to_what_is_measured(tmp_path, tokenizer_folder, seed):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    long = "".join(stories(seed, 400))  # some 120,000 characters
+    for n, texts in enumerate([[long[i:] for i in range(6)], [*stories(seed, 500), long], stories(seed, 500), ["龘" * 5000]]):
+        split = write_split(tmp_path / str(n), texts, tokenizer)
+        some = module._some(split, tokenizer, 10_000)
+        assert 3_000 < sum(map(len, some)) < 13_000 and all(any(t.startswith(s) for t in texts) for s in some)
+        assert module._some(split, tokenizer, 10 * split.characters) == texts
+
+
+def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed):
+    long = "".join(stories(seed, 40))
+    file = write_jsonl(tmp_path / "a.jsonl", [long[i:] for i in range(6)])
+    path = tmp_path / "documents.bin"
+    records = np.array([module._record(long[i:], None) for i in range(6)], module.RECORD)
+    for hashes in (0, 2**64 - 1):  # all are wanted; none is
+        records["hash"] = hashes
+        path.write_bytes(records.tobytes())
+        texts = module.sample([str(file)], Options(), np.zeros(6, np.uint8), tmp_path, 1000)
+        assert 1000 <= sum(map(len, texts)) <= 1250 and long.startswith(texts[0])
 
 
 # ---- the command and its report -------------------------------------------------------------------------------------------------------
@@ -459,6 +532,13 @@ def test_the_report_counts_what_is_in_the_shards(tmp_path, tokenizer_folder, see
 def test_options_that_cannot_work_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_number_of_workers_that_cannot_work_is_named(tmp_path, workers):
+    with pytest.raises(ValueError, match=f"--workers {workers} must be at least 1"):
+        prepare([str(write_jsonl(tmp_path / "a.jsonl", ["一", "二"]))], tmp_path / "out", Options(), workers=workers)
+    assert not (tmp_path / "out").exists()
 
 
 def test_near_without_rensa_names_the_command(tmp_path, tokenizer_folder, monkeypatch):
