@@ -87,6 +87,7 @@ def prepare(inputs: list[str], out: str | Path, options: Options, *, workers: in
     """
     out, console = Path(out), console or Console(quiet=True)
     files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
+    options.fields.check(files)
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1; without it there is one for each core, at most 8")
