@@ -92,7 +92,7 @@ class Fields:
         text_key = None if self.text_key == "text" else self.text_key
         for option, value in (("--text-key", text_key), ("--template", self.template), ("--group-key", self.group_key)):
             if txt and value is not None:
-                raise ValueError(f"{option} {value!r} asks for a field, and {txt} has none, as txt; leave out the option or the txt files")
+                raise ValueError(f"{option} {value!r} names a field, but {txt} is plain text; leave out the option or the txt files")
 
 
 def find_files(inputs: list[str]) -> list[str]:

@@ -88,7 +88,7 @@ def test_json_arrays_after_one_another_are_read(tmp_path, seed, monkeypatch):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     files = ("a.jsonl", '{"text": "一"}'), ("a.json", '[{"text": "一"}]'), ("a.csv", "text\n一\n"), ("a.txt", "一")
-    for name, data in (*files, ("b.csv", '"id","text"\n0,一\n')):
+    for name, data in (*files, ("b.csv", '"text","id"\n一,0\n')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.encode())
         assert texts_of(tmp_path / name) == ["一"]
 
@@ -146,13 +146,13 @@ def test_an_option_about_fields_is_refused_for_txt(fields):
     fields = Fields(**fields)
     fields.check(["a.csv", "someone/stories"])
     Fields().check(["a.csv", "b.txt"])
-    with pytest.raises(ValueError, match=r"--(text-key|template|group-key) '.*' asks for a field, and b\.txt\.gz has none"):
+    with pytest.raises(ValueError, match=r"--(text-key|template|group-key) '.*' names a field, but b\.txt\.gz is plain text"):
         fields.check(["a.csv", "b.txt.gz"])
 
 
 def test_prepare_refuses_a_group_key_for_txt_and_writes_nothing(tmp_path):
     write(tmp_path, "a.txt", ["一", "二"])
-    with pytest.raises(SystemExit, match=r"tritale prepare: --group-key 'theme' asks for a field, and .*a\.txt has none"):
+    with pytest.raises(SystemExit, match=r"tritale prepare: --group-key 'theme' names a field, but .*a\.txt is plain text"):
         main(["prepare", "--input", str(tmp_path), "--group-key", "theme", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
