@@ -46,6 +46,7 @@ SIDES = ("train", "validation")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 20  # what a worker gets at once
 BATCHES_PER_COMMIT = 64
 SAMPLE_CHARACTERS = 6_000_000  # for training the tokenizer; more gains little, and takes 60 bytes of memory for each
+PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
 PLACES = 100  # they are taken from
 N_STRANGEST = {"shortest": 3, "longest": 3, "most byte fallback": 4}
@@ -267,19 +268,20 @@ def trained_tokenizer(files: list[str], options: Options, fates: np.ndarray, wor
 
 
 def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, characters: int) -> list[str]:
-    """Training documents with about so many characters together, chosen by their hashes, in the order of the input. Where these are few
-    and long, the last one is cut off."""
+    """Training documents with about so many characters together, chosen by their hashes, in the order of the input; long ones in pieces,
+    and where they are few, the last one cut off."""
     path = work / "documents.bin"
     of_side = lambda first, records: fates[first : first + len(records)] == TRAIN
     total = sum(int(r["characters"][of_side(first, r)].sum(dtype=np.int64)) for first, r in chunks(path, RECORD))
     limit = min(int(characters / max(total, 1) * 2**64), 2**64 - 1)
     parts = [first + np.flatnonzero(of_side(first, r) & (r["hash"][:, 0] <= np.uint64(limit))) for first, r in chunks(path, RECORD)]
     wanted = iter(np.concatenate(parts).tolist())
-    texts, room, number = [], round(1.25 * characters), next(wanted, int(np.argmax(fates == TRAIN)))  # all may have high hashes
+    texts, room, number = [], round(1.1 * characters), next(wanted, int(np.argmax(fates == TRAIN)))  # all may have high hashes
     for i, (_, document) in enumerate(Reader(files, options.fields, options.skip_errors).read()):
         if i == number:
-            texts.append(normalise(document.text)[:room])
-            room -= len(texts[-1])
+            text = normalise(document.text)[:room]
+            texts += (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+            room -= len(text)
             number = next(wanted, None)
             if number is None or not room:
                 break

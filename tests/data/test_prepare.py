@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tritale.cli.main import main
 from tritale.data import prepare as module
+from tritale.data import prepare_report
 from tritale.data.built_in import open_data
 from tritale.data.prepare import Options, normalise, prepare
 from tritale.data.prepare_report import PRESETS, VOCABULARIES
@@ -37,7 +40,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(module, "BATCHES_PER_COMMIT", 2)
-    monkeypatch.setattr("tritale.data.prepare_report.VOCABULARIES", VOCABULARIES[:1])
+    monkeypatch.setattr(prepare_report, "VOCABULARIES", VOCABULARIES[:1])
 
 
 def stories(seed: int, n: int) -> list[str]:
@@ -81,7 +84,8 @@ def test_every_document_comes_back_once_and_in_order(tmp_path, tokenizer_folder,
 
 
 def test_worker_processes_give_the_same_bytes(tmp_path, tokenizer_folder, seed, monkeypatch):
-    row = {"vocab_size": 1, "characters_per_token": 1.0, "byte_fallback_share": 0.0, "embedding_share": dict.fromkeys(PRESETS, 0.5)}
+    row = {"vocab_size": 1, "found": 1, "characters_per_token": 1.0, "byte_fallback_share": 0.0}
+    row["embedding_share"] = dict.fromkeys(PRESETS, 0.5)
     monkeypatch.setattr("tritale.data.prepare_report.vocabulary_table", lambda *arguments: [row])  # slow with processes
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 60))
     run([file], tmp_path / "one", tokenizer_folder, val_fraction=0.2)
@@ -460,7 +464,8 @@ def test_long_documents_are_cut_to_what_is_measured(tmp_path, tokenizer_folder, 
         assert module._some(split, tokenizer, 10 * split.characters) == texts
 
 
-def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed):
+def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 300)
     long = "".join(stories(seed, 40))
     file = write_jsonl(tmp_path / "a.jsonl", [long[i:] for i in range(6)])
     path = tmp_path / "documents.bin"
@@ -469,7 +474,7 @@ def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed):
         records["hash"] = hashes
         path.write_bytes(records.tobytes())
         texts = module.sample([str(file)], Options(), np.zeros(6, np.uint8), tmp_path, 1000)
-        assert 1000 <= sum(map(len, texts)) <= 1250 and long.startswith(texts[0])
+        assert 1000 <= sum(map(len, texts)) <= 1100 and long.startswith("".join(texts)[:1000]) and max(map(len, texts)) <= 300
 
 
 # ---- the command and its report -------------------------------------------------------------------------------------------------------
@@ -517,6 +522,48 @@ def test_the_report_counts_what_is_in_the_shards(tmp_path, tokenizer_folder, see
     (row,) = report["vocabularies"]
     assert row["vocab_size"] == 2048
     assert row["embedding_share"]["microstories-44m"] == pytest.approx(2048 * 512 / (2048 * 512 + 6 * 512 * (24 * 48 + 3 * 768)))
+
+
+def test_the_table_of_vocabularies_has_a_row_for_each_size(tmp_path, tokenizer_folder, seed, monkeypatch):
+    monkeypatch.setattr(prepare_report, "VOCABULARIES", (300, 400, 30_000, 60_000))
+    report = run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 60))], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    rows = report["vocabularies"]
+    assert [row["vocab_size"] for row in rows] == [300, 400, 30_000, 60_000]
+    assert [row["characters_per_token"] is None for row in rows] == [False, False, True, True]
+    body = 6 * 512 * (24 * 48 + 3 * 768)
+    shares = [row["embedding_share"]["microstories-44m"] for row in rows]
+    assert shares == pytest.approx([n * 512 / (n * 512 + body) for n in (300, 400, 30_000, 60_000)])
+    printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (printed, page):
+        assert "60,000" in text and f"gives {rows[-1]['found']:,} entries and no more" in text
+    assert re.search(r"60,000 +│ – +│ – +│ \d+% +│ 7\d%", printed)
+    points = [len(line.split()) for line in re.findall(r'points="([^"]*)"', page)]
+    assert points == [2, 4, 4]
+    none = [row | {"characters_per_token": None} for row in rows]
+    prepare_report.write_html(tmp_path / "none.html", report | {"vocabularies": none})
+    assert (tmp_path / "none.html").read_text(encoding="utf-8").count("<polyline") == 2
+
+
+def printed_at_80_columns(report: dict) -> str:
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    prepare_report.print_report(report, console)
+    return console.file.getvalue()
+
+
+def test_the_tables_are_whole_at_80_columns_and_show_control_characters_escaped(tmp_path, tokenizer_folder, seed):
+    name = "s-of-many-letters-" * 4 + ".jsonl"
+    file = write_jsonl(tmp_path / name, [*stories(seed, 50), "\x1b[31m\u3000红\t色\n\u009b1m", *"一二三"])
+    report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "microstories-44m" in printed and max(map(len, printed.splitlines())) <= 80
+    strangest = printed.partition("The strangest documents")[2].splitlines()
+    cells = [line.split("│")[1:-1] for line in strangest if line.count("│") == 6]
+    places = [Path(entry["place"]).name for entries in report["strangest"].values() for entry in entries]
+    assert "".join(cell[1].strip() for cell in cells) == "".join(places) and f"{name}:52" in places
+    for text in (printed, page):
+        assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
+    assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
+    assert "max-width: 100%" in page  # the charts
 
 
 @pytest.mark.parametrize(
