@@ -8,7 +8,7 @@
 
 Reading twice costs less than a tenth of the encoding, and lets the input stay where it is. Each step can be stopped at any moment, also
 by SIGKILL, and goes on in the next run of the same command with the same result to the bit: what was written after the last commit is
-cut off and written again. Memory does not grow with the input but for one byte per document.
+cut off and written again. Memory does not grow with the input but for two bytes per document.
 """
 
 import errno
@@ -37,7 +37,7 @@ from .files import atomic_file, temporary_of
 from .measures import evenly
 from .read import EXTRA, Fields, Reader, find_files
 from .select import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
-from .shards import REMEDY, Split, SplitWriter
+from .shards import REMEDY, STARTS, Split, SplitWriter
 from .tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
@@ -407,8 +407,10 @@ def report_of(
         characters += np.bincount(length_bin(records["characters"][kept]), minlength=64)
     tokens = np.zeros(64, np.int64)
     for split in splits.values():
-        for i in range(0, split.n_documents, select.ROWS_AT_ONCE):
-            tokens += np.bincount(length_bin(np.diff(split.starts[i : i + select.ROWS_AT_ONCE + 1])), minlength=64)
+        last = np.empty(0, np.int64)
+        for _, starts in chunks(split.folder / STARTS, split.starts.dtype):  # read, since mapped pages count as memory
+            tokens += np.bincount(length_bin(np.diff(np.concatenate([last, starts]))), minlength=64)
+            last = starts[-1:]
     task = progress.add_task("comparing vocabularies", total=None)
     texts = [_some(splits[side], tokenizer, n) for side, n in zip(SIDES, (MEASURED_CHARACTERS, MEASURED_CHARACTERS // 5), strict=True)]
     table = vocabulary_table(*texts, pool, lambda done, total: progress.update(task, completed=done, total=total))

@@ -212,11 +212,12 @@ def test_small_parts_find_the_same_exact_duplicates(tmp_path, tokenizer_folder, 
     draw = random.Random(seed)
     texts = draw.choices(stories(seed, 40), k=100)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
-    run([file], tmp_path / "a", tokenizer_folder, val_fraction=0.3)
+    one = run([file], tmp_path / "a", tokenizer_folder, val_fraction=0.3)
     monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 9)
     monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 7)
-    run([file], tmp_path / "b", tokenizer_folder, val_fraction=0.3)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    two = run([file], tmp_path / "b", tokenizer_folder, val_fraction=0.3)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") and one["lengths"] == two["lengths"]
+    assert sum(two["lengths"]["tokens"]) == len(set(texts))
 
 
 def test_adding_data_never_moves_a_document(tmp_path, tokenizer_folder, seed):
