@@ -34,10 +34,26 @@ def run(args: argparse.Namespace) -> None:
     here = processes.start()
     facts = replace(DeviceFacts.of(here, config), count=args.processes)
     planned = plan(config, known_data(config, tokens=args.tokens, vocab_size=args.vocab_size), facts)
+    if args.tokens is None and args.vocab_size is None:
+        planned = replace(planned, remarks=(*data_remarks(config), *planned.remarks))
     step = None
     if not args.no_measure:
         step = measure(planned, here.device, lambda items, text: track(items, text, console=console, transient=True))
     show(planned, step, console, title=args.config or "configs/quickstart.yaml")
+
+
+def data_remarks(config) -> list:
+    """A warning where there is no data at `data.source`. Raises FileNotFoundError or ValueError for data that train.py could not read."""
+    from ..data.built_in import open_data
+    from ..training.plan import Remark
+
+    folder = config.data_folder
+    if (folder / "train").exists():
+        open_data(folder, verify=False)
+    elif config.data.source != "built-in":
+        remedy = f"make it with tritale prepare --out {folder}, or correct data.source; --tokens and --vocab-size plan without it"
+        return [Remark(f"there is no prepared data at {folder}, so the number of tokens is unknown and train.py will stop", remedy)]
+    return []
 
 
 def show(planned, step: tuple[float, int] | None, console, *, title: str) -> None:

@@ -52,12 +52,12 @@ def texts(stories: Iterable[Story]) -> Iterator[str]:
     return (s.text for s in stories)
 
 
-def open_data(folder: Path) -> tuple[Tokenizer, Split, Split]:
-    """The tokenizer and the splits train and validation of a data folder.
+def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, Split]:
+    """The tokenizer and the splits train and validation of a data folder; `verify` as in `Split.open`.
 
     Raises FileNotFoundError or ValueError where one is missing, damaged, or made with another tokenizer."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    splits = [Split.open(folder / name) for name in ("train", "validation")]
+    splits = [Split.open(folder / name, verify=verify) for name in ("train", "validation")]
     for split in splits:
         if split.tokenizer_hash != tokenizer.hash:
             raise ValueError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")

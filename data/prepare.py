@@ -8,7 +8,7 @@
 
 Reading twice costs less than a tenth of the encoding, and lets the input stay where it is. Each step can be stopped at any moment, also
 by SIGKILL, and goes on in the next run of the same command with the same result to the bit: what was written after the last commit is
-cut off and written again. Memory does not grow with the input but for one byte per document.
+cut off and written again. Memory does not grow with the input but for two bytes per document.
 """
 
 import errno
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -36,7 +37,7 @@ from .files import atomic_file, temporary_of
 from .measures import evenly
 from .read import EXTRA, Fields, Reader, find_files
 from .select import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
-from .shards import REMEDY, Split, SplitWriter
+from .shards import REMEDY, STARTS, Split, SplitWriter
 from .tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
@@ -45,6 +46,7 @@ SIDES = ("train", "validation")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 20  # what a worker gets at once
 BATCHES_PER_COMMIT = 64
 SAMPLE_CHARACTERS = 6_000_000  # for training the tokenizer; more gains little, and takes 60 bytes of memory for each
+PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
 PLACES = 100  # they are taken from
 N_STRANGEST = {"shortest": 3, "longest": 3, "most byte fallback": 4}
@@ -86,16 +88,23 @@ def prepare(inputs: list[str], out: str | Path, options: Options, *, workers: in
     """
     out, console = Path(out), console or Console(quiet=True)
     files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
+    options.fields.check(files)
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1; without it there is one for each core, at most 8")
     if options.dedup == "near":
         try:
             import rensa  # noqa: F401
         except ImportError:
             raise ValueError(f"--dedup near needs the package rensa: {EXTRA}; or take --dedup exact") from None
-    if _is_finished(out, _recipe(files, options, given)):
-        console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
-        return json.loads((out / REPORT).read_text(encoding="utf-8"))
     work = out / WORK
+    if _is_finished(out, _recipe(files, options, given)):
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+        problem = _missing(out)
+        if not problem:
+            console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
+            return json.loads((out / REPORT).read_text(encoding="utf-8"))
+        console.print(f"{out} was made before, but it is no longer whole ({problem}); it is made again", markup=False)
     work.mkdir(parents=True, exist_ok=True)
     try:
         with _only_one(work), _Workers(workers, options.tokenizer) as pool, _progress(console) as progress:
@@ -221,7 +230,7 @@ def selection(options: Options, work: Path, read: dict, progress: Progress) -> t
         near_across = select.near_duplicates(signatures, fates, options.near_threshold, track)
         near_leaks = select.count_near_leaks(signatures, fates, options.near_threshold)
     given, kept = select.count_exact_leaks(documents, n, fates, threshold)
-    totals = np.bincount(fates, minlength=5).tolist()
+    totals = [int(np.count_nonzero(fates == fate)) for fate in range(5)]
     if not totals[TRAIN] or not totals[VALIDATION]:
         raise ValueError(
             f"of {n:,} documents {totals[TRAIN]:,} are for training and {totals[VALIDATION]:,} for validation, and both need one; "
@@ -239,7 +248,7 @@ def selection(options: Options, work: Path, read: dict, progress: Progress) -> t
         "near_leaks": near_leaks,
     }
     with atomic_file(fates_path) as aside:
-        aside.write_bytes(fates.tobytes())
+        fates.tofile(aside)
     _write_json(work / "selection.json", counts)
     progress.update(task, total=1, completed=1)
     return fates, counts
@@ -259,24 +268,23 @@ def trained_tokenizer(files: list[str], options: Options, fates: np.ndarray, wor
 
 
 def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, characters: int) -> list[str]:
-    """Training documents with about so many characters together, chosen by their hashes, in the order of the input."""
+    """Training documents with about so many characters together, chosen by their hashes, in the order of the input; long ones in pieces,
+    and where they are few, the last one cut off."""
     path = work / "documents.bin"
     of_side = lambda first, records: fates[first : first + len(records)] == TRAIN
     total = sum(int(r["characters"][of_side(first, r)].sum(dtype=np.int64)) for first, r in chunks(path, RECORD))
     limit = min(int(characters / max(total, 1) * 2**64), 2**64 - 1)
     parts = [first + np.flatnonzero(of_side(first, r) & (r["hash"][:, 0] <= np.uint64(limit))) for first, r in chunks(path, RECORD)]
     wanted = iter(np.concatenate(parts).tolist())
-    texts, length, number = [], 0, next(wanted, None)
+    texts, room, number = [], round(1.1 * characters), next(wanted, int(np.argmax(fates == TRAIN)))  # all may have high hashes
     for i, (_, document) in enumerate(Reader(files, options.fields, options.skip_errors).read()):
-        if number is None or length > 2 * characters:
-            break
         if i == number:
-            texts.append(normalise(document.text))
-            length += len(texts[-1])
+            text = normalise(document.text)[:room]
+            texts += (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+            room -= len(text)
             number = next(wanted, None)
-    if not texts:  # the few documents there are have high hashes
-        number = int(np.flatnonzero(fates == TRAIN)[0])
-        texts = [normalise(d.text) for i, (_, d) in enumerate(Reader(files, options.fields, options.skip_errors).read()) if i == number]
+            if number is None or not room:
+                break
     return texts
 
 
@@ -397,7 +405,12 @@ def report_of(
     for first, records in chunks(work / "documents.bin", RECORD):
         kept = fates[first : first + len(records)] <= VALIDATION
         characters += np.bincount(length_bin(records["characters"][kept]), minlength=64)
-    tokens = sum(np.bincount(length_bin(split.lengths), minlength=64) for split in splits.values())
+    tokens = np.zeros(64, np.int64)
+    for split in splits.values():
+        last = np.empty(0, np.int64)
+        for _, starts in chunks(split.folder / STARTS, split.starts.dtype):  # read, since mapped pages count as memory
+            tokens += np.bincount(length_bin(np.diff(np.concatenate([last, starts]))), minlength=64)
+            last = starts[-1:]
     task = progress.add_task("comparing vocabularies", total=None)
     texts = [_some(splits[side], tokenizer, n) for side, n in zip(SIDES, (MEASURED_CHARACTERS, MEASURED_CHARACTERS // 5), strict=True)]
     table = vocabulary_table(*texts, pool, lambda done, total: progress.update(task, completed=done, total=total))
@@ -429,11 +442,20 @@ def report_of(
 
 
 def _some(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
-    # Documents with about so many characters together, as runs from places evenly spread over the split, since each page of the mapped
-    # shards that is touched counts as memory. Decoding gives them back as they were.
-    run = max(1, round(split.n_documents * characters / split.characters / PLACES))
-    documents = dict.fromkeys(i for start in evenly(split.n_documents, PLACES) for i in range(start, min(start + run, split.n_documents)))
-    return [tokenizer.decode(split.document(i).tolist()) for i in documents]
+    # At most about so many characters, as runs of documents from places evenly spread over the split, since each page of the mapped shards
+    # that is touched counts as memory. A document longer than its place's share is cut off. Decoding gives them back as they were.
+    places = evenly(split.n_documents, PLACES)
+    left, texts = round(split.n_tokens * characters / split.characters), []  # tokens
+    for k, (first, stop) in enumerate(pairwise([*places, split.n_documents])):
+        share = left // (len(places) - k)
+        for document in range(first, stop):
+            begin, end = split.starts[document : document + 2].tolist()
+            if end - begin > share and document > first:
+                break
+            text = tokenizer.decode(split.take(np.arange(begin, min(end, begin + share))).tolist())
+            texts.append(text.rstrip("\ufffd") if end - begin > share else text)  # no part of a character
+            share, left = share - (end - begin), left - min(end - begin, share)
+    return texts
 
 
 def length_bin(lengths: np.ndarray) -> np.ndarray:
@@ -564,6 +586,17 @@ def _is_finished(out: Path, recipe: dict) -> bool:
         what = ", ".join(f"{key} ({_short(found.get(key))} there, {_short(recipe[key])} now)" for key in differing)
         raise ValueError(f"{out} holds data made in another way: {what}; choose another --out, or delete {out}")
     return is_finished
+
+
+def _missing(out: Path) -> str:
+    # What of the finished data is no longer there, in words.
+    try:
+        for side in SIDES:
+            Split.open(out / side, verify=False)
+        Tokenizer.load(out / "tokenizer")
+    except (FileNotFoundError, ValueError) as error:
+        return str(error).partition(";")[0]
+    return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
 
 
 def _short(value) -> str:

@@ -4,6 +4,7 @@ fixed order, and every error with its file and line.
 Files are never held whole in memory. A csv or json may be of any size; a single document has at most MAX_DOCUMENT bytes.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -75,23 +76,31 @@ class Fields:
             if record.get(key) is None:
                 problem = "null under" if key in record else "no key"
                 raise BadInput(f"{where} has {problem} {key!r}; keys there: {', '.join(map(str, record)) or 'none'}")
+            is_text_key = self.template is None and key == self.text_key
+            if type(record[key]) not in ((str,) if is_text_key else (str, int, float)):
+                raise BadInput(f"{where} has {_kind(record[key])} under {key!r}, not text{'' if is_text_key else ' or a number'}")
         group = None if self.group_key is None else str(record[self.group_key])
         if self.template is None:
-            text = record[self.text_key]
-            if not isinstance(text, str):
-                raise BadInput(f"{where} has {_kind(text)} under {self.text_key!r}, not text")
-        else:
-            parts = string.Formatter().parse(self.template)
-            text = "".join(literal + ("" if name is None else str(record[name])) for literal, name, _, _ in parts)
+            return Document(record[self.text_key], group, line)
+        parts = string.Formatter().parse(self.template)
+        text = "".join(literal + ("" if name is None else str(record[name])) for literal, name, _, _ in parts)
         return Document(text, group, line)
+
+    def check(self, files: list[str]) -> None:
+        """Raises ValueError for an option about fields where a file is txt, which has none."""
+        txt = next((file for file in files if _format(Path(file)) == ".txt"), None)
+        text_key = None if self.text_key == "text" else self.text_key
+        for option, value in (("--text-key", text_key), ("--template", self.template), ("--group-key", self.group_key)):
+            if txt and value is not None:
+                raise ValueError(f"{option} {value!r} names a field, but {txt} is plain text; leave out the option or the txt files")
 
 
 def find_files(inputs: list[str]) -> list[str]:
     """The files that files, globs and folders name, sorted within each, none twice; names of data sets stay as they are.
 
     A folder gives all files with a known suffix in it and below. Raises FileNotFoundError for an input that names nothing, ValueError
-    for a file whose format is not known."""
-    found: dict[str, None] = {}
+    for a file whose format is not known or whose name is not UTF-8."""
+    found: dict[Path, str] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -110,18 +119,21 @@ def find_files(inputs: list[str]) -> list[str]:
         for p in paths:
             if Path(p).is_file() and not _format(Path(p)):
                 raise ValueError(f"{p} is of no known kind; known endings are {', '.join(SUFFIXES)}, then {', '.join(COMPRESSED)}")
-        found |= dict.fromkeys(paths)
-    return list(found)
+            if any("\ud800" <= character <= "\udfff" for character in p):  # so Python writes bytes that are not UTF-8
+                raise ValueError(f"the name of the file {p!r} is not UTF-8; rename it")
+            found.setdefault(Path(p).resolve(), p)
+    return list(found.values())
 
 
 @dataclass
 class Reader:
-    """Reads documents of `files` in order. With `skip_errors` what cannot be used is counted in `errors` and left out."""
+    """Reads documents of `files` in order. With `skip_errors` what cannot be used is counted in `errors` and left out; where that is all
+    the rest of a file, the kind of error says from where."""
 
     files: list[str]
     fields: Fields
     skip_errors: bool = False
-    errors: Counter = field(default_factory=Counter)  # message without its place -> how often
+    errors: Counter = field(default_factory=Counter)  # kind of error -> how often
     first_errors: list[str] = field(default_factory=list)  # with their places
     bytes_done: int = 0  # of the files before the present one
     _raw: BinaryIO | None = None
@@ -151,26 +163,29 @@ class Reader:
                 try:
                     if isinstance(record, BadInput):
                         raise record
-                    where = f"{file}:{line}"
-                    document = record if isinstance(record, Document) else self.fields.document(record, where, line)
+                    document = record if isinstance(record, Document) else self.fields.document(record, f"{file}:{line}", line)
                     _check_text(document.text, file, line)
+                    _check_text(document.group or "", file, line)
                 except BadInput as error:
-                    self._bad(error, counted=n_documents < silent)
+                    self._bad(error, file, counted=n_documents < silent)
                 else:
                     yield document
                     n_documents += 1
-            if not n_records:
-                raise BadInput(f"{file}:1: the file is empty; leave it out")
         except BadInput as error:
-            self._bad(error, counted=n_documents < silent)
+            self._bad(error, file, counted=n_documents < silent, is_rest=True)
+        else:
+            if not n_records:
+                self._bad(BadInput(f"{file}:1: the file is empty; leave it out"), file, counted=n_documents < silent)
 
-    def _bad(self, error: BadInput, counted: bool) -> None:
+    def _bad(self, error: BadInput, file: str, counted: bool, is_rest: bool = False) -> None:
         if not self.skip_errors:
             raise error
         if not counted:
-            self.errors[re.sub(r"^.*?:\d+:? |; keys there.*| \(.*", "", str(error))] += 1
+            message = str(error).removeprefix(f"{file}:").encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs
+            line, kind = re.fullmatch(r"(\d+):? (.*?)(?:; keys there.*| \(.*)?", message, re.DOTALL).groups()
+            self.errors[f"{kind}: the rest of the file from {file}:{line} on" if is_rest else kind] += 1
             if len(self.first_errors) < 10:
-                self.first_errors.append(str(error))
+                self.first_errors.append(f"{file}:{message}")
 
     def _records(self, file: str) -> Iterator[tuple[dict | Document | BadInput, int]]:
         # (record, line); raises BadInput where the rest of the file is lost.
@@ -202,8 +217,6 @@ class Reader:
 def _json_lines(stream: BinaryIO, file: str):
     loads = _json_loads()
     for number, line in enumerate(_lines(stream), 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
         if len(line) > LONGEST_LINE:
@@ -211,76 +224,104 @@ def _json_lines(stream: BinaryIO, file: str):
             continue
         try:
             yield loads(line), number
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield (_not_utf8(line, file, number) or BadInput(f"{file}:{number}: broken JSON ({error}): {_excerpt(line)}")), number
 
 
 def _json_values(stream: BinaryIO, file: str):
-    # The elements of one array, or values one after another (JSON lines under another name), decoded as they come.
+    # The elements of arrays, or values one after another (JSON lines under another name), decoded as they come. After a broken one of
+    # the latter, from the next line that begins with "{"; after a broken element the rest is lost, as no place in it is sure to be outside.
     decoder = json.JSONDecoder(parse_constant=_no_constant)
-    text, position, line, at_end, in_array, is_first = "", 0, 1, False, False, True
-    pending = b""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # bytes that are not UTF-8: as in _csv_rows
+    text, position, line, at_end = "", 0, 1, False
+    after, lost = "nothing", None  # after: nothing, a value, or of an array its "[", ",", an "element", its "]"; lost: the broken value
 
     while True:
-        match = _JSON_GAP.match(text, position)
-        line += text.count("\n", position, match.end())
-        position = match.end()
-        if position < len(text):
-            if is_first and text[position] == "[":
-                in_array, is_first, position = True, False, position + 1
+        if lost:
+            end = text.find("\n{", position) + 1
+            is_found, end = end > 0, end or max(position, len(text) - 1)
+        else:
+            end = _JSON_SPACE.match(text, position).end()
+        line += text.count("\n", position, end)
+        position = end
+        if lost and is_found:
+            yield lost, line
+            lost = None
+        if position < len(text) and not lost:
+            mark = text[position]
+            if (after, mark) in _JSON_MARKS:
+                after, position = mark, position + 1
                 continue
-            if in_array and text[position] == "]":
-                return
-            is_first = False
+            if after in ("]", "element"):
+                problem = "no comma before this element" if after == "element" else "only another array may follow an array"
+                raise BadInput(f"{file}:{line}: broken JSON ({problem}): {text[position : position + 60]!r}")
+            in_array = after in ("[", ",")
             try:
                 value, end = decoder.raw_decode(text, position)
-                if end < len(text) or at_end:
-                    yield value, line
+                problem, is_cut = None, end == len(text)
+            except json.JSONDecodeError as error:
+                problem, end = error.msg, error.pos
+                is_cut = end > len(text) - 16 or problem.startswith("Unterminated string")  # 16: more than any word or escape
+            except (ValueError, RecursionError) as error:
+                problem, end, is_cut = str(error), position, False
+            is_long = problem is not None and is_cut and len(text) - position > LONGEST_LINE
+            if at_end or is_long or not is_cut:
+                source = text[position : end + (problem is not None)]
+                bad = None if source.isascii() else _not_utf8(source.encode("utf-8", "surrogateescape"), file, line)
+                if problem is None:
+                    yield bad or value, line
+                    after = "element" if in_array else "value"
                     line += text.count("\n", position, end)
                     position = end
                     continue
-            except ValueError as error:
-                if at_end or len(text) - position > LONGEST_LINE:
-                    problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                    at = line + (text.count("\n", position, error.pos) if isinstance(error, json.JSONDecodeError) else 0)
-                    raise BadInput(f"{file}:{at}: broken JSON ({problem}): {text[position : position + 60]!r}") from None
-        elif at_end:
-            if in_array:
+                at = line + text.count("\n", position, end)
+                lost = bad or BadInput(
+                    _too_long(file, line) if is_long else f"{file}:{at}: broken JSON ({problem}): {text[position : position + 60]!r}"
+                )
+                if in_array:
+                    raise lost
+                after = "value"
+                continue
+        if at_end:
+            if lost:
+                raise lost
+            if after in ("[", ",", "element"):
                 raise BadInput(f"{file}:{line}: the JSON array has no end; the file was cut off")
             return
         # At least doubled, so that a long value is not decoded anew for each chunk.
         chunk = stream.read(max(CHUNK, 2 * (len(text) - position)))
         at_end = not chunk
-        pending += chunk
-        cut = len(pending) if at_end else max(pending.rfind(b"\n"), pending.rfind(b"}"), pending.rfind(b",")) + 1
-        try:
-            more = pending[:cut].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(pending, file, line + text.count("\n", position) + pending.count(b"\n", 0, error.start)) from None
-        if is_first:
-            more = more.removeprefix("\ufeff")
-        text, position, pending = text[position:] + more, 0, pending[cut:]
+        text, position = text[position:] + utf8.decode(chunk, at_end), 0
 
 
-_JSON_GAP = re.compile(r"[\s,]*")
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_MARKS = {("nothing", "["), ("]", "["), ("[", "]"), ("element", "]"), ("element", ",")}
 
 
 def _csv_rows(stream: BinaryIO, file: str, delimiter: str):
     csv.field_size_limit(2**31 - 1)
     # Bytes that are not UTF-8 become surrogates, which _check_text finds: so the place is known and the next row is read.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    line = 1
+    line, length = 1, 0  # of the present row: its first line, its bytes so far
+
+    def lines():
+        nonlocal length
+        for raw in _lines(stream):
+            if length > LONGEST_LINE:
+                raise BadInput(f"{file}:{line}: a row longer than {LONGEST_LINE // 10**6} MB; a quote may be missing there")
+            length += len(raw)
+            yield raw.decode("utf-8", "surrogateescape")
+
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip().removeprefix("\ufeff") for name in next(rows, [])]
+        header = [name.strip() for name in next(rows, [])]
         _check_text("".join(header), file, 1)
-        line = rows.line_num + 1
+        line, length = rows.line_num + 1, 0
         for row in rows:
             if len(row) == len(header):
                 yield dict(zip(header, row, strict=True)), line
             elif row:
                 yield BadInput(f"{file}:{line}: {len(row)} fields where the header has {len(header)} ({', '.join(header)})"), line
-            line = rows.line_num + 1
+            line, length = rows.line_num + 1, 0
     except csv.Error as error:
         raise BadInput(f"{file}:{line}: broken csv ({error}); a quote may be missing there") from None
 
@@ -289,8 +330,6 @@ def _txt_documents(stream: BinaryIO, file: str, documents: str):
     lines, first, length = [], 1, 0
     for number, raw in enumerate(_lines(stream), 1):
         line = raw.decode("utf-8", "surrogateescape")
-        if number == 1:
-            line = line.removeprefix("\ufeff")
         if line.strip() or documents == "file":
             if not lines:
                 first = number
@@ -317,13 +356,24 @@ def _parquet_rows(file: str, keys: list[str]):
             if missing:
                 raise BadInput(f"{file}:1 has no key {missing[0]!r}; keys there: {', '.join(present)}")
             for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError:
+                    rows = (_parquet_row(batch.slice(i, 1), file, number + 1) for i in range(len(batch)))
+                for row in rows:
                     number += 1
                     yield row, number
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise BadInput(f"{file}:{number + 1}: not a whole parquet file ({error})") from None
+
+
+def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadInput(f"{file}:{row}: not UTF-8 (byte 0x{error.object[error.start]:02X}); write the column anew, as UTF-8")
 
 
 def _hub_rows(name: str):
@@ -333,11 +383,13 @@ def _hub_rows(name: str):
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    # Lines with their ends; of one that is longer than any document can be, the first LONGEST_LINE + 1 bytes.
-    while line := stream.readline(LONGEST_LINE + 1):
+    # Lines with their ends, without a byte order mark; of one that is longer than any document can be, its first LONGEST_LINE + 1 bytes.
+    line = stream.readline(LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)
+    while line:
         yield line
-        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+        while line and not line.endswith(b"\n"):
             line = stream.readline(LONGEST_LINE + 1)
+        line = stream.readline(LONGEST_LINE + 1)
 
 
 def _check_text(text: str, file: str, line: int) -> None:
@@ -350,7 +402,7 @@ def _check_text(text: str, file: str, line: int) -> None:
         try:
             raw = text.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
-            raise BadInput(f"{file}:{line}: half of a surrogate pair, which UTF-8 cannot hold: {_excerpt(raw)}") from None
+            raise BadInput(f"{file}:{line}: half of a surrogate pair, which UTF-8 cannot hold ({_excerpt(raw)})") from None
         raise _not_utf8(raw, file, line) from None
     if too_long:
         raise BadInput(_too_long(file, line))
@@ -372,6 +424,8 @@ def _not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
         except Exception:
             sample = raw
     encoding = next(filter(None, (_guess(data) for data in (sample, raw) if _is_not_utf8(data))), None)
+    if encoding:  # iconv spells utf_16_le of Python as utf-16le
+        encoding = re.sub(r"_(?=[bl]e$)", "", encoding).replace("_", "-")
     guess = f"it may be {encoding}: iconv -f {encoding} -t utf-8" if encoding else "its encoding could not be guessed"
     return BadInput(f"{file}:{line}: not UTF-8 (byte 0x{raw[place]:02X}); {guess}")
 
@@ -473,7 +527,8 @@ def _import(module: str, what: str):
 
 
 def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number", bytes: "bytes"}
+    return "null" if value is None else kinds.get(type(value)) or f"a {type(value).__name__}"
 
 
 def _excerpt(line: bytes) -> str:

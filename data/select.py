@@ -7,8 +7,10 @@ candidates are the pairs that agree in all rows of one of BANDS bands. At a simi
 1 - (1 - 0.8^6)^21 = 99.8 %, at 0.9 with 1 - 1e-7.
 """
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,8 @@ def threshold_of_fraction(fraction: float) -> int:
 
 
 def threshold_of_documents(path: Path, fates: np.ndarray, documents: int) -> int:
-    """The threshold that holds out `documents` of those that `fates` keeps (a whole group more where the last one is in a group)."""
+    """The threshold that holds out `documents` of those that `fates` keeps (a whole group more where the last one is in a group). It is
+    the next one that a fraction of 53 bits can name, so that `threshold_of_fraction(threshold / 2**64)` holds out the same."""
     counts = np.zeros(1 << 16, np.int64)
     for first, records in chunks(path, RECORD):
         kept = fates[first : first + len(records)] == TRAIN
@@ -65,13 +68,16 @@ def threshold_of_documents(path: Path, fates: np.ndarray, documents: int) -> int
         kept = fates[first : first + len(records)] == TRAIN
         sides = records["side"][kept]
         inside.append(sides[sides >> np.uint64(48) == bucket])
-    return int(np.sort(np.concatenate(inside))[documents - below - 1]) + 1
+    last = int(np.sort(np.concatenate(inside))[documents - below - 1])
+    fraction = (last + 1) / 2**64
+    return threshold_of_fraction(fraction if fraction * 2**64 > last else math.nextafter(fraction, 1))
 
 
 def exact_duplicates(path: Path, n_documents: int, fates: np.ndarray) -> None:
-    """Mark in `fates` each document whose text an earlier one has."""
+    """Mark in `fates` all but one of the documents with the same text: the one of the lowest side stays, and of those in the same group the
+    first. So a text is held out if one of its copies is, whatever copies are added."""
     for index, records in _parts(path, n_documents, lambda first, r: fates[first : first + len(r)] == TRAIN):
-        order = np.lexsort((records["hash"][:, 1], records["hash"][:, 0]))  # stable: equal ones stay in order
+        order = np.lexsort((records["side"], records["hash"][:, 1], records["hash"][:, 0]))  # stable: equal ones stay in order
         hashes = records["hash"][order]
         fates[index[order[1:][(hashes[1:] == hashes[:-1]).all(1)]]] = EXACT
 
@@ -127,9 +133,10 @@ def near_duplicates(path: Path, fates: np.ndarray, threshold: float, track: Call
 def count_near_leaks(path: Path, fates: np.ndarray, threshold: float) -> int:
     """Pairs of a kept document of each side that are near (one pair counts once for each band it shares), found from validation."""
     held_out = np.flatnonzero(fates == VALIDATION)
-    own = _rows(path, held_out)
     found = 0
-    for band in range(BANDS):
+    for block, band in product(range(0, len(held_out), ROWS_AT_ONCE), range(BANDS)):
+        if band == 0:
+            own = _rows(path, held_out[block : block + ROWS_AT_ONCE])
         keys = _band_keys(own, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]

@@ -8,6 +8,8 @@ from runs import TINY, train
 
 from tritale.cli.main import main
 from tritale.cli.plan import duration
+from tritale.data.shards import write_split
+from tritale.data.tokenizer import Tokenizer
 from tritale.training import processes
 
 
@@ -42,6 +44,28 @@ def test_data_that_is_given_by_numbers(tmp_path, capsys):
     main(["plan", "--no-measure", "--tokens", "1000000", "--vocab-size", "700", "--processes", "2", *overrides(tmp_path)])
     out = " ".join(capsys.readouterr().out.split())
     assert "1,000,000 tokens" in out and "vocabulary 700 (as given)" in out and "3,906 an epoch" in out and "2 ×" in out
+
+
+def test_data_that_train_could_not_read_is_told(tmp_path, capsys):
+    plan = lambda source, *more: main(["plan", "--no-measure", *more, *overrides(tmp_path, data__source=source)])
+    plan(tmp_path / "nowhere")
+    out = capsys.readouterr().out
+    assert f"warning: there is no prepared data at {tmp_path / 'nowhere'}" in out and "No warnings" not in out
+    plan(tmp_path / "nowhere", "--tokens", "100000000")
+    assert "there is no prepared data" not in capsys.readouterr().out
+
+    texts = [f"第{i}天" for i in range(40)]
+    tokenizer, data = Tokenizer.train(texts, 300), tmp_path / "data"
+    tokenizer.save(data / "tokenizer")
+    write_split(data / "train", texts, tokenizer)
+    with pytest.raises(SystemExit, match=r"validation.index\.json is missing"):
+        plan(data)
+    write_split(data / "validation", texts, tokenizer)
+    plan(data)
+    assert "40 documents" in capsys.readouterr().out
+    Tokenizer.train(texts, 270).save(data / "tokenizer")
+    with pytest.raises(SystemExit, match="was made with another tokenizer"):
+        plan(data)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tritale.cli.main import main
 from tritale.data import prepare as module
+from tritale.data import prepare_report
 from tritale.data.built_in import open_data
 from tritale.data.prepare import Options, normalise, prepare
 from tritale.data.prepare_report import PRESETS, VOCABULARIES
 from tritale.data.read import Fields
+from tritale.data.shards import write_split
 from tritale.data.stories import story
 from tritale.data.tokenizer import Tokenizer
 
@@ -35,7 +40,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 def small_batches(monkeypatch):
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(module, "BATCHES_PER_COMMIT", 2)
-    monkeypatch.setattr("tritale.data.prepare_report.VOCABULARIES", VOCABULARIES[:1])
+    monkeypatch.setattr(prepare_report, "VOCABULARIES", VOCABULARIES[:1])
 
 
 def stories(seed: int, n: int) -> list[str]:
@@ -79,7 +84,8 @@ def test_every_document_comes_back_once_and_in_order(tmp_path, tokenizer_folder,
 
 
 def test_worker_processes_give_the_same_bytes(tmp_path, tokenizer_folder, seed, monkeypatch):
-    row = {"vocab_size": 1, "characters_per_token": 1.0, "byte_fallback_share": 0.0, "embedding_share": dict.fromkeys(PRESETS, 0.5)}
+    row = {"vocab_size": 1, "found": 1, "characters_per_token": 1.0, "byte_fallback_share": 0.0}
+    row["embedding_share"] = dict.fromkeys(PRESETS, 0.5)
     monkeypatch.setattr("tritale.data.prepare_report.vocabulary_table", lambda *arguments: [row])  # slow with processes
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 60))
     run([file], tmp_path / "one", tokenizer_folder, val_fraction=0.2)
@@ -184,6 +190,7 @@ def test_the_near_leak_check_sees_planted_leaks(tmp_path, seed, monkeypatch):
     # With all documents sorted in many small parts the same are found.
     monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 7)
     monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 11)
+    assert module.select.count_near_leaks(path, fates, 0.7) == leaks
     assert module.select.near_duplicates(path, fates, 0.7) == 15
     assert (fates == module.NEAR).tolist() == [False] * 40 + [True] * 15  # validation stays
     assert module.select.count_near_leaks(path, fates, 0.7) == 0
@@ -205,11 +212,12 @@ def test_small_parts_find_the_same_exact_duplicates(tmp_path, tokenizer_folder, 
     draw = random.Random(seed)
     texts = draw.choices(stories(seed, 40), k=100)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
-    run([file], tmp_path / "a", tokenizer_folder, val_fraction=0.3)
+    one = run([file], tmp_path / "a", tokenizer_folder, val_fraction=0.3)
     monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 9)
     monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 7)
-    run([file], tmp_path / "b", tokenizer_folder, val_fraction=0.3)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    two = run([file], tmp_path / "b", tokenizer_folder, val_fraction=0.3)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") and one["lengths"] == two["lengths"]
+    assert sum(two["lengths"]["tokens"]) == len(set(texts))
 
 
 def test_adding_data_never_moves_a_document(tmp_path, tokenizer_folder, seed):
@@ -231,9 +239,41 @@ def test_a_number_of_validation_documents_is_kept_exactly(tmp_path, tokenizer_fo
     assert report["splits"]["validation"]["documents"] == n and report["splits"]["train"]["documents"] == 200 - n
     # The fraction that the report names holds out the same ones.
     run([file], tmp_path / "b", tokenizer_folder, val_fraction=report["selection"]["val_fraction"])
-    assert abs(len(texts_by_side(tmp_path / "b")[1]) - n) <= 1  # a fraction has 53 of the 64 bits
+    assert digests(tmp_path / "b") == digests(tmp_path / "a")
     with pytest.raises(ValueError, match="--val-documents 200 leaves none"):
         run([file], tmp_path / "c", tokenizer_folder, val_documents=200)
+
+
+def test_the_fraction_of_a_number_of_validation_documents_holds_out_the_same(tmp_path, seed):
+    sides = np.random.default_rng(seed).integers(0, 2**64, 1000, np.uint64)
+    records = np.zeros(1000, module.RECORD)
+    records["side"] = sides
+    (tmp_path / "documents.bin").write_bytes(records.tobytes())
+    for n in range(1, 1000, 37):
+        threshold = module.select.threshold_of_documents(tmp_path / "documents.bin", np.zeros(1000, np.uint8), n)
+        assert (sides < np.uint64(threshold)).sum() == n  # but for two sides that agree in 53 bits
+        assert module.select.threshold_of_fraction(float(repr(threshold / 2**64))) == threshold
+
+
+@pytest.mark.parametrize("how", ["val_fraction", "val_documents"])
+def test_a_copy_in_a_training_group_does_not_move_a_held_out_text(tmp_path, tokenizer_folder, seed, how):
+    texts = stories(seed, 60)
+    groups = [f"主题{i % 20}" for i in range(60)]
+    fields = Fields("text", group_key="theme")
+    write_jsonl(tmp_path / "b.jsonl", texts, theme=groups)
+    first = run(
+        [tmp_path / "b.jsonl"],
+        tmp_path / "small",
+        tokenizer_folder,
+        fields=fields,
+        **{how: {"val_fraction": 0.3, "val_documents": 12}[how]},
+    )
+    train, validation = texts_by_side(tmp_path / "small")
+    in_training = groups[texts.index(train[0])]
+    write_jsonl(tmp_path / "a.jsonl", validation, theme=[in_training] * len(validation))  # read before the others
+    fraction = first["selection"]["val_fraction"]
+    run([tmp_path / "*.jsonl"], tmp_path / "large", tokenizer_folder, fields=fields, val_fraction=fraction)
+    assert texts_by_side(tmp_path / "large") == (train, validation)
 
 
 def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path, tokenizer_folder, seed):
@@ -246,10 +286,11 @@ def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path
     fields = Fields("text", group_key="theme")
     report = run([file], tmp_path / "out", tokenizer_folder, fields=fields, val_fraction=0.3)
     train, validation = texts_by_side(tmp_path / "out")
-    group_of = dict(zip(texts, groups, strict=True))
-    assert not {group_of[t] for t in train} & {group_of[t] for t in validation}
+    threshold = module.select.threshold_of_fraction(0.3)
+    held_out = {group for group in all_groups if module._record("", group)[1] < threshold}
+    held_out_texts = {t for t, group in zip(all_texts, all_groups, strict=True) if group in held_out}
+    assert set(validation) == held_out_texts
     assert sorted(train + validation) == sorted(texts) and report["selection"]["exact_leaks"] == 0
-    held_out = {group_of[t] for t in validation}
     n_leaks = sum((groups[i] in held_out) != (all_groups[240 + j] in held_out) for j, i in enumerate(copies))
     assert report["selection"]["exact_across_sides_removed"] == n_leaks > 0
     off = run([file], tmp_path / "off", tokenizer_folder, fields=fields, val_fraction=0.3, dedup="off")
@@ -352,6 +393,20 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tm
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
 
 
+def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted(tmp_path, tokenizer_folder, seed):
+    file, out = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "out"
+    run([file], out, tokenizer_folder, val_fraction=0.3)
+    before = digests(out)
+    (out / "work").mkdir()
+    (out / "work" / "encoding.json").write_text('{"done": true}', encoding="utf-8")
+    run([file], out, tokenizer_folder, val_fraction=0.3)
+    assert not (out / "work").exists()
+    for missing in ("train", "tokenizer"):
+        shutil.rmtree(out / missing)
+        run([file], out, tokenizer_folder, val_fraction=0.3)
+        assert digests(out) == before and not (out / "work").exists()
+
+
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):
     pytest.importorskip("fcntl")
     (tmp_path / "out" / "work").mkdir(parents=True)
@@ -395,8 +450,32 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer_folder, seed):
             for _ in range(copies):
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         done = drive([tmp_path / "a.jsonl"], tmp_path / f"out{copies}", tokenizer_folder, "exact", batch=512)
+        assert done.returncode == 0, done.stderr
         peaks.append(int(re.search(r"peak (\d+)", done.stdout)[1]) / 1024)
     assert peaks[1] - peaks[0] < 12, peaks  # MiB; the text alone would take 20
+
+
+def test_long_documents_are_cut_to_what_is_measured(tmp_path, tokenizer_folder, seed):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    long = "".join(stories(seed, 400))  # some 120,000 characters
+    for n, texts in enumerate([[long[i:] for i in range(6)], [*stories(seed, 500), long], stories(seed, 500), ["龘" * 5000]]):
+        split = write_split(tmp_path / str(n), texts, tokenizer)
+        some = module._some(split, tokenizer, 10_000)
+        assert 3_000 < sum(map(len, some)) < 13_000 and all(any(t.startswith(s) for t in texts) for s in some)
+        assert module._some(split, tokenizer, 10 * split.characters) == texts
+
+
+def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 300)
+    long = "".join(stories(seed, 40))
+    file = write_jsonl(tmp_path / "a.jsonl", [long[i:] for i in range(6)])
+    path = tmp_path / "documents.bin"
+    records = np.array([module._record(long[i:], None) for i in range(6)], module.RECORD)
+    for hashes in (0, 2**64 - 1):  # all are wanted; none is
+        records["hash"] = hashes
+        path.write_bytes(records.tobytes())
+        texts = module.sample([str(file)], Options(), np.zeros(6, np.uint8), tmp_path, 1000)
+        assert 1000 <= sum(map(len, texts)) <= 1100 and long.startswith("".join(texts)[:1000]) and max(map(len, texts)) <= 300
 
 
 # ---- the command and its report -------------------------------------------------------------------------------------------------------
@@ -446,6 +525,48 @@ def test_the_report_counts_what_is_in_the_shards(tmp_path, tokenizer_folder, see
     assert row["embedding_share"]["microstories-44m"] == pytest.approx(2048 * 512 / (2048 * 512 + 6 * 512 * (24 * 48 + 3 * 768)))
 
 
+def test_the_table_of_vocabularies_has_a_row_for_each_size(tmp_path, tokenizer_folder, seed, monkeypatch):
+    monkeypatch.setattr(prepare_report, "VOCABULARIES", (300, 400, 30_000, 60_000))
+    report = run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 60))], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    rows = report["vocabularies"]
+    assert [row["vocab_size"] for row in rows] == [300, 400, 30_000, 60_000]
+    assert [row["characters_per_token"] is None for row in rows] == [False, False, True, True]
+    body = 6 * 512 * (24 * 48 + 3 * 768)
+    shares = [row["embedding_share"]["microstories-44m"] for row in rows]
+    assert shares == pytest.approx([n * 512 / (n * 512 + body) for n in (300, 400, 30_000, 60_000)])
+    printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (printed, page):
+        assert "60,000" in text and f"gives {rows[-1]['found']:,} entries and no more" in text
+    assert re.search(r"60,000 +│ – +│ – +│ \d+% +│ 7\d%", printed)
+    points = [len(line.split()) for line in re.findall(r'points="([^"]*)"', page)]
+    assert points == [2, 4, 4]
+    none = [row | {"characters_per_token": None} for row in rows]
+    prepare_report.write_html(tmp_path / "none.html", report | {"vocabularies": none})
+    assert (tmp_path / "none.html").read_text(encoding="utf-8").count("<polyline") == 2
+
+
+def printed_at_80_columns(report: dict) -> str:
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    prepare_report.print_report(report, console)
+    return console.file.getvalue()
+
+
+def test_the_tables_are_whole_at_80_columns_and_show_control_characters_escaped(tmp_path, tokenizer_folder, seed):
+    name = "s-of-many-letters-" * 4 + ".jsonl"
+    file = write_jsonl(tmp_path / name, [*stories(seed, 50), "\x1b[31m\u3000红\t色\n\u009b1m", *"一二三"])
+    report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "microstories-44m" in printed and max(map(len, printed.splitlines())) <= 80
+    strangest = printed.partition("The strangest documents")[2].splitlines()
+    cells = [line.split("│")[1:-1] for line in strangest if line.count("│") == 6]
+    places = [Path(entry["place"]).name for entries in report["strangest"].values() for entry in entries]
+    assert "".join(cell[1].strip() for cell in cells) == "".join(places) and f"{name}:52" in places
+    for text in (printed, page):
+        assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
+    assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
+    assert "max-width: 100%" in page  # the charts
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -459,6 +580,13 @@ def test_the_report_counts_what_is_in_the_shards(tmp_path, tokenizer_folder, see
 def test_options_that_cannot_work_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_number_of_workers_that_cannot_work_is_named(tmp_path, workers):
+    with pytest.raises(ValueError, match=f"--workers {workers} must be at least 1"):
+        prepare([str(write_jsonl(tmp_path / "a.jsonl", ["一", "二"]))], tmp_path / "out", Options(), workers=workers)
+    assert not (tmp_path / "out").exists()
 
 
 def test_near_without_rensa_names_the_command(tmp_path, tokenizer_folder, monkeypatch):

@@ -3,11 +3,13 @@
 import csv
 import gzip
 import json
+import os
 import random
 from collections import Counter
 
 import pytest
 
+from tritale.cli.main import main
 from tritale.data import read
 from tritale.data.read import BadInput, Fields, Reader, find_files
 
@@ -76,8 +78,17 @@ def test_json_lines_under_the_name_json_are_read(tmp_path, seed):
     assert texts_of(path) == texts
 
 
+def test_json_arrays_after_one_another_are_read(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(read, "CHUNK", 37)
+    texts = draw_texts(seed)
+    data = b"\n".join(write(tmp_path, "a.json", part).read_bytes() for part in (texts[:9], [], texts[9:]))
+    (tmp_path / "a.json").write_bytes(data + b"\n")
+    assert texts_of(tmp_path / "a.json") == texts
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    for name, data in (("a.jsonl", '{"text": "一"}'), ("a.json", '[{"text": "一"}]'), ("a.csv", "text\n一\n"), ("a.txt", "一")):
+    files = ("a.jsonl", '{"text": "一"}'), ("a.json", '[{"text": "一"}]'), ("a.csv", "text\n一\n"), ("a.txt", "一")
+    for name, data in (*files, ("b.csv", '"text","id"\n一,0\n')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.encode())
         assert texts_of(tmp_path / name) == ["一"]
 
@@ -114,11 +125,36 @@ def test_files_folders_and_globs_are_found_in_order_and_once(tmp_path):
     assert names("") == ["a.jsonl.gz", "b.jsonl", "sub/c.txt"]
     assert names("b.jsonl", "*.jsonl*") == ["b.jsonl", "a.jsonl.gz"]
     assert names("**/*.txt") == ["sub/c.txt"]
+    assert names("b.jsonl", "./sub/../b.jsonl") == ["b.jsonl"]
     for missing in ("none.jsonl", "*.csv"):
         with pytest.raises(FileNotFoundError, match=missing.replace("*", r"\*")):
             names(missing)
     with pytest.raises(ValueError, match=r"d\.jpg is of no known kind"):
         names("sub/d.jpg")
+    name = os.fsdecode("故事.txt".encode("gbk"))
+    try:
+        (tmp_path / name).write_bytes(b"x")
+    except OSError:
+        return  # a file system that takes UTF-8 alone
+    for inputs in ("", name):
+        with pytest.raises(ValueError, match=r"the name of the file .* is not UTF-8; rename it"):
+            names(inputs)
+
+
+@pytest.mark.parametrize("fields", [{"text_key": "story"}, {"template": "{genre}：{story}"}, {"group_key": "theme"}])
+def test_an_option_about_fields_is_refused_for_txt(fields):
+    fields = Fields(**fields)
+    fields.check(["a.csv", "someone/stories"])
+    Fields().check(["a.csv", "b.txt"])
+    with pytest.raises(ValueError, match=r"--(text-key|template|group-key) '.*' names a field, but b\.txt\.gz is plain text"):
+        fields.check(["a.csv", "b.txt.gz"])
+
+
+def test_prepare_refuses_a_group_key_for_txt_and_writes_nothing(tmp_path):
+    write(tmp_path, "a.txt", ["一", "二"])
+    with pytest.raises(SystemExit, match=r"tritale prepare: --group-key 'theme' names a field, but .*a\.txt is plain text"):
+        main(["prepare", "--input", str(tmp_path), "--group-key", "theme", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_of_a_data_set_is_read_as_a_stream(tmp_path, monkeypatch):
@@ -138,14 +174,15 @@ def test_a_name_of_a_data_set_is_read_as_a_stream(tmp_path, monkeypatch):
 # ---- bad input ------------------------------------------------------------------------------------------------------------------------
 
 
-def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = ()) -> None:
-    """It stops with `message`; with skip_errors it is counted once and `kept` remains."""
+def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = (), rest: int | None = None) -> None:
+    """It stops with `message`; with skip_errors it is counted once and `kept` remains, and `rest` is named where all from there is lost."""
     with pytest.raises(BadInput, match=message):
         texts_of(path, fields=fields)
     reader = Reader([str(path)], fields, skip_errors=True)
     assert tuple(document.text for _, document in reader.read()) == kept
     assert sum(reader.errors.values()) == 1, reader.errors
     assert str(path) in reader.first_errors[0]
+    assert rest is None or f": the rest of the file from {path}:{rest} on" in next(iter(reader.errors)), reader.errors
 
 
 def test_broken_json_names_its_line(tmp_path, seed):
@@ -156,11 +193,43 @@ def test_broken_json_names_its_line(tmp_path, seed):
     check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:{line}: broken JSON", kept=("一",) * 2999)
 
 
-def test_broken_json_array_names_its_line(tmp_path):
-    (tmp_path / "a.json").write_text('[\n{"text": "一"},\n{"text": 二},\n{"text": "三"}]', encoding="utf-8")
-    check_bad(tmp_path / "a.json", r"a\.json:3: broken JSON", kept=("一",))
-    (tmp_path / "b.json").write_text('[\n{"text": "一"},\n', encoding="utf-8")
-    check_bad(tmp_path / "b.json", r"b\.json:3: the JSON array has no end", kept=("一",))
+@pytest.mark.parametrize("chunk", [37, 1 << 20])
+def test_after_a_broken_line_under_the_name_json_the_next_is_read(tmp_path, seed, monkeypatch, chunk):
+    monkeypatch.setattr(read, "CHUNK", chunk)
+    texts = draw_texts(seed)
+    place = random.Random(seed).randrange(len(texts))
+    lines = write(tmp_path, "a.jsonl", texts).read_text(encoding="utf-8").splitlines()
+    for broken in ('{"text": "一', '{"text": 一}', "no JSON", '{"text": "一"', '{"text": NaN}', '{"text": ' + "[" * 200_000):
+        (tmp_path / "a.json").write_text("\n".join([*lines[:place], broken, *lines[place:]]), encoding="utf-8")
+        check_bad(tmp_path / "a.json", rf"a\.json:({place + 1}|{place + 2}): broken JSON", kept=tuple(texts))
+    (tmp_path / "b.json").write_text("\n".join([*lines[:place], "no JSON"] + [f" {line}" for line in lines[place:]]), encoding="utf-8")
+    check_bad(tmp_path / "b.json", r"b\.json:\d+: broken JSON", kept=tuple(texts[:place]), rest=place + 1)
+
+
+@pytest.mark.parametrize(
+    "data, line, problem",
+    [
+        ('[\n{"text": "一"},\n{"text": 二},\n{"text": "三"}]', 3, "broken JSON"),
+        ('[\n{"text": "一"},\n', 3, "the JSON array has no end"),
+        ('[{"text": "一"}]\n{"text": "二"}\n', 2, r"broken JSON \(only another array may follow"),
+        ('[{"text": "一"}] no JSON', 1, r"broken JSON \(only another array may follow"),
+        ('[{"text": "一"}\n{"text": "二"}]', 2, r"broken JSON \(no comma before"),
+        ('[{"text": "一"},\n,{"text": "二"}]', 2, "broken JSON"),
+        ('[{"text": "一"},\n]', 2, "broken JSON"),
+        ('[{"text": "一"},\n' + "[" * 200_000, 2, "broken JSON"),
+    ],
+)
+def test_a_broken_json_array_names_its_line_and_what_is_lost(tmp_path, data, line, problem):
+    (tmp_path / "a.json").write_text(data, encoding="utf-8")
+    check_bad(tmp_path / "a.json", rf"a\.json:{line}: {problem}", kept=("一",), rest=line)
+
+
+def test_a_quote_amiss_in_a_csv_names_its_line_and_what_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text('text\n一\n"二"三\n四\n', encoding="utf-8")
+    check_bad(tmp_path / "a.csv", r"a\.csv:3: broken csv", kept=("一",), rest=3)
+    monkeypatch.setattr(read, "LONGEST_LINE", 1000)
+    (tmp_path / "b.csv").write_text('text\n一\n"二\n' + "三\n" * 2000, encoding="utf-8")
+    check_bad(tmp_path / "b.csv", r"b\.csv:3: a row longer than .*; a quote may be missing", kept=("一",), rest=3)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
@@ -172,24 +241,46 @@ def test_a_wrong_key_lists_the_keys_present(tmp_path, name):
     check_bad(path, r"has no key 'theme'; keys there: id, text", fields=Fields("text", group_key="theme"))
 
 
-@pytest.mark.parametrize("value, kind", [("3", "a number"), ("[]", "a list"), ("true", "a truth value")])
+@pytest.mark.parametrize("value, kind", [("3", "a number"), ("[]", "a list"), ("true", "a truth value"), ("{}", "an object")])
 def test_a_value_that_is_no_text_is_named(tmp_path, value, kind):
     (tmp_path / "a.jsonl").write_text(f'{{"text": {value}}}\n{{"text": "一"}}\n', encoding="utf-8")
     check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:1 has {kind} under 'text'", kept=("一",))
+    both = Fields(None, "{text}", "text")
+    if value == "3":
+        assert texts_of(tmp_path / "a.jsonl", fields=both) == ["3", "一"]
+    else:
+        check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:1 has {kind} under 'text', not text or a number", fields=both, kept=("一",))
+        check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:1 has {kind} under 'text'", fields=Fields(group_key="text"), kept=("一",))
+    value, kind = ("null", "null") if value == "{}" else (value, kind)
     (tmp_path / "b.jsonl").write_text(f'{value}\n{{"text": "一"}}\n', encoding="utf-8")
     check_bad(tmp_path / "b.jsonl", rf"b\.jsonl:1 is {kind}", kept=("一",))
+
+
+def test_a_parquet_column_that_is_no_text_is_named_by_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array(["一".encode(), "二".encode("gbk"), "三".encode()])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"a\.parquet:1 has bytes under 'text', not text"):
+        texts_of(tmp_path / "a.parquet")
+    damaged = pyarrow.Array.from_buffers(pyarrow.string(), 3, column.buffers())
+    parquet.write_table(pyarrow.table({"text": damaged}), tmp_path / "b.parquet")
+    check_bad(tmp_path / "b.parquet", r"b\.parquet:2: not UTF-8 \(byte 0xB6\)", kept=("一", "三"))
 
 
 STORY = "從前，有一個小女孩住在森林旁邊，她最喜歡和爺爺一起散步。有一天，她在路上看見一隻受傷的小鳥，就把牠帶回家。"
 
 
-@pytest.mark.parametrize("encoding, name", [("gb18030", "gb18030|gbk|gb2312|hz"), ("big5", "big5"), ("utf-16", "utf_?-?16")])
+@pytest.mark.parametrize("encoding, name", [("gb18030", "gb18030|gbk|gb2312|hz"), ("big5", "big5"), ("utf-16", "utf-16(le)?")])
 def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path, encoding, name):
     pytest.importorskip("charset_normalizer")
     simple = STORY.translate(str.maketrans("從個邊歡爺隻傷鳥帶見書", "从个边欢爷只伤鸟带见书"))
     text = simple if encoding == "gb18030" else STORY
     (tmp_path / "a.txt").write_bytes((text * 20).encode(encoding))
-    check_bad(tmp_path / "a.txt", rf"a\.txt:1: not UTF-8 .*it may be ({name})")
+    check_bad(tmp_path / "a.txt", rf"a\.txt:1: not UTF-8 .*it may be ({name}): iconv -f ({name}) -t utf-8")
+    (tmp_path / "a.json").write_bytes(f'[{{"text": "{text * 20}"}}]'.encode(encoding))
+    check_bad(tmp_path / "a.json", rf"a\.json:1: not UTF-8 .*it may be ({name})")
     (tmp_path / "a.csv").write_bytes(f"id,text\n0,{text * 20}\n".encode(encoding))
     with pytest.raises(BadInput, match=rf"a\.csv:[12]: not UTF-8 .*it may be ({name})"):
         texts_of(tmp_path / "a.csv")
@@ -202,6 +293,23 @@ def test_half_a_surrogate_pair_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "orjson", None)
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d"}\n{"text": "一"}\n', encoding="utf-8")
     check_bad(tmp_path / "a.jsonl", r"a\.jsonl:1: half of a surrogate pair", kept=("一",))
+    halves = [{"text": f"{i}\ud83d"} for i in range(30)] + [{f"{i}\ud83d": "一"} for i in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps(halves), encoding="utf-8")
+    reader = Reader([str(tmp_path / "a.json")], TEXT, skip_errors=True)
+    assert not list(reader.read())
+    assert sorted(reader.errors.values()) == [30, 30], reader.errors  # one kind each, whatever the text
+    "\n".join([*reader.errors, *reader.first_errors]).encode()  # what the report holds
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_a_group_that_is_not_utf8_is_named(tmp_path, name):
+    rows = [["二", "主题".encode("gb18030")], ["一", "主题".encode()]]
+    form = {"a.csv": b"%b,%b\n", "a.json": b'{"text": "%b", "theme": "%b"}\n', "a.jsonl": b'{"text": "%b", "theme": "%b"}\n'}[name]
+    lines = [form % (text.encode(), theme) for text, theme in rows]
+    (tmp_path / name).write_bytes(b"text,theme\n" * (name == "a.csv") + b"".join(lines))
+    check_bad(tmp_path / name, rf"{name}:\d: not UTF-8", fields=Fields(group_key="theme"), kept=("一",))
+    (tmp_path / "b.json").write_text('{"text": "二", "theme": "\\ud800"}\n{"text": "一", "theme": ""}', encoding="utf-8")
+    check_bad(tmp_path / "b.json", r"b\.json:1: half of a surrogate pair", fields=Fields(group_key="theme"), kept=("一",))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz"])
