@@ -48,6 +48,7 @@ class Sampling:
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
 
+NOT_FINITE = "the logits are not finite: the checkpoint's weights hold NaN or infinity; use another step"
 COLDEST = 1e-30  # from here on the likeliest token has it all; below it the quotient overflows
 FIRST_LOOK = 1024  # top-p and min-p mostly keep fewer tokens than this; sorting all of a large vocabulary takes longer than the model
 
@@ -86,7 +87,11 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> None:
 
 
 def draw(p: Tensor, ids: Tensor | None, u: Tensor) -> Tensor:
-    """One token of each row (B,), by the inverse of the distribution function at u (B, 1) fp64 in [0, 1)."""
+    """One token of each row (B,), by the inverse of the distribution function at u (B, 1) fp64 in [0, 1).
+
+    Raises ValueError where a probability is NaN."""
     total = p.double().cumsum(-1)
+    if not total[:, -1].isfinite().all():
+        raise ValueError(NOT_FINITE)
     index = (total <= u * total[:, -1:]).sum(-1, keepdim=True)
     return (index if ids is None else ids.gather(-1, index)).squeeze(-1)

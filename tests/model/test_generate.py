@@ -257,6 +257,13 @@ def test_weights_that_are_not_finite_are_named(llm):
                 llm.generate("小兔", temperature=temperature)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 20}, {"top_p": 0.9}])
+def test_one_logit_that_is_not_finite_is_named_when_sampling(llm, filters):
+    llm.model.head.data[7, 0] = torch.nan
+    with pytest.raises(ValueError, match="weights hold NaN or infinity"):
+        llm.generate("小兔", temperature=0.8, **filters)
+
+
 def test_weights_copied_into_the_model_are_used(llm):
     before = llm.generate("小兔", temperature=0, max_new_tokens=20)
     with torch.no_grad():
