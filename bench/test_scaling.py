@@ -32,7 +32,7 @@ POINTS = {
     "tiny": {"batch": [(2, 2, 32, None)]},
 }
 TRAINERS = (REFERENCE, OURS, MISTRAL)
-ROUNDS = {"cuda": 20, "cpu": 4}
+ROUNDS = {"cuda": 20, "cpu": 3}
 
 
 def pytest_generate_tests(metafunc):
