@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tritale.data.files import atomic_file
 from tritale.training.processes import has_bf16
 
 ROOT = Path(__file__).parents[1]
@@ -240,10 +241,5 @@ def describe_machine() -> dict:
 def write_results(file: Path, machine: dict, rows: list[dict]) -> None:
     """One row a line, so that two files can be compared line by line; written aside, synced, renamed."""
     body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".tmp")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(f'{{"machine": {json.dumps(machine, indent=1, ensure_ascii=False)},\n"rows": [\n{body}\n]}}\n')
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
+    with atomic_file(file) as aside:
+        aside.write_text(f'{{"machine": {json.dumps(machine, indent=1, ensure_ascii=False)},\n"rows": [\n{body}\n]}}\n', encoding="utf-8")

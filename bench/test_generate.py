@@ -5,7 +5,6 @@ turns, round after round, so that whatever else the machine does falls on all. E
 most likely after those before it.
 """
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -20,10 +19,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from bench.conftest import ROWS
 from bench.measure import in_a_line, spread
+from bench.trainers import MISTRAL, missing
 from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from tritale.model import GPT, LLM, GPTConfig
 from tritale.model.checkpoint import load_model, save_model
 from tritale.model.export import litgpt_config, litgpt_state
+from tritale.training.processes import has_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_OFF = {"fp32": 1e-4, "bf16": 5e-2}  # how far below the largest logit a token's may lie; logits here deviate by about 0.5
@@ -113,9 +114,6 @@ def off(model: GPT, texts: list[list[int]], written: list[list[int]]) -> float:
     return worst
 
 
-NEEDS = {"transformers": "pip install transformers", "litgpt": "pip install --no-deps litgpt && pip install lightning psutil"}
-
-
 Contenders = dict[str, tuple[Callable[[], Write], list[str]]]  # {name: (what makes its `Write`, its texts)}
 
 
@@ -125,11 +123,9 @@ def compare(request, folder, model: str, dtype: str, contenders: Contenders, n_t
     rows = {name: head | {"contender": name, "status": "ok", "note": ""} for name in contenders}
     writers, found, tokens = {}, {name: [] for name in contenders}, {}
     for name, (make, _) in contenders.items():
-        needed = NEEDS.get(name)
-        if needed and importlib.util.find_spec(name) is None:
-            rows[name] |= {"status": "cannot run", "note": f"{name} is not installed ({needed})"}
-        elif name in left_out:
-            rows[name] |= {"status": "cannot run", "note": left_out[name]}
+        reason = left_out.get(name) or missing(MISTRAL if name == "transformers" else name)
+        if reason:
+            rows[name] |= {"status": "cannot run", "note": reason}
         else:
             writers[name] = make()
     for i in range(rounds + 1):
@@ -176,7 +172,7 @@ def test_32_prompts(dtype, folder, is_measured, request):
         "ours, one after the other": (lambda: one_by_one, texts[:3]),
         "transformers": (partial(transformers, folder, DTYPES[dtype], n_tokens), texts),
     }
-    is_slow = dtype == "bf16" and is_measured and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_slow = dtype == "bf16" and is_measured and not has_bf16(torch.device("cpu"))
     left_out = {"transformers": "left out: this CPU only imitates bf16, and one batch takes minutes"} if is_slow else {}
     compare(request, folder, f"{N_PROMPTS} prompts of 1 to 40 characters", dtype, contenders, n_tokens, rounds, left_out)
 

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import select
+from .built_in import open_data
 from .bulk_encoder import BulkEncoder
 from .files import atomic_file, temporary_of
 from .measures import evenly
@@ -591,9 +592,7 @@ def _is_finished(out: Path, recipe: dict) -> bool:
 def _missing(out: Path) -> str:
     # What of the finished data is no longer there, in words.
     try:
-        for side in SIDES:
-            Split.open(out / side, verify=False)
-        Tokenizer.load(out / "tokenizer")
+        open_data(out, verify=False)
     except (FileNotFoundError, ValueError) as error:
         return str(error).partition(";")[0]
     return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
