@@ -148,8 +148,9 @@ def test_weights_in_float64_leave_the_rest_in_fp32(device, strategy, name, wide)
         loss = linear_cross_entropy(x, weight, targets, strategy=strategy, **options)
     expected = reference.linear_cross_entropy(x, weight, targets, **options).sum()
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+    fp32 = {"rtol": 1.3e-6, "atol": 1e-5}  # what is of float64 has been computed from losses of fp32
+    torch.testing.assert_close(loss.double(), expected, **fp32)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), **fp32)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
