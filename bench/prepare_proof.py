@@ -67,6 +67,8 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=None)
     p.add_argument("--dedup", default="exact")
     args = p.parse_args()
+    if args.out.exists():
+        sys.exit(f"{args.out} exists, and data that is there already is not made again; choose a new folder, or delete it")
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     draw = random.Random(seed)
     prepare = [

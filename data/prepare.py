@@ -44,8 +44,8 @@ from .tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
 VERSION = 1
 SIDES = ("train", "validation")
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 20  # what a worker gets at once
-BATCHES_PER_COMMIT = 64
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 2048, 1 << 20  # what a worker gets at once
+BATCHES_PER_COMMIT = 16
 SAMPLE_CHARACTERS = 6_000_000  # for training the tokenizer; more gains little, and takes 60 bytes of memory for each
 PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
