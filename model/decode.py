@@ -10,6 +10,7 @@ step never touches the row of a finished text.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,8 @@ class Decoder:
         rows = torch.arange(len(texts))
         tokens, positions = torch.tensor([t.ids[-1] for t in texts]), torch.tensor([len(t.ids) - 1 for t in texts])
         logits = self._forward(tokens, rows, positions, self._cache, rows)[:, : self._n_token]  # (texts, V)
-        if not logits[:, 0].isfinite().all():  # one in the hidden state spoils all logits of a row; `draw` sees one in the embedding
+        # One that is not finite in the hidden state spoils all logits of its row; `draw` sees one in the embedding.
+        if not all(map(math.isfinite, logits[:, 0].tolist())):
             raise ValueError(NOT_FINITE)
         chosen = self._choose(logits)
         for text, token in zip(texts, chosen, strict=True):
@@ -126,15 +128,17 @@ class Decoder:
             if text.sampling.repetition_penalty != 1:
                 seen = torch.tensor(sorted(set(text.ids)), device=logits.device)
                 penalize(logits[row], seen, text.sampling.repetition_penalty)
-        chosen = torch.empty(len(texts), dtype=torch.int64)
+        chosen = [0] * len(texts)
         groups: dict[tuple, list[int]] = {}  # texts with the same filters are drawn together
         for row, text in enumerate(texts):
             groups.setdefault(tuple(text.sampling.filters.items()), []).append(row)
         for filters, rows in groups.items():
             part = logits if len(rows) == len(texts) else logits[rows]
             if dict(filters)["temperature"] == 0:
-                chosen[rows] = self._argmax(part).cpu()
-                continue
-            u = torch.stack([torch.rand(1, dtype=torch.float64, generator=texts[row].generator) for row in rows])
-            chosen[rows] = draw(*candidates(part, **dict(filters)), u.to(logits.device)).cpu()
-        return chosen.tolist()
+                tokens = self._argmax(part)
+            else:
+                u = torch.stack([torch.rand(1, dtype=torch.float64, generator=texts[row].generator) for row in rows])
+                tokens = draw(*candidates(part, **dict(filters)), u.to(logits.device))
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                chosen[row] = token
+        return chosen
