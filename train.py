@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from tritale.common.errors import UserError
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
-from tritale.model import GPT, LLM
+from tritale.evaluation.validation import validate
+from tritale.inference import LLM
+from tritale.model import GPT
+from tritale.model.run_folder import step_folder
 from tritale.training import processes, state
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
 from tritale.training.optimizer import build_optimizers, lr_factor
 from tritale.training.plan import DataFacts, DeviceFacts, plan
-from tritale.training.validation import validate
 
 
 def write_samples(model: GPT, tokenizer, config: RunConfig, log: Log, *, seed: int) -> None:
@@ -63,7 +66,7 @@ def main(config: RunConfig) -> None:
     shape = planned.shape
     for prompt in config.log.prompts:
         if len(tokenizer.encode(prompt, bos=True)) >= shape.context:
-            raise ValueError(f"log.prompts has one longer than the model's context of {shape.context} tokens: {prompt[:20]!r}…; shorten it")
+            raise UserError(f"log.prompts has one longer than the model's context of {shape.context} tokens: {prompt[:20]!r}…; shorten it")
     model = GPT(shape).to(here.device)
     batches = Batches(
         train_split,
@@ -176,7 +179,7 @@ def main(config: RunConfig) -> None:
     log.close()
     if here.is_main:
         above = f", {val_bits / floor - 1:.0%} above the {floor:.3f} that chance alone puts into the stories" if floor else ""
-        last = state.step_folders(out_dir)[train.max_steps]
+        last = step_folder(out_dir, train.max_steps)
         minutes = (before + time.perf_counter() - began) / 60
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nThree stories:")
@@ -188,7 +191,7 @@ def main(config: RunConfig) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
-    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped; run the same command again to go on from the last checkpoint")

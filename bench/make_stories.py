@@ -8,7 +8,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tritale.data.stories import story
+from tritale.stories.generator import story
 
 
 def write(path: Path, seed: int, size: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritale.data.files import atomic_file
+from tritale.common.files import atomic_file
 from tritale.training.processes import has_bf16
 
 ROOT = Path(__file__).parents[1]

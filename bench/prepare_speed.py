@@ -25,8 +25,8 @@ from pathlib import Path
 
 OURS = """
 import sys, time
-from tritale.data.prepare import Options, prepare
-from tritale.data.read import Fields
+from tritale.data.prepare.pipeline import Options, prepare
+from tritale.data.prepare.read import Fields
 if __name__ == "__main__":
     began = time.perf_counter()
     files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:]

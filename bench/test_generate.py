@@ -21,7 +21,8 @@ from bench.conftest import ROWS
 from bench.measure import in_a_line, spread
 from bench.trainers import MISTRAL, missing
 from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
-from tritale.model import GPT, LLM, GPTConfig
+from tritale.inference import LLM
+from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import load_model, save_model
 from tritale.model.export import litgpt_config, litgpt_state
 from tritale.training.processes import has_bf16

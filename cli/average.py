@@ -17,8 +17,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..training.average import average
-    from ..training.sweep import Run
+    from ..evaluation.average import average
+    from ..evaluation.sweep import Run
 
     console = Console()
     with Progress(console=console, transient=True) as bar:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ..common.errors import UserError
+
 HELP = "write a checkpoint for litgpt or llama.cpp (for Hugging Face it needs none)"
 
 
@@ -15,17 +17,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..model import LLM
+    from ..inference import LLM
     from ..model.export import export_gguf, export_litgpt
 
     source, out = Path(args.model), Path(args.out)
     llm = LLM.load(source, device="cpu")
     if args.to == "litgpt":
-        export_litgpt(llm, out)
+        export_litgpt(llm.model, llm.tokenizer, out)
         print(f'{out} is written; from litgpt import LLM; LLM.load("{out}").generate("从前，") reads it')
         return
     try:
-        export_gguf(llm, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
+        export_gguf(llm.model, llm.tokenizer, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
     except ModuleNotFoundError as error:
-        raise ValueError(f"the package {error.name} is missing; pip install 'tritale[export]' (or gguf) and try again") from None
+        raise UserError(f"the package {error.name} is missing; pip install 'tritale[export]' (or gguf) and try again") from None
     print(f"{out} is written in fp32; llama-cli -m {out} -p 从前， reads it, llama-quantize makes it smaller")

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from ..common.errors import UserError
+
 HELP = "write stories with a checkpoint"
 
 
@@ -54,15 +56,15 @@ def memory_report(llm, runtime_mib: float) -> str:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..model import LLM, Sampling
-    from ..model import native as native_code
+    from ..inference import LLM, Sampling
+    from ..inference import native as native_code
 
     runtime_mib = resident_mib()[0]
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "min_p", "repetition_penalty")}
     settings |= {"top_k": args.top_k or None, "stop": args.stop}
     Sampling(**settings)  # settings out of range are named before the model is loaded
     if args.samples < 1:
-        raise ValueError(f"--samples is {args.samples}; it must be at least 1")
+        raise UserError(f"--samples is {args.samples}; it must be at least 1")
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     if not llm.model.embedding.is_cuda and isinstance(native_code.library(), str):
         print(native_code.library(), file=sys.stderr)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..common.errors import UserError
+
 HELP = "raise the learning rate step by step on the run's own data, draw the loss, and suggest a rate"
 TAKES_CONFIG = True
 
@@ -27,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
     from ..training.logs import Log
     from ..training.lr_find import draw, find, sweep
     from ..training.plan import DataFacts, DeviceFacts, plan
-    from ..training.trial import Trial
+    from ..training.step import Trial
 
     at_least("--steps", args.steps, 20)
     if not 0 < args.lowest < args.highest:
-        raise ValueError(f"--lowest is {args.lowest} and --highest {args.highest}; both must be above 0, the second above the first")
+        raise UserError(f"--lowest is {args.lowest} and --highest {args.highest}; both must be above 0, the second above the first")
     if not find_spec("matplotlib"):  # before the work, not after
-        raise ValueError("the curve needs matplotlib: pip install 'tritale[plots]'")
+        raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'")
     config = parse([*(["--config", args.config] if args.config else []), *args.overrides], prog="tritale lr-find")
     log = Log(config, is_main=True)
     here = replace(processes.start(), rank=0, world_size=1)
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             elapsed = bar.tasks[task].elapsed or 0
             bar.update(task, completed=len(curve), loss=loss, speed=len(curve) * batches.tokens_per_step / elapsed if elapsed else 0)
     if not curve:
-        raise ValueError("the first loss is not finite; look at the data, or lower model.init_std")
+        raise UserError("the first loss is not finite; look at the data, or lower model.init_std")
     found = find(*map(list, zip(*curve, strict=True)))
     path = Path(args.out or Path(config.out_dir) / "lr-find.png")
     draw(found, path, configured=config.optim.lr)

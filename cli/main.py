@@ -6,6 +6,7 @@ One with TAKES_CONFIG gets what it does not know itself, the keys of a run's con
 import argparse
 import sys
 
+from ..common.errors import UserError
 from . import average, export, generate, lr_find, plan, prepare, serve, sweep
 
 COMMANDS = {
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.overrides = unknown
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"tritale {args.command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training import processes
     from ..training.config import at_least, parse
     from ..training.plan import DeviceFacts, known_data, plan
-    from ..training.trial import measure
+    from ..training.step import measure
 
     for name, least in (("tokens", 1), ("vocab_size", 1), ("processes", 1)):
         if getattr(args, name) is not None:

@@ -31,9 +31,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ..data.prepare import Options, prepare
-    from ..data.prepare_report import print_report
-    from ..data.read import Fields
+    from ..data.prepare.pipeline import Options, prepare
+    from ..data.prepare.read import Fields
+    from ..data.prepare.report import print_report
 
     fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
     options = Options(

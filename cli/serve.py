@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+from ..common.errors import UserError
+
 HELP = "serve a run's checkpoints: a page to play with, and OpenAI's /v1/completions"
 
 
@@ -30,12 +32,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not found; run: pip install fastapi uvicorn")
+        raise UserError(f"{' and '.join(missing)} not found; run: pip install fastapi uvicorn")
     for name in ("slots", "queue", "max_tokens"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.queue < args.slots:
-        raise ValueError(f"--queue is {args.queue}; it must be at least --slots ({args.slots}), or a request could never fit")
+        raise UserError(f"--queue is {args.queue}; it must be at least --slots ({args.slots}), or a request could never fit")
     with contextlib.closing(listen(args.host, args.port)) as listener:  # first: it is the quickest to fail
         serve(args, listener)
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to host and port. Raises ValueError or OSError that says what to choose instead."""
     if not 0 <= port <= 65535:
-        raise ValueError(f"--port is {port}; it must be between 1 and 65535, or 0 for any that is free")
+        raise UserError(f"--port is {port}; it must be between 1 and 65535, or 0 for any that is free")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=256)
@@ -61,9 +63,9 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
     import uvicorn
 
-    from ..model import native
+    from ..inference import native
+    from ..inference.scheduler import Engine, find_checkpoints
     from ..serve.app import make_app
-    from ..serve.engine import Engine, find_checkpoints
 
     found = find_checkpoints(args.dir)
     engine = Engine(args.dir, slots=args.slots, queue=args.queue, device=args.device, dtype=getattr(torch, args.dtype))

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ..common.errors import UserError
+
 HELP = "compare what a run's checkpoints write: repetition, endings, consistency, copying"
 
 
@@ -29,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from ..model import Sampling
-    from ..training.sweep import Run, Sweep, check_outputs, every_nth, read_prompts
-    from ..training.sweep_page import write_sweep
+    from ..evaluation.sweep import Run, Sweep, check_outputs, every_nth, read_prompts
+    from ..evaluation.sweep_page import write_sweep
+    from ..inference import Sampling
 
     opened = Run.open(args.run_dir)
     chosen = every_nth(opened.checkpoints, args.every)
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
                 bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ValueError(f"no checkpoint of {opened.folder} could be measured ({reasons})")
+        raise UserError(f"no checkpoint of {opened.folder} could be measured ({reasons})")
     report = sweep.report(rows, left_out)
     write_sweep(report, json_path, html_path)
     console.print(table(report))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.errors import UserError
 from .shards import Split
 
 IGNORED = -100  # the target of padding; the losses skip it
@@ -63,16 +64,16 @@ class Batches:
         sizes = {"context": context, "micro_batch": micro_batch, "global_batch": global_batch, "world_size": world_size}
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+                raise UserError(f"{name} ({value}) must be at least 1")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank ({rank}) must be one of 0 … {world_size - 1}, as world_size is {world_size}")
+            raise UserError(f"rank ({rank}) must be one of 0 … {world_size - 1}, as world_size is {world_size}")
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed ({seed}) must be one of 0 … 2**64 - 1")
+            raise UserError(f"seed ({seed}) must be one of 0 … 2**64 - 1")
         together = micro_batch * world_size
         if global_batch % together:
             below = global_batch // together * together
             tries = " or ".join(str(size) for size in (below, below + together) if size)
-            raise ValueError(
+            raise UserError(
                 f"micro_batch ({micro_batch}) × processes ({world_size}) must divide global_batch ({global_batch}); "
                 f"try global_batch {tries}"
             )
@@ -80,7 +81,7 @@ class Batches:
         if split.n_tokens < self.tokens_per_step:
             fits = split.n_tokens // (together * context) * together
             remedy = f"lower global_batch to {fits} or less" if fits else "lower micro_batch or context"
-            raise ValueError(
+            raise UserError(
                 f"{split.folder} holds {split.n_tokens:,} tokens, less than one step of global_batch ({global_batch}) × "
                 f"context ({context}) = {self.tokens_per_step:,}; {remedy}, or add stories"
             )
@@ -98,7 +99,7 @@ class Batches:
     def step(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of optimizer step `step` (0-based, counted on over the epochs); any step at any time."""
         if step < 0:
-            raise ValueError(f"step ({step}) must be at least 0")
+            raise UserError(f"step ({step}) must be at least 0")
         epoch, step = divmod(step, self.steps_per_epoch)
         return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._dealt)
 
@@ -130,7 +131,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
     its own). So the loss does not depend on `micro_batch`. Raises ValueError if `context` or `micro_batch` is below 1.
     """
     if context < 1 or micro_batch < 1:
-        raise ValueError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
+        raise UserError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
     n = micro_batch * context
     if document_mask:
         starts, lengths = _pieces(split, context)

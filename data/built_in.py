@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..common.errors import UserError
+from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
 from .shards import Split, write_split
-from .stories import TRAIN_START, VALIDATION_START, Story, story
 from .tokenizer import Tokenizer
 
 TOKENIZER_STORIES = 4000  # more change the entries little and take longer
@@ -31,7 +32,7 @@ def write_built_in(
     if (folder / RECIPE).is_file() and json.loads((folder / RECIPE).read_text(encoding="utf-8")) == recipe:
         return
     if folder.exists() and not (folder / RECIPE).is_file():
-        raise ValueError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
+        raise UserError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -60,5 +61,5 @@ def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, S
     splits = [Split.open(folder / name, verify=verify) for name in ("train", "validation")]
     for split in splits:
         if split.tokenizer_hash != tokenizer.hash:
-            raise ValueError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")
+            raise UserError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")
     return tokenizer, *splits

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import sync_entries
+from ..common.errors import UserError
+from ..common.files import sync_entries
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
@@ -70,10 +71,10 @@ class Split:
                 shards=shards,
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+            raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
         counts = {split.n_tokens, sum(map(len, shards)), int(starts[-1])}
         if len(counts) > 1:
-            raise ValueError(f"{folder} disagrees with itself about the number of tokens: {sorted(counts)}; {REMEDY}")
+            raise UserError(f"{folder} disagrees with itself about the number of tokens: {sorted(counts)}; {REMEDY}")
         return split
 
     @property
@@ -144,7 +145,7 @@ class SplitWriter:
         with `state`."""
         self.folder = Path(folder)
         if self.folder.exists() and not (self.folder / INDEX).is_file() and (self.folder.is_file() or any(self.folder.iterdir())):
-            raise ValueError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
+            raise UserError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
         self._tokenizer, self._max_shard_tokens = tokenizer, max_shard_tokens
         self._dtype_name = dtype_name(tokenizer.vocab_size)
         self.dtype = DTYPES[self._dtype_name]
@@ -201,7 +202,7 @@ class SplitWriter:
     def finish(self, entropy_bits: float | None = None) -> Split:
         """Move the split into place; one that was there is replaced. Raises ValueError if it has no documents."""
         if not self._state["documents"]:
-            raise ValueError(f"there are no documents to write to {self.folder}; check the input files and the filters on them")
+            raise UserError(f"there are no documents to write to {self.folder}; check the input files and the filters on them")
         self._close_shard()
         self._starts.write(np.array(self._state["tokens"], "<i8").tobytes())
         index = {
@@ -256,7 +257,7 @@ class _HashedFile:
                 left -= len(data)
             if left:
                 self._file.close()
-                raise ValueError(f"{path} has {keep - left:,} bytes, and {keep:,} were written; {REMEDY}")
+                raise UserError(f"{path} has {keep - left:,} bytes, and {keep:,} were written; {REMEDY}")
             self._file.seek(keep)
             self._file.truncate()
 
@@ -291,11 +292,11 @@ def _read_index(path: Path) -> dict:
         found = index.get("format"), index.get("version")
         n_documents = index.get("documents")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
+        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
     if found != (FORMAT, VERSION):
-        raise ValueError(f"{path} is in format {found[0]} version {found[1]}, this program reads {FORMAT} version {VERSION}; {REMEDY}")
+        raise UserError(f"{path} is in format {found[0]} version {found[1]}, this program reads {FORMAT} version {VERSION}; {REMEDY}")
     if n_documents == 0:
-        raise ValueError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
+        raise UserError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
     return index
 
 
@@ -305,8 +306,13 @@ def _map(folder: Path, entry: dict, dtype: np.dtype, count: int, verify: bool) -
         raise FileNotFoundError(f"{path} is missing, though {INDEX} names it; restore it, or {REMEDY}")
     size, expected = path.stat().st_size, count * dtype.itemsize
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes instead of {expected:,}; restore it, or {REMEDY}")
+        raise UserError(f"{path} has {size:,} bytes instead of {expected:,}; restore it, or {REMEDY}")
     array = np.asarray(np.memmap(path, dtype, mode="r"))
     if verify and (found := hashlib.sha256(array).hexdigest()) != entry["sha256"]:
-        raise ValueError(f"{path} was altered: its sha256 is {found} instead of {entry['sha256']}; restore it, or {REMEDY}")
+        raise UserError(f"{path} was altered: its sha256 is {found} instead of {entry['sha256']}; restore it, or {REMEDY}")
     return array
+
+
+def evenly(n: int, wanted: int) -> Sequence[int]:
+    """`wanted` evenly spaced integers of 0 … n − 1; all of them if `wanted` is n or more."""
+    return range(n) if n <= wanted else np.linspace(0, n - 1, wanted).astype(int).tolist()

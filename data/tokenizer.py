@@ -23,6 +23,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from ..common.errors import UserError
+
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -43,7 +45,7 @@ def check_unicode(texts: Iterable[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             found = ascii(text[max(0, error.start - 10) : error.start + 10])
-            raise ValueError(f"character {error.start + 1} of the text ({found}) is not valid Unicode; give the text as UTF-8") from None
+            raise UserError(f"character {error.start + 1} of the text ({found}) is not valid Unicode; give the text as UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Tokenizer:
         texts = list(texts)
         room = vocab_size - len(FIXED_TOKENS)
         if room < 2:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size ({vocab_size}) must be at least {len(FIXED_TOKENS) + 2}: {len(FIXED_TOKENS)} ids go to the special tokens "
                 "and the bytes; for Chinese stories try 8192"
             )
@@ -89,7 +91,7 @@ class Tokenizer:
         for text in texts:
             counts.update(text)
         if not counts:
-            raise ValueError(f"there is no text to train a tokenizer on: {len(texts)} texts, 0 characters; check the input files")
+            raise UserError(f"there is no text to train a tokenizer on: {len(texts)} texts, 0 characters; check the input files")
 
         # Rare characters are left to the bytes. In training they are replaced by a line end, which no merge crosses.
         by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
@@ -140,10 +142,10 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it anew") from error
+            raise UserError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it anew") from error
         for i, token in enumerate(FIXED_TOKENS):
             if backend.id_to_token(i) != token:
-                raise ValueError(
+                raise UserError(
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
                     "make one from your text"
                 )
@@ -209,13 +211,13 @@ class Tokenizer:
         try:
             return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
         except KeyError as error:
-            raise ValueError(f"id {error} is not in the vocabulary; ids are whole numbers from 0 to {self.vocab_size - 1}") from None
+            raise UserError(f"id {error} is not in the vocabulary; ids are whole numbers from 0 to {self.vocab_size - 1}") from None
 
     def stats(self, texts: Iterable[str]) -> TokenizerStats:
         """Characters per token and the share of byte tokens over `texts`, without `<|endoftext|>`. Raises ValueError without text."""
         texts = list(texts)
         ids = [i for document in self.encode_batch(texts) for i in document]
         if not ids:
-            raise ValueError(f"there is no text to measure: {len(texts)} texts, 0 characters; give at least one that is not empty")
+            raise UserError(f"there is no text to measure: {len(texts)} texts, 0 characters; give at least one that is not empty")
         n_bytes = sum(i < len(FIXED_TOKENS) for i in ids)
         return TokenizerStats(chars_per_token=sum(map(len, texts)) / len(ids), byte_fallback_share=n_bytes / len(ids))

@@ -1,7 +1,7 @@
 """Fused ops for training GPTs, each a plain function on tensors; `reference` holds their definitions.
 
-    from tritale.kernels import rms_norm
-    y = rms_norm(x, weight)
+from tritale.kernels import rms_norm
+y = rms_norm(x, weight)
 """
 
 if __name__ == "kernels":

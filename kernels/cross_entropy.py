@@ -47,9 +47,7 @@ def log_sum_exp(top, total):
 
 
 @jit
-def row_loss(
-    s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
-):  # all [M]
+def row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):  # all [M]
     """(loss, nll) of rows; 0 where ignored. lse − s is taken as (top − s) + log Σ, exact where the logits are large."""
     nll = (top - s_target) + log_total
     loss = nll
@@ -336,9 +334,7 @@ def _may_overwrite(logits: Tensor) -> bool:
     return not root.is_leaf and logits.stride(-1) == 1 and (logits.stride(0) >= logits.shape[1] or logits.shape[0] == 1)
 
 
-def check_options(
-    reduction: str, label_smoothing: float, softcap: float | None, targets: Tensor, token_weight: Tensor | None
-) -> None:
+def check_options(reduction: str, label_smoothing: float, softcap: float | None, targets: Tensor, token_weight: Tensor | None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
     if not 0 <= label_smoothing <= 1:

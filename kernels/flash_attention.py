@@ -68,9 +68,7 @@ def _tile(p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.co
 
 
 @jit
-def _tiles(
-    p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, IS_FULL: tl.constexpr
-):
+def _tiles(p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, IS_FULL: tl.constexpr):
     b_0 = _tile(p_x, stride, n_rows, ROWS, D, 0, D0, IS_FULL)
     b_1 = b_0
     if D1:
@@ -237,9 +235,7 @@ def _flash_attention_fwd(
     p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
 
     o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
-    b_lo, b_hi = _keys_seen(
-        tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
-    )
+    b_lo, b_hi = _keys_seen(tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
@@ -320,9 +316,7 @@ def _flash_attention_bwd_dq(
     p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
 
     o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
-    b_lo, b_hi = _keys_seen(
-        tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
-    )
+    b_lo, b_hi = _keys_seen(tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
@@ -412,9 +406,7 @@ def _flash_attention_bwd_dkv(
     p_delta += o_bh.to(tl.int64) * GROUP * n_query
 
     o_last = tl.minimum(o_block + BLOCK_N, n_key) - 1
-    b_lo, b_hi = _queries_seeing(
-        tl.minimum(o_n, n_key - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS
-    )
+    b_lo, b_hi = _queries_seeing(tl.minimum(o_n, n_key - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_first, hi_first = _queries_seeing(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_last, hi_last = _queries_seeing(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_M)
@@ -726,9 +718,7 @@ def _attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
     if softcap is not None:
-        return reference.flash_attention(
-            q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens
-        )
+        return reference.flash_attention(q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens)
     group = q.shape[2] // k.shape[2]
     if cu_seqlens is not None and is_causal and window is None and q.device.type == "cpu":
         if group > 1:
@@ -739,9 +729,7 @@ def _attend_sdpa(
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
     mask = None
     if needs_mask:
-        mask = reference.attention_mask(
-            q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device
-        )
+        mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

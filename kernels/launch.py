@@ -112,6 +112,7 @@ def _attention(**tiles: tuple[int, int, int, int]) -> Row:
 
 _ATTENTION_INTERPRETER = {f"{kind}_{width}": (32, 32, 4, 1) for kind in ("half", "wide") for width in (48, 64, 128, 256)}
 
+
 def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple[str, str, str]) -> Row:
     """Rows by dtype: tile sizes of the two sides and of K, warps and stages, for 16-bit inputs and for fp32 (no tensor cores: small
     tiles). 128 × 128 tiles with 64 of K spilled in backward on sm_80–sm_100, 32 × 64 in fp32 on all."""
@@ -125,42 +126,82 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_80": _attention(
-            half_48=(64, 32, 4, 3), half_64=(128, 64, 8, 3), half_128=(128, 32, 8, 3), half_256=(64, 32, 8, 2),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 32, 4, 3),
+            half_64=(128, 64, 8, 3),
+            half_128=(128, 32, 8, 3),
+            half_256=(64, 32, 8, 2),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dq": {
         "sm_80": _attention(
-            half_48=(64, 64, 4, 2), half_64=(128, 64, 8, 2), half_128=(64, 32, 8, 2), half_256=(64, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 64, 4, 2),
+            half_64=(128, 64, 8, 2),
+            half_128=(64, 32, 8, 2),
+            half_256=(64, 32, 8, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "sm_90": _attention(
-            half_48=(64, 64, 4, 2), half_64=(128, 64, 8, 2), half_128=(64, 64, 8, 2), half_256=(32, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 64, 4, 2),
+            half_64=(128, 64, 8, 2),
+            half_128=(64, 64, 8, 2),
+            half_256=(32, 32, 8, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "gfx942": _attention(
-            half_48=(64, 64, 4, 2), half_64=(64, 64, 4, 2), half_128=(64, 32, 4, 2), half_256=(32, 32, 4, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 64, 4, 2),
+            half_64=(64, 64, 4, 2),
+            half_128=(64, 32, 4, 2),
+            half_256=(32, 32, 4, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },
     "flash_attention_bwd_dkv": {
         "sm_80": _attention(  # 64 queries at a time took 255 registers and spilled on sm_86; 32 take 168, and three blocks are resident
-            half_48=(32, 64, 4, 3), half_64=(32, 64, 4, 3), half_128=(16, 64, 8, 2), half_256=(16, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(32, 64, 4, 3),
+            half_64=(32, 64, 4, 3),
+            half_128=(16, 64, 8, 2),
+            half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "sm_90": _attention(
-            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 3), half_128=(32, 64, 8, 2), half_256=(16, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 64, 4, 1),
+            half_64=(32, 64, 4, 3),
+            half_128=(32, 64, 8, 2),
+            half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "sm_100": _attention(  # one stage: accumulators pass through tensor memory, and a pipeline on top spills
-            half_48=(64, 64, 4, 1), half_64=(32, 64, 4, 1), half_128=(64, 64, 8, 1), half_256=(16, 32, 8, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(64, 64, 4, 1),
+            half_64=(32, 64, 4, 1),
+            half_128=(64, 64, 8, 1),
+            half_256=(16, 32, 8, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "gfx942": _attention(
-            half_48=(32, 64, 4, 2), half_64=(32, 64, 4, 2), half_128=(32, 64, 4, 2), half_256=(16, 32, 4, 1),
-            wide_64=(32, 32, 4, 1), wide_128=(16, 16, 4, 1), wide_256=(16, 16, 4, 1),
+            half_48=(32, 64, 4, 2),
+            half_64=(32, 64, 4, 2),
+            half_128=(32, 64, 4, 2),
+            half_256=(16, 32, 4, 1),
+            wide_64=(32, 32, 4, 1),
+            wide_128=(16, 16, 4, 1),
+            wide_256=(16, 16, 4, 1),
         ),
         "interpreter": _attention(**_ATTENTION_INTERPRETER),
     },

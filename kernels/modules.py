@@ -1,7 +1,7 @@
 """The ops as `nn.Module`s, for models built from parts.
 
-    norm, mlp = RMSNorm(512), SwiGLU(512, 1408)
-    x = x + mlp(norm(x))
+norm, mlp = RMSNorm(512), SwiGLU(512, 1408)
+x = x + mlp(norm(x))
 """
 
 import math
@@ -42,9 +42,7 @@ class RotaryEmbedding(nn.Module):
 
     Raises ValueError for a rotary_dim (head_dim by default) that is odd or larger than the head."""
 
-    def __init__(
-        self, head_dim: int, context: int, theta: float = 10_000.0, interleaved: bool = False, rotary_dim: int | None = None
-    ):
+    def __init__(self, head_dim: int, context: int, theta: float = 10_000.0, interleaved: bool = False, rotary_dim: int | None = None):
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:

@@ -206,9 +206,7 @@ def flash_attention(
     s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    mask = attention_mask(
-        q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device
-    )
+    mask = attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     if mask is None:
         p = s.softmax(-1)
     else:

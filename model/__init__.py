@@ -1,9 +1,6 @@
-"""The GPT, its checkpoint on disk (a Hugging Face model), and generation."""
+"""The GPT, its checkpoint on disk (a Hugging Face model), and exports of it to other formats."""
 
 from .checkpoint import load_model
-from .decode import Decoder
-from .generate import LLM, Completion, Writer
 from .gpt import GPT, GPTConfig
-from .sampling import Sampling
 
-__all__ = ["GPT", "LLM", "Completion", "Decoder", "GPTConfig", "Sampling", "Writer", "load_model"]
+__all__ = ["GPT", "GPTConfig", "load_model"]

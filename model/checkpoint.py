@@ -4,12 +4,6 @@ Without QK-norm it is a Mistral, with it a Qwen3; `transformers.AutoModelForCaus
 and JSON are read, so a checkpoint from a stranger cannot run code.
 """
 
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,47 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data.files import sync_entries
+from ..common.errors import UserError
+from ..common.files import read_json_object, write_json
 from .gpt import GPT, GPTConfig, rotary_tables
 
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-def sync_folder(folder: Path) -> None:
-    """Ask the disk to hold every file below the folder, and the folder's own entries."""
-    for path in [*folder.rglob("*"), folder]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, synced and renamed to it at the end: `folder` is whole or not there. An error inside (a full
-    disk, say) removes what was written and leaves an earlier `folder` as it was."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        sync_folder(temporary)
-        if folder.exists():  # a run that was resumed from before it
-            old = temporary.with_suffix(".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-        sync_entries(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dict:
@@ -97,19 +55,19 @@ def gpt_config(hf: dict) -> GPTConfig:
     """The model's shape from a config.json. Raises ValueError where the architecture is another one, or a value of the wrong kind."""
     kind = hf.get("model_type")
     if kind not in tuple(ARCHITECTURES):
-        raise ValueError(f"model_type {kind!r} is not one this project reads ({', '.join(ARCHITECTURES)})")
+        raise UserError(f"model_type {kind!r} is not one this project reads ({', '.join(ARCHITECTURES)})")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     sizes += ("max_position_embeddings",)
     missing = [name for name in (*sizes, "rms_norm_eps") if name not in hf]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json lacks {', '.join(missing)}; the checkpoint is damaged, use another step")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("attention_bias"):
-        raise ValueError("only models with hidden_act 'silu' and without attention biases are read")
+        raise UserError("only models with hidden_act 'silu' and without attention biases are read")
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
     if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_parameters is {rope!r}, no object; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json: rope_parameters is {rope!r}, no object; the checkpoint is damaged, use another step")
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not read; only 'default' is")
+        raise UserError(f"rope_type {rope['rope_type']!r} is not read; only 'default' is")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     sizes = {name: hf[name] for name in sizes} | {"head_dim": hf.get("head_dim") or 1, "sliding_window": 1 if window is None else window}
     init_std = hf.get("initializer_range", 0.02)
@@ -119,7 +77,7 @@ def gpt_config(hf: dict) -> GPTConfig:
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
             wrong.append(f"{name} is {value!r}, not a number from 0")
     if wrong:
-        raise ValueError(f"config.json: {'; '.join(wrong)}; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json: {'; '.join(wrong)}; the checkpoint is damaged, use another step")
     return GPTConfig(
         vocab_size=hf["vocab_size"],
         n_layer=hf["num_hidden_layers"],
@@ -180,13 +138,7 @@ def read_json(folder: Path, name: str) -> dict:
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {name} is missing (found: {found}); give a step-… folder of a run")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the checkpoint is damaged, use another step") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, no object; the checkpoint is damaged, use another step")
-    return value
+    return read_json_object(path, remedy="the checkpoint is damaged, use another step")
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -197,7 +149,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); the checkpoint is damaged, use another step") from None
+        raise UserError(f"{path} cannot be read ({error}); the checkpoint is damaged, use another step") from None
 
 
 @torch.no_grad()
@@ -208,11 +160,11 @@ def load_weights(model: GPT, folder: Path) -> None:
     for name, tensor in expected.items():
         if name not in state or state[name].shape != tensor.shape:
             found = tuple(state[name].shape) if name in state else "nothing"
-            raise ValueError(f"{folder}/model.safetensors has {found} for {name}, the model needs {tuple(tensor.shape)}")
+            raise UserError(f"{folder}/model.safetensors has {found} for {name}, the model needs {tuple(tensor.shape)}")
         tensor.copy_(state[name])
     extra = set(state) - set(expected) - {"lm_head.weight"}
     if extra:
-        raise ValueError(f"{folder}/model.safetensors holds tensors the model has no place for: {sorted(extra)[:5]}")
+        raise UserError(f"{folder}/model.safetensors holds tensors the model has no place for: {sorted(extra)[:5]}")
 
 
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:

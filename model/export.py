@@ -7,16 +7,16 @@ import numpy as np
 import torch
 import yaml
 
-from ..data.files import atomic_file
+from ..common.errors import UserError
+from ..common.files import atomic_file, atomic_folder, write_json
 from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from .checkpoint import atomic_folder, hf_config, hf_state, write_json
-from .generate import LLM
-from .gpt import GPTConfig
+from .checkpoint import hf_config, hf_state
+from .gpt import GPT, GPTConfig
 
 
 def _refuse_existing(out: Path) -> None:
     if out.exists():
-        raise ValueError(f"{out} exists and is not overwritten; name another --out, or remove it")
+        raise UserError(f"{out} exists and is not overwritten; name another --out, or remove it")
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------
@@ -74,14 +74,14 @@ def litgpt_state(model) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def export_litgpt(llm: LLM, out: Path) -> None:
+def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     """Write a folder that `litgpt.LLM.load` reads. `lit_model.pth` is a dictionary of plain tensors (`weights_only=True` loads it).
 
     Raises ValueError where `out` exists."""
     _refuse_existing(out)
-    tokenizer, c = llm.tokenizer, llm.model.config
+    c = model.config
     with atomic_folder(out) as folder:
-        torch.save(litgpt_state(llm.model), folder / "lit_model.pth")
+        torch.save(litgpt_state(model), folder / "lit_model.pth")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(litgpt_config(c), sort_keys=False), encoding="utf-8")
         tokens = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
         write_json(folder / "config.json", hf_config(c, **tokens))
@@ -136,9 +136,9 @@ def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
     return weight.reshape(n_head, 2, n // n_head // 2, k).swapaxes(1, 2).reshape(n, k)
 
 
-def gguf_tensors(llm: LLM) -> dict[str, np.ndarray]:
+def gguf_tensors(model: GPT) -> dict[str, np.ndarray]:
     """The weights in fp32 under GGUF's names, rows as in PyTorch."""
-    c = llm.model.config
+    c = model.config
     names = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -148,7 +148,7 @@ def gguf_tensors(llm: LLM) -> dict[str, np.ndarray]:
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
     }  # fmt: skip
     tensors = {}
-    for name, tensor in hf_state(llm.model).items():
+    for name, tensor in hf_state(model).items():
         array = tensor.float().cpu().contiguous().numpy()
         if name in whole:
             tensors[whole[name]] = array
@@ -160,15 +160,15 @@ def gguf_tensors(llm: LLM) -> dict[str, np.ndarray]:
     return tensors
 
 
-def export_gguf(llm: LLM, out: Path, *, name: str) -> None:
+def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> None:
     """Write a GGUF file in fp32 for llama.cpp: its architecture "llama", or with QK-norm "qwen3". Its `llama-quantize` makes it smaller.
 
     Raises ValueError where `out` exists, or for a model with a window shorter than its context, which those architectures do not have;
     ModuleNotFoundError where the package gguf is missing."""
     _refuse_existing(out)
-    c, tokenizer = llm.model.config, llm.tokenizer
+    c = model.config
     if c.window is not None and c.window < c.context:
-        raise ValueError(f"model.window is {c.window}, and GGUF's architecture has no sliding window; export it to litgpt instead")
+        raise UserError(f"model.window is {c.window}, and GGUF's architecture has no sliding window; export it to litgpt instead")
     import gguf
 
     with atomic_file(out) as temporary:
@@ -200,7 +200,7 @@ def export_gguf(llm: LLM, out: Path, *, name: str) -> None:
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
 
-        for tensor_name, array in gguf_tensors(llm).items():
+        for tensor_name, array in gguf_tensors(model).items():
             writer.add_tensor(tensor_name, array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

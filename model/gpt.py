@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.errors import UserError
 from ..kernels import add_rms_norm, document_positions, flash_attention, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu
 
 
@@ -38,20 +39,20 @@ class GPTConfig:
             value = getattr(self, f.name)
             if f.type == "int" or f.type is int:
                 if value < 1:
-                    raise ValueError(f"model.{f.name} is {value}; it must be at least 1")
+                    raise UserError(f"model.{f.name} is {value}; it must be at least 1")
         if self.n_head % self.n_kv_head:
             divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise ValueError(f"model.n_kv_head ({self.n_kv_head}) must divide model.n_head ({self.n_head}); try one of {divisors}")
+            raise UserError(f"model.n_kv_head ({self.n_kv_head}) must divide model.n_head ({self.n_head}); try one of {divisors}")
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; rotary positions need an even size, try {self.head_dim + 1}")
+            raise UserError(f"model.head_dim is {self.head_dim}; rotary positions need an even size, try {self.head_dim + 1}")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"model.window is {self.window}; it must be at least 1, or null for no window")
+            raise UserError(f"model.window is {self.window}; it must be at least 1, or null for no window")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
         """A named shape, with fields changed. Raises ValueError for an unknown name."""
         if name not in PRESETS:
-            raise ValueError(f"model.preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+            raise UserError(f"model.preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[name], **changes)
 
     @property
@@ -70,9 +71,7 @@ PRESETS = {
     # For tests: trains in seconds, also through the interpreted kernels.
     "tiny": GPTConfig(512, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, width=48, mlp_width=64, context=64),
     # Sized so that two CPU cores teach it the built-in stories in five minutes.
-    "quickstart": GPTConfig(
-        4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=32, width=128, mlp_width=384, context=256, qk_norm=True
-    ),
+    "quickstart": GPTConfig(4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=32, width=128, mlp_width=384, context=256, qk_norm=True),
     # The blog series' model: 43.9 M parameters, 76 % of them the embedding of a borrowed vocabulary.
     "microstories-44m": GPTConfig(65_024, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, width=512, mlp_width=768, context=512),
 }
@@ -218,7 +217,7 @@ class GPT(nn.Module):
         none is."""
         n = tokens.shape[1]
         if cu_seqlens is None and cache is None and n > self.config.context:
-            raise ValueError(f"{n} tokens are more than the model's context of {self.config.context}; shorten them")
+            raise UserError(f"{n} tokens are more than the model's context of {self.config.context}; shorten them")
         if cache is not None:
             positions = cache.positions
         else:

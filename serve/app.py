@@ -21,8 +21,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
-from ..model import Completion, Sampling
-from .engine import Engine, Piece, Request, RequestError, Started, find_checkpoints
+from ..common.errors import UserError
+from ..inference import Completion, Sampling
+from ..inference.scheduler import Engine, Piece, Request, RequestError, Started, find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
 MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is looked for at every token
@@ -69,7 +70,7 @@ class CompletionRequest(BaseModel):
             return body
         for name, values in neutral.items():
             if name in body and body[name] not in values:
-                raise ValueError(f"{name} is {body[name]!r}, which this server cannot do; leave it out")
+                raise UserError(f"{name} is {body[name]!r}, which this server cannot do; leave it out")
         return {name: value for name, value in body.items() if name not in neutral}
 
     @property

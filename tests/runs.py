@@ -18,6 +18,7 @@ TINY = {
     "train.sample_every": 0,
     "train.checkpoint_every": 3,
     "train.compile": "false",
+    "train.precision": "fp32",  # the same on a processor with bf16 instructions
     "optim.warmup_steps": 2,
     "log.every": 1,
     "log.sample_tokens": 20,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ..common.errors import UserError
 from ..model.gpt import PRESETS, GPTConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -17,12 +18,12 @@ QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def at_least(name: str, value: float, least: float) -> None:
     if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+        raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class ModelConfig:
         if vocab_size is None:
             vocab_size = self.vocab_size or PRESETS[self.preset].vocab_size
         if self.vocab_size not in (None, vocab_size):
-            raise ValueError(
+            raise UserError(
                 f"model.vocab_size is {self.vocab_size}, but the data was made with a vocabulary of {vocab_size}; "
                 f"set --model.vocab_size {vocab_size}, or null to take the data's"
             )
@@ -152,17 +153,17 @@ class TrainConfig:
         if self.global_batch % self.micro_batch:
             divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
             near = min(divisors, key=lambda n: abs(n - self.micro_batch))
-            raise ValueError(
+            raise UserError(
                 f"train.micro_batch ({self.micro_batch}) must divide train.global_batch ({self.global_batch}); "
                 f"try --train.micro_batch {near}"
             )
         if self.grad_clip <= 0:
-            raise ValueError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
+            raise UserError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
 
     def sequence(self, shape: GPTConfig) -> int:
         """Tokens of a training sequence. Raises ValueError where it is longer than the model's context."""
         if self.context is not None and self.context > shape.context:
-            raise ValueError(
+            raise UserError(
                 f"train.context ({self.context}) is longer than the model's ({shape.context}); set --model.context {self.context}"
             )
         return self.context or shape.context
@@ -201,15 +202,15 @@ class OptimConfig:
         one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
         for name in ("lr", "embedding_lr"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0 (0.002 is usual)")
+                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be above 0 (0.002 is usual)")
         for name, values in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= value < 1 for value in values):
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         at_least("optim.weight_decay", self.weight_decay, 0)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         for name in ("decay_fraction", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1]")
+                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -264,9 +265,9 @@ class RunConfig:
     def __post_init__(self):
         one_of("resume", self.resume, ("auto", "force"))
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
+            raise UserError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
         if self.optim.warmup_steps >= self.train.max_steps:
-            raise ValueError(
+            raise UserError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
                 f"try {self.train.max_steps // 10}"
             )

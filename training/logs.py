@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 
-from ..data.files import atomic_file
+from ..common.errors import UserError
+from ..common.files import atomic_file
 from .config import RunConfig, flatten
 
 
@@ -35,7 +36,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise ValueError(f"log.wandb is {self.config.log.wandb}, but wandb is not installed: pip install wandb") from None
+                raise UserError(f"log.wandb is {self.config.log.wandb}, but wandb is not installed: pip install wandb") from None
             os.environ.setdefault("WANDB_SILENT", "true")
             known = out_dir / "wandb-run-id"  # a resumed run goes on in wandb too
             run_id = known.read_text(encoding="utf-8") if start_step and known.is_file() else None
@@ -43,7 +44,7 @@ class Log:
             try:
                 self._wandb = wandb.init(**options, id=run_id, resume="allow")
             except wandb.Error as error:
-                raise ValueError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
+                raise UserError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
             known.write_text(self._wandb.id, encoding="utf-8")
 
     def metrics(self, **values: float) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.errors import UserError
+from ..common.files import atomic_file
 from ..data.batches import Batches
-from ..data.files import atomic_file
-from .trial import Trial
+from .step import Trial
 
 SMOOTHING = 0.4  # standard deviation of the Gaussian that smooths the loss over the logarithm of the rate; a running mean would lag
 
@@ -56,12 +57,12 @@ def find(rates: list[float], losses: list[float]) -> Found:
     Raises ValueError where the loss never falls."""
     x, y = np.log(rates), np.array(losses)
     if len(y) < 10:
-        raise ValueError(f"the loss left all bounds after {len(y)} steps; start lower (--lowest {rates[0] / 100:.0e})")
+        raise UserError(f"the loss left all bounds after {len(y)} steps; start lower (--lowest {rates[0] / 100:.0e})")
     weights = np.exp(-0.5 * ((x[:, None] - x) / SMOOTHING) ** 2)  # (steps, steps)
     smoothed = weights @ y / weights.sum(1)
     low = int(np.argmin(smoothed))
     if low < 3 or smoothed[0] - smoothed[low] < 0.02 * smoothed[0]:
-        raise ValueError(f"the loss does not fall between the rates {rates[0]:.1e} and {rates[-1]:.1e}; try other --lowest and --highest")
+        raise UserError(f"the loss does not fall between the rates {rates[0]:.1e} and {rates[-1]:.1e}; try other --lowest and --highest")
     slope = np.gradient(smoothed, x)
     steep = int(np.argmin(slope[: low + 1]))
     steepest, lowest = float(rates[steep]), float(rates[low])
@@ -74,7 +75,7 @@ def draw(found: Found, path: Path, *, configured: float) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("the curve needs matplotlib: pip install 'tritale[plots]'") from None
+        raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'") from None
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(found.rates, found.losses, color="0.8", linewidth=1, label="each step")

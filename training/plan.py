@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..common.errors import UserError
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
 from ..kernels.flash_attention import head_tiles
@@ -198,8 +199,8 @@ def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int 
 
 def _built_in(config: RunConfig) -> DataFacts:
     # The built-in stories before they are written: their number is known, their length from the first of them.
-    from ..data.stories import TRAIN_START, story
     from ..data.tokenizer import Tokenizer
+    from ..stories.generator import TRAIN_START, story
 
     n = min(SAMPLES, config.data.stories)
     texts = [story(config.seed, TRAIN_START + i).text for i in range(n)]
@@ -218,7 +219,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     t, shape = config.train, config.model.build(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
-        raise ValueError(
+        raise UserError(
             f"train.micro_batch ({t.micro_batch}) × processes ({device.count}) must divide train.global_batch ({t.global_batch}); "
             f"try --train.global_batch {max(1, t.global_batch // (t.micro_batch * device.count)) * t.micro_batch * device.count}"
         )

@@ -14,6 +14,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..common.errors import UserError
+
 # Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets; others are measured.
 PEAK_TFLOPS = {
     "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250,
@@ -86,7 +88,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "auto":
         return "bf16" if has_bf16(device) else ("fp16" if device.type == "cuda" else "fp32")
     if name == "fp16" and device.type != "cuda":
-        raise ValueError("train.precision fp16 needs a GPU; choose auto, bf16 or fp32")
+        raise UserError("train.precision fp16 needs a GPU; choose auto, bf16 or fp32")
     return name
 
 

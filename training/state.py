@@ -3,7 +3,6 @@
 Only safetensors and JSON. The data needs no state: its order is a function of the step.
 """
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..common.errors import UserError
+from ..common.files import atomic_folder, remove_folder, write_json
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import atomic_folder, load_tensors, load_weights, read_json, save_model, write_json
+from ..model.checkpoint import load_tensors, load_weights, read_json, save_model
 from ..model.gpt import GPT
+from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
-
-STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-def step_folders(out_dir: Path) -> dict[int, Path]:
-    """{step: folder} of the checkpoints in out_dir, in order; folders still being written have other names."""
-    found = {}
-    for path in out_dir.glob("step-*"):
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
 
 
 def newest_whole(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -64,7 +54,7 @@ def save(
     """Write out_dir/step-…: the model, its tokenizer, the optimizers' state, random state, config and `progress` (JSON).
 
     Raises OSError that names the folder where the disk is full; what was there before stays whole."""
-    folder = out_dir / f"step-{step:08d}"
+    folder = step_folder(out_dir, step)
     names = {p: name for name, p in model.named_parameters()}
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -95,14 +85,14 @@ def check_config(folder: Path, config: RunConfig) -> None:
     changed = differences(trainer["config"], config)
     needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "optim.matrices"))]
     if needed and config.resume == "force":
-        raise ValueError(f"{folder.parent} cannot go on with {'; '.join(needed)}: choose another --out_dir, or take the old values")
+        raise UserError(f"{folder.parent} cannot go on with {'; '.join(needed)}: choose another --out_dir, or take the old values")
     if trainer["step"] > config.train.max_steps:
-        raise ValueError(
+        raise UserError(
             f"{folder} is beyond train.max_steps ({config.train.max_steps}); set that to at least {trainer['step']}, "
             "or choose another --out_dir"
         )
     if changed and config.resume != "force":
-        raise ValueError(
+        raise UserError(
             f"{folder.parent} holds a run with another config: {'; '.join(changed)}. Choose another --out_dir, take the old values, "
             "or go on with the new ones with --resume force"
         )
@@ -134,6 +124,4 @@ def remove_old(out_dir: Path, *, keep_last: int, best_step: int | None) -> None:
     folders = step_folders(out_dir)
     for step in list(folders)[:-keep_last] if keep_last else []:
         if step != best_step:
-            gone = folders[step].with_name(f".{folders[step].name}.old")  # half a checkpoint must not look like a whole one
-            folders[step].rename(gone)
-            shutil.rmtree(gone)
+            remove_folder(folders[step])

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tritale.cli.main import main
-from tritale.model import LLM
+from tritale.inference import LLM
 
 
 def run(folder, *arguments) -> subprocess.CompletedProcess:

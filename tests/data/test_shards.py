@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tritale.data.shards import Split, SplitWriter, write_split
+from tritale.data.shards import Split, SplitWriter, evenly, write_split
 
 
 class CharTokenizer:
@@ -211,3 +211,8 @@ def test_a_writer_goes_on_from_its_last_commit_to_the_same_bytes(tmp_path):
     for path in whole.folder.iterdir():
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
     assert len(list((tmp_path / "a").iterdir())) == len(list(whole.folder.iterdir()))
+
+
+def test_evenly_takes_first_last_and_no_more_than_asked():
+    assert list(evenly(5, 9)) == [0, 1, 2, 3, 4]
+    assert list(evenly(101, 3)) == [0, 50, 100]

@@ -31,9 +31,7 @@ def plain_attention(q, k, v, *, is_causal=True, window=None, softcap=None, scale
     s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    mask = reference.attention_mask(
-        q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device
-    )
+    mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     if mask is not None:
         s = s.masked_fill(~mask, torch.finfo(s.dtype).min)
     p = s.softmax(-1)
@@ -107,9 +105,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(device, dtype, n_query, n_key
     n_key = n_query if n_key is None else n_key
     q, k, v = heads(device, n_query, n_key, *heads_, head_dim, dtype, n_batch, scale)
     with blocks(32, 16):
-        check_numbers(
-            triton_attention, plain_attention, [q, k, v], gradient_terms=gradient_terms(q, k, v, options.get("scale")), **options
-        )
+        check_numbers(triton_attention, plain_attention, [q, k, v], gradient_terms=gradient_terms(q, k, v, options.get("scale")), **options)
 
 
 @pytest.mark.usefixtures("seed")
@@ -157,9 +153,7 @@ def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, b
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_in_float64(device, name, packed):
     """By finite differences, along a random direction; every entry of the Jacobian for tensors of one block."""
-    attend = lambda lengths: lambda *t: triton_attention(
-        *t, **OPTIONS[name], **({"cu_seqlens": bounds(lengths, device)} if packed else {})
-    )
+    attend = lambda lengths: lambda *t: triton_attention(*t, **OPTIONS[name], **({"cu_seqlens": bounds(lengths, device)} if packed else {}))
     if name in ("causal", "all"):
         assert torch.autograd.gradcheck(attend([1, 0, 1]), heads(device, 2, 2, 2, 1, 2))
     with blocks(16, 16):

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from tritale.common.files import atomic_folder
 from tritale.model import GPT, GPTConfig, load_model
-from tritale.model.checkpoint import atomic_folder, save_model
+from tritale.model.checkpoint import save_model
 
 SHAPES = {
     "mistral": {},
@@ -80,10 +81,10 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         load_model(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_model(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json holds a list, no object; the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json holds a list, not an object; the checkpoint is damaged"):
         load_model(folder)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from tritale.data.stories import story
 from tritale.data.tokenizer import Tokenizer
+from tritale.inference.scheduler import Engine
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
 from tritale.serve.app import make_app
-from tritale.serve.engine import Engine
+from tritale.stories.generator import story
 
 ENDLESS = "从前有一只小兔"  # then 从前 again, until it is stopped
 SCRIPT, IMAGE = "<script>hacked()\n", "<img src onerror=hacked()>"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_checkpoint
-from tritale.model import LLM, Decoder, Writer
+from tritale.inference import LLM, Decoder, Writer
 
 CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈妈说：“你看！”🐰龘x1 "
 

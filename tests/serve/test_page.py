@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.servers import ENDLESS, IMAGE, SCRIPT, reciting, running, train_tokenizer, wait_until, write_checkpoint
-from tritale.model import Decoder
+from tritale.inference import Decoder
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium and chromedriver here: apt install chromium chromium-driver")

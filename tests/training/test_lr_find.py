@@ -12,7 +12,7 @@ from tritale.data.built_in import open_data
 from tritale.training.config import parse
 from tritale.training.lr_find import draw, find, sweep
 from tritale.training.plan import DataFacts, plan
-from tritale.training.trial import Trial
+from tritale.training.step import Trial
 
 from .test_plan import CPU
 

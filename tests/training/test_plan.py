@@ -14,11 +14,11 @@ from tritale.data.built_in import open_data
 from tritale.data.shards import Split
 from tritale.kernels import dispatch
 from tritale.model import GPT
+from tritale.model.run_folder import step_folders
 from tritale.training import plan as planning
-from tritale.training import state
 from tritale.training.config import RunConfig, parse
 from tritale.training.plan import DataFacts, DeviceFacts, known_data, plan
-from tritale.training.trial import Trial, measure, random_batch
+from tritale.training.step import Trial, measure, random_batch
 
 CPU = DeviceFacts(
     name="CPU, 1 threads",
@@ -243,7 +243,7 @@ def test_the_plan_of_a_run_is_the_run(tiny_run):
         batches.tokens_per_step,
         batches.micro_batches_per_step,
     )
-    folders = state.step_folders(tiny_run)
+    folders = step_folders(tiny_run)
     assert p.checkpoints == len(folders)
     for folder in folders.values():
         written = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))

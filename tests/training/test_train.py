@@ -16,7 +16,7 @@ import torch
 from runs import REPOSITORY, command, losses, metrics, train
 from safetensors.torch import load_file
 
-from tritale.model import LLM
+from tritale.inference import LLM
 from tritale.training.config import RunConfig, parse
 
 

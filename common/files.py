@@ -1,0 +1,113 @@
+"""Writing files and folders that are complete or absent: written under a temporary name, synced, renamed."""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+_TEMPORARY_FOLDER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:tmp|old)")
+
+
+def temporary_of(path: Path) -> Path:
+    """The name under which `atomic_file` writes `path`. The next writer overwrites what a killed process left there."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield `temporary_of(path)`; at the end, sync it and rename it to `path`. After an error `path` is as it was before.
+
+    Only one process may write `path` at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_of(path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_entries(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; at the end, sync it and rename it to `folder`, in place of an earlier one.
+
+    After an error (a full disk, for example) the temporary folder is removed and `folder` is as it was before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_folder(folder, "tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        sync_folder(temporary)
+        if folder.exists():
+            old = temporary.with_suffix(".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+        sync_entries(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under a temporary name, so that a killed process leaves no incomplete folder under its own name."""
+    old = _temporary_folder(folder, "old")
+    folder.rename(old)
+    shutil.rmtree(old)
+
+
+def final_name(path: Path) -> str | None:
+    """The name that `path` gets or had if it is a temporary folder of `atomic_folder` or `remove_folder`, else None."""
+    match = _TEMPORARY_FOLDER.fullmatch(path.name)
+    return match[1] if match else None
+
+
+def _temporary_folder(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{suffix}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Ask the operating system to write every file below the folder, and the folder's own entries, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_entries(folder: Path) -> None:
+    """Make renames and new names inside `folder` durable. Does nothing on Windows, which has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented UTF-8 JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path, *, remedy: str) -> dict:
+    """Read a JSON object. Raises UserError, ending in `remedy`, if the file is not JSON or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; {remedy}")
+    return value

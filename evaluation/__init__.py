@@ -1,0 +1,1 @@
+"""Measuring trained models: validation loss, text measures, a sweep over checkpoints, averages of checkpoints."""

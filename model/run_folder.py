@@ -1,0 +1,76 @@
+"""The folder of a run: out_dir/step-00001000/ holds the checkpoint after 1,000 steps.
+
+A checkpoint is written under a temporary name (`common.files.atomic_folder`), so a folder with a step's name is complete.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..common.errors import UserError
+from ..common.files import final_name
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return out_dir / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the folder's name, or None if it is not named after one."""
+    match = STEP_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def step_folders(out_dir: Path) -> dict[int, Path]:
+    """{step: folder} of the checkpoints in `out_dir`, in ascending order."""
+    found = {step: path for path in out_dir.glob("step-*") if (step := step_of(path)) is not None and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def being_written(out_dir: Path) -> list[str]:
+    """Names of the checkpoints that are being written now, or that a killed process left unfinished, in ascending order."""
+    names = {name for path in out_dir.iterdir() if (name := final_name(path)) and STEP_FOLDER.fullmatch(name) and path.suffix == ".tmp"}
+    return sorted(names)
+
+
+def check_is_final(folder: Path) -> None:
+    """Raises UserError if the folder is the temporary one of a checkpoint that is being written."""
+    if name := final_name(folder):
+        raise UserError(
+            f"{folder} is the temporary folder of {name}, which is being written or was left by a killed run; "
+            f"wait for {folder.parent / name}, or give an earlier step"
+        )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds the files of a checkpoint, under its final name."""
+    return final_name(folder) is None and all((folder / name).is_file() for name in CHECKPOINT_FILES)
+
+
+def find_checkpoints(folder: Path) -> dict[str, Path]:
+    """{name: folder} of the checkpoints in a run folder, newest step first; the checkpoint alone if `folder` is one.
+
+    Raises FileNotFoundError or UserError if there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give a run such as out/quickstart, or one of its step-… folders")
+    folder = folder.resolve()
+    check_is_final(folder)
+    if is_checkpoint(folder):
+        return {folder.name: folder}
+    found = sorted(filter(is_checkpoint, folder.iterdir()), key=lambda p: (step_of(p) or -1, p.name), reverse=True)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} is neither a checkpoint ({', '.join(CHECKPOINT_FILES)}) nor a run with checkpoints in it "
+            f"(found: {listing(folder)}); give a run such as out/quickstart after its first step-… folder is written"
+        )
+    return {p.name: p for p in found}
+
+
+def listing(folder: Path, limit: int = 10) -> str:
+    """The first names in a folder, for a message."""
+    names: Iterable[str] = sorted(p.name for p in folder.iterdir())[:limit]
+    return ", ".join(names) or "nothing"

@@ -1,0 +1,1 @@
+"""A generator of short Chinese children's stories, and the facts about each story."""

@@ -1,0 +1,139 @@
+"""The measures of a story, against plain definitions on random texts, and on stories whose fault is known."""
+
+import random
+
+import pytest
+
+from tritale.evaluation.measures import CorpusIndex, cast, distinct, ends_properly, longest_loop, repeated_share
+from tritale.stories.generator import story
+
+
+def random_text(rng: random.Random, n: int, letters: str = "小明ab。") -> str:
+    return "".join(rng.choice(letters) for _ in range(n))
+
+
+def loop_length_by_definition(text: str) -> int:
+    """Longest text[i:j] with a period of at most half its length, tried for every i, j."""
+    best = 0
+    for i in range(len(text)):
+        for j in range(i + 2, len(text) + 1):
+            part = text[i:j]
+            if any(part[:-p] == part[p:] for p in range(1, len(part) // 2 + 1)):
+                best = max(best, len(part))
+    return best
+
+
+def test_longest_loop_is_the_longest_of_all_stretches(seed):
+    rng = random.Random(seed)
+    for _ in range(40):
+        text = random_text(rng, rng.randrange(0, 24), "ab甲")
+        found = longest_loop(text)
+        assert (found.length if found else 0) == loop_length_by_definition(text), text
+        if found:
+            stretch = text[found.start : found.end]
+            assert (found.piece * len(stretch))[: len(stretch)] == stretch and len(stretch) >= 2 * len(found.piece)
+
+
+def test_a_planted_loop_is_found_with_its_piece_and_place(seed):
+    rng = random.Random(seed)
+    before, piece = "从前有个人。", f"男人问：“你们想要什么{rng.randrange(10)}？”"
+    found = longest_loop(before + piece * 4 + "好")
+    assert (found.piece, found.start, found.length) == (piece, len(before), 4 * len(piece))
+    assert longest_loop("") is None and longest_loop("小兔跑") is None
+
+
+def test_repetition_is_none_in_new_text_and_nearly_all_in_a_loop():
+    assert repeated_share("甲乙丙丁戊己庚辛") == 0
+    assert repeated_share("你好吗？" * 50) == pytest.approx(1 - 4 / 197)
+    assert repeated_share("abcdabcd") == pytest.approx(1 / 5)
+    assert repeated_share("abc") == 0 and repeated_share("ab\ncd ab\ncd") == pytest.approx(1 / 5)  # white space does not hide it
+
+
+def test_distinct_counts_over_all_texts_together():
+    assert distinct(["aab", "ab"], 1) == pytest.approx(2 / 5)
+    assert distinct(["aab", "ab"], 2) == pytest.approx(2 / 3)
+    assert distinct(["a"], 2) == 0 and distinct([], 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("他笑了。", True),
+        ("“好！”", True),
+        ("结束。\n", True),
+        ("他说（是吗？）", True),
+        ("他笑了，", False),
+        ("他", False),
+        ("", False),
+        ("”", False),
+    ],
+)
+def test_proper_endings(text, whole):
+    assert ends_properly(text) is whole
+
+
+def test_every_built_in_story_is_consistent_and_ends_properly(seed):
+    for i in range(300):
+        s = story(seed, i)
+        found = cast(s.text)
+        assert found.is_consistent, (found, s.text)
+        assert set(found.heroes + found.adults) <= set(s.characters)
+        assert ends_properly(s.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_consistent"),
+    [
+        ("", False),
+        ("的的的。", False),
+        ("喜欢挖土。", False),  # about nobody
+        ("从前，豆豆爱画画。", True),
+        ("从前，豆豆爱画画。豆豆去公园。冬冬哭了。", False),  # the second hero comes from nowhere
+        ("从前，豆豆爱画画。豆豆去公园，看见冬冬坐在石头上。", True),
+        ("从前，豆豆爱画画。豆豆迷路了！\n就在这时，冬冬抱着皮球路过。", True),
+        ("豆豆有一个最要好的朋友，名字叫冬冬。", True),
+        ("小狐狸和小狗是好朋友。小狗笑了。小狐狸也笑了。", True),
+    ],
+)
+def test_a_story_has_a_hero_and_introduces_the_second(text, is_consistent):
+    assert cast(text).is_consistent is is_consistent
+
+
+def test_a_second_hero_without_introduction_is_noticed_in_any_built_in_story(seed):
+    for i in range(100):
+        text = story(seed, i).text
+        first, *more = cast(text).heroes
+        if not more:
+            other = "冬冬" if first != "冬冬" else "豆豆"
+            assert cast(f"{text}{other}笑了。").strangers == (other,)
+
+
+def test_a_person_or_a_thing_from_nowhere_is_noticed(seed):
+    rng, noticed = random.Random(seed), 0
+    for i in range(100):
+        s = story(seed, i)
+        adults = [name for name in ("爷爷", "孙大叔", "山羊婆婆") if name not in s.characters]
+        assert not cast(s.text + f"突然，汤姆、妞妞和{'小狐狸'}来了。").is_consistent
+        changed = s.text + "".join(f"{name}来了。" for name in adults)
+        assert not cast(changed).is_consistent
+        noticed += not cast(s.text + f"他拿出{rng.choice(['口琴', '望远镜'])}和贝壳。").is_consistent
+    assert noticed == 100
+
+
+def test_longest_overlap_is_that_of_plain_search(seed):
+    rng = random.Random(seed)
+    for _ in range(15):
+        documents = [random_text(rng, rng.randrange(0, 60)) for _ in range(rng.randrange(1, 6))]
+        index = CorpusIndex(documents)
+        text = random_text(rng, 25)
+        start, end = index.longest_overlap(text)
+        pieces = [text[i:j] for i in range(len(text)) for j in range(i + 1, len(text) + 1) if any(text[i:j] in d for d in documents)]
+        assert end - start == max(map(len, pieces), default=0)
+        assert end == start or any(text[start:end] in d for d in documents)
+
+
+def test_a_copied_story_is_found_whole_and_never_across_two_documents():
+    index = CorpusIndex(["小兔在公园里。", "天黑了。", "天黑了。"])
+    assert index.longest_overlap("从前，小兔在公园里。天黑了。") == (3, 10)
+    assert index.longest_overlap("") == (0, 0) and index.longest_overlap("xyz") == (0, 0)
+    assert CorpusIndex([]).longest_overlap("好") == (0, 0)

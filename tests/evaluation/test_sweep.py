@@ -1,0 +1,294 @@
+"""A sweep measures what each checkpoint's own weights do; its sentences say what its figures say; what cannot work is named."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from runs import metrics
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tritale.cli.main import main
+from tritale.data.shards import Split
+from tritale.evaluation.sweep import REPEATS, Run, Sweep, every_nth, findings, lasting, read_prompts
+from tritale.evaluation.validation import part, validate
+from tritale.inference import LLM, Sampling
+from tritale.model.checkpoint import read_json
+from tritale.model.run_folder import step_folders
+from tritale.training import state
+
+SHORT = ["--samples", "2", "--max-new-tokens", "12"]
+
+
+@pytest.fixture
+def run_dir(tiny_run, tmp_path):
+    """A copy of the tiny run, whose checkpoints are of steps 3 and 6."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+
+
+def test_each_checkpoint_is_measured_with_its_own_weights(run_dir, seed, capsys):
+    main(["sweep", str(run_dir), *SHORT, "--seed", str(seed)])
+    report = report_of(run_dir)
+    told = {line["step"]: line["val_bits_per_char"] for line in metrics(run_dir) if "val_bits_per_char" in line}
+    assert [row["step"] for row in report["checkpoints"]] == [3, 6]
+    for row in report["checkpoints"]:
+        assert row["val_bits_per_char"] == pytest.approx(told[row["step"]], rel=1e-4)  # the trainer's own figure
+        llm = LLM.load(run_dir / f"step-{row['step']:08d}", device="cpu")
+        prompts = [story["prompt"] for story in row["stories"]]
+        assert prompts == [prompt for prompt in report["prompts"] for _ in range(2)]
+        alone = [llm.generate(p, max_new_tokens=12, seed=seed + i) for i, p in enumerate(prompts)]  # sweep's defaults are generate's
+        assert [story["text"] for story in row["stories"]] == alone
+    first, last = report["checkpoints"]
+    assert [s["text"] for s in first["stories"]] != [s["text"] for s in last["stories"]]
+    printed = capsys.readouterr().out
+    assert "bits" in printed and all(finding in printed for finding in report["findings"])
+
+
+def test_a_second_sweep_says_the_same_and_replaces_the_first(run_dir):
+    main(["sweep", str(run_dir), *SHORT])
+    first, inode = (run_dir / "sweep.json").read_bytes(), (run_dir / "sweep.json").stat().st_ino
+    main(["sweep", str(run_dir), *SHORT])
+    assert (run_dir / "sweep.json").read_bytes() == first and (run_dir / "sweep.json").stat().st_ino != inode
+    assert not list(run_dir.glob(".sweep*"))
+
+
+def test_each_nth_checkpoint_and_the_last_are_taken(tmp_path):
+    checkpoints = {1000 * i: tmp_path / f"step-{1000 * i:08d}" for i in range(1, 210)}
+    assert list(every_nth(checkpoints, 20)) == [*range(20_000, 210_000, 20_000), 209_000]
+    assert list(every_nth(checkpoints, 1)) == list(checkpoints)
+    assert list(every_nth(checkpoints, 500)) == [209_000]
+    with pytest.raises(ValueError, match="at least 1"):
+        every_nth(checkpoints, 0)
+
+
+def test_part_of_a_split_is_judged_like_the_split(tiny_run, seed):
+    llm, split = LLM.load(tiny_run / "step-00000006", device="cpu"), Split.open(tiny_run / "data" / "validation")
+    sizes = {"context": 64, "micro_batch": 2, "document_mask": True}
+    assert part(split, llm.tokenizer, split.n_documents) is split
+    some = part(split, llm.tokenizer, 3)
+    texts = [llm.tokenizer.decode(split.document(i).tolist()) for i in (0, 3, 7)]  # first, last and one between of 8
+    assert some.n_documents == 3 and some.characters == sum(map(len, texts))
+    documents = [split.document(i).tolist() for i in (0, 3, 7)]
+    nats = 0.0
+    with torch.no_grad():
+        for ids in documents:
+            ids = torch.tensor([*ids, llm.tokenizer.eot_id])
+            for piece in range(0, len(ids) - 1, 64):
+                window = ids[piece : piece + 65]
+                nats += llm.model(window[None, :-1], window[None, 1:], reduction="sum").item()
+    loss, bits = validate(llm.model, some, **sizes)
+    assert loss == pytest.approx(nats / sum(map(len, documents)), rel=1e-4)
+    assert bits == pytest.approx(nats / 0.6931471805599453 / some.characters, rel=1e-4)
+
+
+def row(step: int, repeated: float, coherent: float, n: int = 16) -> dict:
+    return {
+        "step": step,
+        "repeated_4grams": repeated,
+        "coherent": coherent,
+        "val_bits_per_char": 1 / step,
+        "overlap": 20,
+        "stories": [{}] * n,
+    }
+
+
+ABOUT = {"validation": {"entropy_bits_per_char": None}, "checks_cast": True, "shortest_coherent": 112}
+REAL = {"repeated_4grams": 0.016, "overlap": 31.4}
+
+
+def test_the_sentence_names_the_step_from_which_repetition_stays_low():
+    rows = [row(20_000, 0.3, 0.1), row(40_000, 0.04, 0.3), row(60_000, 0.09, 0.6), row(80_000, 0.049, 0.4), row(100_000, 0.01, 0.8)]
+    said = "\n".join(findings(rows, REAL, ABOUT))
+    assert "Repetition falls below 5% of all 4-grams from step 80,000 on" in said  # 40,000 was an accident
+    assert "Coherent from step 100,000 on: at least 75%" in said
+    still = "\n".join(findings(rows[:3], REAL, ABOUT))
+    assert "Repetition is still 9.0%" in still and "Coherent from step 60,000 on: at least 50%" in still
+    always = "\n".join(findings(rows[-1:], REAL, ABOUT))
+    assert "at every checkpoint looked at" in always and "has at least 112 characters" in always
+    assert "Not coherent yet: 30%" in "\n".join(findings(rows[:2], REAL, ABOUT))
+    assert lasting(rows, lambda r: r["repeated_4grams"] < REPEATS) == 80_000 and lasting(rows[:1], lambda r: False) is None
+
+
+def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
+    sweep = Sweep(Run.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
+    real = sweep.run.data()[0]
+    text = sweep.llm.tokenizer.decode(real.document(5).tolist())
+    loop = sweep._story("", 0, "他们有了新朋友。" * 20, 100, is_whole=True)
+    assert loop["repeated_4grams"] > 0.9 and loop["loop"] == [0, 160, "他们有了新朋友。"] and not loop["is_coherent"]
+    told = sweep._story("", 0, text, 100, is_whole=True)
+    assert told["is_coherent"] and told["overlap"] == [0, len(text)]  # a story of the training text is found to be copied whole
+    assert not sweep._story("", 0, text, 100, is_whole=False)["ends_properly"]  # cut off by the context
+    assert sweep.reference["consistent"] == 1 and sweep.reference["repeated_4grams"] < 0.1
+
+
+def test_a_few_characters_or_people_of_the_prompt_alone_are_no_coherent_story(tiny_run):
+    sweep = Sweep(Run.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
+    assert 100 < sweep.about["shortest_coherent"] < 175  # the generator's stories have 220 to 350 characters
+    short = sweep._story("", 0, "从前，豆豆爱画画。", 9, is_whole=True)
+    assert short["is_consistent"] and short["ends_properly"] and not short["is_coherent"]
+    unnamed = sweep._story("小兔和小熊是好朋友，", 0, "天黑了。", 9, is_whole=True)
+    assert unnamed["cast"]["heroes"] and not unnamed["is_consistent"]
+    nobody = sweep._story("", 0, "喜欢挖土。", 9, is_whole=True)
+    assert not nobody["is_consistent"] and not nobody["is_coherent"]
+
+
+def spoil(checkpoint) -> None:
+    """Multiply all weights of a checkpoint by NaN."""
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: w * math.nan for name, w in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_checkpoint_that_is_not_finite_is_left_out_and_named(run_dir, capsys, step):
+    spoil(run_dir / f"step-{step:08d}")
+    main(["sweep", str(run_dir), *SHORT])
+    report = report_of(run_dir)
+    assert [r["step"] for r in report["checkpoints"]] == [9 - step]
+    assert list(report["left_out"]) == [f"step-{step:08d}"] and "validation is nan" in report["left_out"][f"step-{step:08d}"]
+    assert f"step-{step:08d} is left out" in capsys.readouterr().out
+    assert "validation is nan" in (run_dir / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_a_run_without_one_finite_checkpoint_is_said_and_leaves_no_file(run_dir):
+    for step in (3, 6):
+        spoil(run_dir / f"step-{step:08d}")
+    with pytest.raises(SystemExit, match=r"could be measured.*step-00000003: its validation is nan"):
+        main(["sweep", str(run_dir), *SHORT])
+    assert not list(run_dir.glob("sweep.*"))
+
+
+@pytest.mark.parametrize("command", [["sweep"], ["average", "--last", "2"]])
+def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
+    file = run_dir / "step-00000006" / "trainer" / "trainer.json"
+    trainer = json.loads(file.read_text(encoding="utf-8"))
+    whole = trainer.pop("config")
+    for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
+        file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"does not say how the run was trained .*data.source.*move step-00000006 away"):
+            main([command[0], str(run_dir), *command[1:]])
+
+
+def test_a_damaged_checkpoint_is_left_out_and_named(run_dir, capsys):
+    weights = run_dir / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (run_dir / ".step-00000009.0123abcd.tmp").mkdir()
+    main(["sweep", str(run_dir), *SHORT])
+    report = report_of(run_dir)
+    assert [r["step"] for r in report["checkpoints"]] == [6] and list(report["left_out"]) == ["step-00000003"]
+    printed = capsys.readouterr().out
+    assert "step-00000003 is left out" in printed and "step-00000009 is not finished" in printed
+
+
+@pytest.mark.parametrize("command", [["sweep"], ["average", "--last", "2"]])
+def test_what_is_not_a_run_is_said(tiny_run, tmp_path, command):
+    def message(folder) -> str:
+        with pytest.raises(SystemExit) as error:
+            main([command[0], str(folder), *command[1:]])
+        return str(error.value)
+
+    assert "is not a folder" in message(tmp_path / "nowhere")
+    assert "is a checkpoint, not a run" in message(tiny_run / "step-00000006")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no checkpoints" in message(empty)
+    (empty / ".step-00000003.0123abcd.tmp").mkdir()
+    assert "step-00000003 is being written at this moment" in message(empty)
+    assert "is being written or was left" in message(empty / ".step-00000003.0123abcd.tmp")
+
+
+def test_prompts_that_cannot_be_used_are_said(tiny_run, tmp_path):
+    def message(content: bytes | None) -> str:
+        file = tmp_path / "prompts.txt"
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(SystemExit) as error:
+            main(["sweep", str(tiny_run), "--prompts", str(file)])
+        return str(error.value)
+
+    assert "is not a file" in message(None)
+    assert "has no prompts" in message(b"") and "has no prompts" in message(b" \n\n")
+    assert "is not UTF-8" in message("小兔".encode("gb18030"))
+    assert "context" in message(("小兔" * 300).encode())
+    good = tmp_path / "good.txt"
+    good.write_text("﻿小兔\r\n\r\n汤姆和杰瑞是好朋友，\n小兔\n", encoding="utf-8")
+    assert read_prompts(good) == ["小兔", "汤姆和杰瑞是好朋友，"]
+
+
+def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
+    for options, said in (
+        (["--every", "0"], "at least 1"),
+        (["--samples", "0"], "at least 1"),
+        (["--top-p", "0"], "temperature=0"),
+        (["--data", str(run_dir / "none")], "give --data"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            main(["sweep", str(run_dir), *options])
+    (run_dir / "sweep.html").write_text("my own notes", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not the result of a sweep"):
+        main(["sweep", str(run_dir)])
+    assert (run_dir / "sweep.html").read_text(encoding="utf-8") == "my own notes" and not (run_dir / "sweep.json").exists()
+
+
+# ---- average ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_mean_of_the_weights_and_a_whole_checkpoint(run_dir, capsys):
+    main(["average", str(run_dir), "--last", "2"])
+    out = run_dir / "average-00000006-last2"
+    ours, first, last = (LLM.load(folder, device="cpu") for folder in (out, run_dir / "step-00000003", run_dir / "step-00000006"))
+    for name, p in ours.model.named_parameters():
+        a, b = first.model.get_parameter(name), last.model.get_parameter(name)
+        torch.testing.assert_close(p, (a.double() + b.double()).div(2).float(), atol=1e-7, rtol=1e-6)
+        assert not torch.equal(a, b)
+    theirs, ids = AutoModelForCausalLM.from_pretrained(out), torch.randint(4, 500, (1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids), atol=1e-4, rtol=1e-4)
+
+    about, split = read_json(out, "average.json"), Split.open(run_dir / "data" / "validation")
+    sizes = {"context": 64, "micro_batch": 2, "document_mask": True}
+    assert about["steps"] == [3, 6] and about["last"]["step"] == 6
+    assert about["val_bits_per_char"] == pytest.approx(validate(ours.model, split, **sizes)[1], rel=1e-5)
+    assert about["last"]["val_bits_per_char"] == pytest.approx(validate(last.model, split, **sizes)[1], rel=1e-5)
+    printed = capsys.readouterr().out
+    assert f"{about['val_bits_per_char']:.4f}" in printed and f"{about['last']['val_bits_per_char']:.4f}" in printed
+
+
+def test_an_average_is_no_checkpoint_to_go_on_from(run_dir):
+    before = step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)
+    main(["average", str(run_dir), "--last", "2"])
+    state.remove_leftovers(run_dir)
+    state.remove_old(run_dir, keep_last=2, best_step=None)
+    assert (step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)) == before
+    assert list(Run.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
+    with pytest.raises(SystemExit, match="exists and is not overwritten"):
+        main(["average", str(run_dir), "--last", "2"])
+
+
+@pytest.mark.parametrize(("last", "said"), [("5", "has 2 checkpoints"), ("1", "at least 2")])
+def test_an_average_of_too_few_is_refused(run_dir, last, said):
+    with pytest.raises(SystemExit, match=said):
+        main(["average", str(run_dir), "--last", last])
+    assert not list(run_dir.glob("*average*"))
+
+
+def test_weights_that_are_not_finite_are_not_averaged(run_dir):
+    spoil(run_dir / "step-00000003")
+    with pytest.raises(SystemExit, match="step-00000003 has weights that are not finite"):
+        main(["average", str(run_dir), "--last", "2"])
+    assert not list(run_dir.glob("*average*"))
+
+
+def test_checkpoints_of_another_shape_are_not_averaged(run_dir):
+    config = run_dir / "step-00000003" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"rope_theta": 10000.0', '"rope_theta": 500.0'), encoding="utf-8")
+    with pytest.raises(SystemExit, match="another shape"):
+        main(["average", str(run_dir), "--last", "2"])
+    assert not list(run_dir.glob("*average*"))
