@@ -65,7 +65,7 @@ def test_a_terminal_is_asked_for_prompts(tiny_run):
         (["--min-p", "2"], "min_p is 2"),
         (["--stop", ""], "none of them empty"),
         (["--samples", "0"], "--samples is 0"),
-        (["--device", "tpu"], "device 'tpu' is not here"),
+        (["--device", "tpu"], "device 'tpu' is not available"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments, message, tiny_run):

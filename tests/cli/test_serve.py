@@ -55,7 +55,7 @@ def test_serves_on_the_loopback_until_ctrl_c(run):
         (["RUN", "--slots", "0"], "--slots is 0"),
         (["RUN", "--queue", "3"], "--queue is 3"),
         (["RUN", "--max-tokens", "0"], "--max-tokens is 0"),
-        (["RUN", "--device", "tpu"], "device 'tpu' is not here"),
+        (["RUN", "--device", "tpu"], "device 'tpu' is not available"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments, message, run, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import uvicorn
 
 from tritale.data.tokenizer import Tokenizer
-from tritale.inference.scheduler import Engine
+from tritale.inference.engine import Engine
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
 from tritale.serve.app import make_app

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_checkpoint
-from tritale.inference import LLM, Decoder, Writer
+from tritale.inference import LLM, Decoder, Detokenizer
 
 CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈妈说：“你看！”🐰龘x1 "
 
@@ -171,7 +171,7 @@ def test_requests_beyond_the_slots_wait_and_those_beyond_the_queue_are_refused(r
             assert server.engine.status()["running"] == 2 and server.engine.status()["waiting"] == 3
             refused = client.post("/v1/completions", json={"prompt": ""})
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-            assert error(refused)["type"] == "rate_limit_error" and "3 texts wait already" in error(refused)["message"]
+            assert error(refused)["type"] == "rate_limit_error" and "3 sequences wait already" in error(refused)["message"]
             assert client.get("/health").json()["waiting"] == 3
             assert [f.result()["usage"]["completion_tokens"] for f in futures] == [200, 200, 5, 5, 5]
 
@@ -235,7 +235,7 @@ def test_a_text_that_fails_ends_its_request_and_not_the_server(place, client, mo
         raise KeyError(4096)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, place, fail)
+        patch.setattr(Detokenizer, place, fail)
         response = client.post("/v1/completions", json={"max_tokens": 5, "n": 2})
     assert response.status_code == 500 and "4096" in error(response)["message"]
     assert ask(client, prompt="", max_tokens=7, temperature=0)["choices"][0]["text"]
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokeniz
     [
         ({"prompt": "小兔子" * 1000}, 400, "prompt", "shorten it to 511"),
         ({"prompt": ["小兔", "小兔子" * 1000], "stream": True}, 400, "prompt", "shorten it to 511"),
-        ({"prompt": []}, 400, "prompt", "at least one text"),
+        ({"prompt": []}, 400, "prompt", "at least one prompt"),
         ({"prompt": [1, 2]}, 400, "prompt", "string"),
         ({"prompt": 3}, 400, "prompt", "string"),
         ({"prompt": "小" * 100_000}, 413, None, "262144 bytes"),
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokeniz
         ({"stop": ["x"] * 17}, 400, "stop", "at most 16"),
         ({"stop": "x" * 201}, 400, "stop", "200 characters"),
         ({"stop": ""}, 400, "stop", "none of them empty"),
-        ({"logprobs": 3}, 400, None, "logprobs is 3, which this server cannot do"),
+        ({"logprobs": 3}, 400, None, "logprobs is 3, which this server does not support"),
         ({"echo": True}, 400, None, "echo"),
         ({"temprature": 1}, 400, "temprature", "not permitted"),
         ({"model": "step-00000007"}, 404, "model", "step-00000007"),
