@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tritale.common.sampling import SamplingSettings
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
 from tritale.inference.sampling import candidates
@@ -162,6 +163,7 @@ def test_filters_keep_what_transformers_keeps(name, vocab_size, seed):
 def test_tokens_as_likely_as_the_kth_stay(seed):
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
     p, ids = candidates(logits, temperature=1.0, top_k=2, top_p=1.0, min_p=0.0)
+    assert ids is not None
     kept = [sorted(ids[i][p[i] > 0].tolist()) for i in range(2)]
     assert kept == [[1, 2, 3, 5], [0, 1]]
 
@@ -230,8 +232,7 @@ def test_native_logits_match_pytorch_and_do_not_depend_on_the_batch(dtype, folde
     together = forward(tokens.flatten(), *flat(5), cache(5), torch.arange(200)).clone()
     one = cache(3)
     for i in range(40):
-        at = [torch.tensor([x]) for x in (2, i)]
-        logits = forward(tokens[4, i : i + 1].clone(), *at, one, torch.tensor([0]))
+        logits = forward(tokens[4, i : i + 1].clone(), torch.tensor([2]), torch.tensor([i]), one, torch.tensor([0]))
         assert torch.equal(logits[0], together[160 + i]), i
     torch.testing.assert_close(together, llm.model.float()(tokens).detach().flatten(0, 1), atol=2e-4, rtol=1e-4)
 
@@ -280,7 +281,7 @@ def test_weights_copied_into_the_model_are_used(llm):
     assert before != after == "".join(pieces_of(llm.tokenizer, ids[len(llm.tokenizer.encode("小兔", bos=True)) :]))
 
 
-# --- Detokenizing ----------------------------------------------------------------------------------------------------------------------------
+# --- Detokenizing -------------------------------------------------------------------------------------------------------------------
 
 
 def pieces_of(tokenizer: Tokenizer, tokens: list[int], **settings) -> list[str]:
@@ -461,7 +462,8 @@ def test_a_decoder_refuses_what_it_cannot_hold(tmp_path, tokenizer):
         decoder.add(Sequence([0], Sampling()))
     with pytest.raises(ValueError, match="not among the 1"):
         decoder.remove(Sequence([0, 5, 6], Sampling(seed=1)))
-    decoder.step(), decoder.step()
+    for _ in range(2):
+        decoder.step()
     with pytest.raises(ValueError, match="fill their 4 tokens"):
         decoder.step()
     decoder.remove(sequence)
@@ -510,7 +512,7 @@ def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed)
     plain = native.load_library()
     assert not isinstance(plain, str), plain
     llm, prompts = LLM.load(folder, device="cpu"), random_prompts(7)
-    settings = {"temperature": 0, "max_new_tokens": 10}
+    settings: SamplingSettings = {"temperature": 0, "max_new_tokens": 10}
     expected = llm.generate(prompts, **settings)
     monkeypatch.setattr(native, "_library", lambda: plain)
     assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts] == expected
