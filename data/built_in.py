@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
@@ -11,6 +12,7 @@ from .shards import Split, write_split
 from .tokenizer import Tokenizer
 
 TOKENIZER_STORIES = 4000  # more change the entries little and take longer
+ESTIMATE_STORIES = 1000
 RECIPE = "recipe.json"
 
 
@@ -47,6 +49,25 @@ def write_built_in(
     (aside / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of the built-in data before it is written."""
+
+    vocab_size: int
+    tokens: int
+    characters: int
+    sample: int  # stories from which the numbers were computed
+
+
+def estimate(*, seed: int, stories: int, vocab_size: int) -> Estimate:
+    """Estimate the training split of `write_built_in` from its first stories."""
+    n = min(ESTIMATE_STORIES, stories)
+    sample = [story(seed, TRAIN_START + i).text for i in range(n)]
+    tokenizer = Tokenizer.train(sample, vocab_size)
+    tokens = sum(map(len, tokenizer.encode_batch(sample, bos=True)))
+    return Estimate(tokenizer.vocab_size, round(tokens * stories / n), round(sum(map(len, sample)) * stories / n), n)
 
 
 def texts(stories: Iterable[Story]) -> Iterator[str]:

@@ -9,12 +9,8 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-
-from ..stories.plots import PLOTS, TABLES
-from ..stories.words import CHARACTERS, THINGS
 
 ENDS = "。！？!?.…"
 CLOSING = "”’」』\"')）》"  # may stand behind the mark that ends a sentence
@@ -70,57 +66,6 @@ def longest_loop(text: str) -> Loop | None:
 def ends_properly(text: str) -> bool:
     """Whether the last sentence is whole: the text ends with a mark that ends one, closing quotes behind it allowed."""
     return text.rstrip().rstrip(CLOSING)[-1:] in tuple(ENDS)
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Who and what of the built-in stories' words occurs in a text."""
-
-    heroes: tuple[str, ...]  # children and animals
-    adults: tuple[str, ...]
-    things: tuple[str, ...]
-    strangers: tuple[str, ...]  # heroes after the first whom nothing introduces
-
-    @property
-    def is_consistent(self) -> bool:
-        """Every built-in story has one hero or two, the second introduced, and at most one grown-up and one thing. Otherwise it is about
-        nobody, or somebody or something came from nowhere or turned into another on the way."""
-        return 1 <= len(self.heroes) <= 2 and not self.strangers and len(self.adults) <= 1 and len(self.things) <= 1
-
-
-@cache
-def _cast_words() -> tuple[tuple[str, ...], ...]:
-    # Heroes, adults, things, longer words first. Things that a plot names by itself (“a plate of …”) may come up in any story.
-    plots = "".join(plot.text for plot in PLOTS) + str(TABLES)
-    longest_first = lambda words: tuple(sorted(words, key=len, reverse=True))
-    heroes = [c.name for c in CHARACTERS if c.kind in ("child", "animal")]
-    adults = [c.name for c in CHARACTERS if c.kind not in ("child", "animal")]
-    return longest_first(heroes), longest_first(adults), longest_first(t.name for t in THINGS if t.name not in plots)
-
-
-# What stands before a hero whom the story meets on the way (plots 相遇 and 迷路), or who is called somebody's friend.
-_MEETING = re.compile(r"(看见|发现|遇见|遇到|碰见|碰到|认识了?|(这时|正巧)，|朋友|伙伴|叫作?|就是)[：，]?$")
-
-
-def cast(text: str) -> Cast:
-    """The heroes, grown-ups and things of the built-in stories that `text` names. Of 小乌龟 and 小龟 both are not counted in one place.
-
-    A second hero is introduced by standing in one sentence with the first, where that one comes up, or behind words of a meeting."""
-    found, places = [], {}
-    for words in _cast_words():
-        left, names = text, []
-        for word in words:
-            if word in left:
-                names.append(word)
-                places[word] = left.find(word)
-                left = left.replace(word, "\n" * len(word))
-        found.append(tuple(names))
-    first, *others = sorted(found[0], key=places.get) or [""]
-    strangers = tuple(
-        name for name in others
-        if re.search(r"[。！？\n]", text[places[first] : places[name]]) and not _MEETING.search(text[: places[name]])
-    )  # fmt: skip
-    return Cast(*found, strangers)
 
 
 BREAK = "\ud800"  # between documents: no text that came from UTF-8 holds it

@@ -16,7 +16,8 @@ from ..inference.llm import LLM
 from ..inference.sampling import Sampling
 from ..model import run_folder
 from ..model.checkpoint import gpt_config, load_weights, read_json
-from .measures import CorpusIndex, cast, distinct, ends_properly, longest_loop, repeated_share
+from ..stories.facts import cast
+from .measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share
 from .validation import part, validate
 
 FORMAT, VERSION = "tritale-sweep", 1

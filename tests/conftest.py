@@ -51,7 +51,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed, printed so that a failure can be repeated, and given to torch."""
+    """A fresh seed, set in torch and printed so that a failure can be reproduced."""
     value = torch.seed() % 2**32
     print(f"seed {value}")
     torch.manual_seed(value)
