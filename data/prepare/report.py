@@ -1,7 +1,7 @@
 """What `prepare` tells at its end: on the terminal, and as one HTML file without scripts or links, its charts drawn in SVG."""
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jinja2
@@ -17,15 +17,16 @@ PRESETS = ("quickstart", "microstories-44m")  # whose parameters the table compa
 HEADS = ("vocabulary", "characters\nper token", "byte\nfallback", *(f"embedding in\n{name}" for name in PRESETS))
 
 
-def vocabulary_table(train: list[str], validation: list[str], pool, told: Callable[[int, int], None]) -> list[dict]:
+def vocabulary_table(
+    train: list[str], validation: list[str], presets: Mapping[str, tuple[int, int]], pool, told: Callable[[int, int], None]
+) -> list[dict]:
     """For each vocabulary size: the share of the parameters that the embedding has in each preset, and characters per token on
     `validation` of a tokenizer trained on `train`. Where this text does not give so many entries, `found` is smaller and these are None."""
     told(0, len(VOCABULARIES))
-    ((_, bodies),) = pool.map(_bodies, [(None, ())])
     pool.stop()  # the process that imported torch
     rows = []
     for size in VOCABULARIES:
-        shares = {name: size * width / (size * width + body) for name, (body, width) in bodies.items()}
+        shares = {name: size * width / (size * width + body) for name, (body, width) in presets.items()}
         row = {"vocab_size": size, "found": None, "characters_per_token": None, "byte_fallback_share": None, "embedding_share": shares}
         rows.append(row)
     for n, (row, (found, stats)) in enumerate(pool.map(_measure, ((row, (train, validation, row["vocab_size"])) for row in rows)), 1):
@@ -42,14 +43,6 @@ def vocabulary_table(train: list[str], validation: list[str], pool, told: Callab
 def _measure(train: list[str], validation: list[str], vocab_size: int) -> tuple[int, TokenizerStats]:
     tokenizer = Tokenizer.train(train, vocab_size)
     return tokenizer.vocab_size, tokenizer.stats(validation)
-
-
-def _bodies() -> dict[str, tuple[int, int]]:
-    # preset -> (matrix parameters without the embedding, width); in a worker, as it imports torch
-    from ...model.gpt import GPTConfig
-
-    configs = {name: GPTConfig.preset(name) for name in PRESETS}
-    return {name: (c.n_matrix - c.vocab_size * c.width, c.width) for name, c in configs.items()}
 
 
 def facts(report: dict) -> list[tuple[str, str]]:
@@ -109,7 +102,7 @@ def vocabulary_cells(report: dict) -> list[list[str]]:
     for row in report["vocabularies"]:
         is_measured = row["characters_per_token"] is not None
         measured = [f"{row['characters_per_token']:.3f}", f"{row['byte_fallback_share']:.2%}"] if is_measured else ["–", "–"]
-        rows.append([f"{row['vocab_size']:,}", *measured, *(f"{row['embedding_share'][name]:.0%}" for name in PRESETS)])
+        rows.append([f"{row['vocab_size']:,}", *measured, *(f"{row['embedding_share'].get(name, 0):.0%}" for name in PRESETS)])
     return rows
 
 
@@ -181,7 +174,9 @@ def _curve(rows: list[dict]) -> dict:
     at = lambda values: [{"x": i * step, "y": 200 - 200 * v} for i, v in enumerate(values)]
     lines = [{"name": "characters per token", "points": at([value / top for value in measured]), "class": "a"}] if measured else []
     for name, css in zip(PRESETS, "bc", strict=True):
-        lines.append({"name": f"embedding share, {name}", "points": at([row["embedding_share"][name] for row in rows]), "class": css})
+        lines.append(
+            {"name": f"embedding share, {name}", "points": at([row["embedding_share"].get(name, 0) for row in rows]), "class": css}
+        )
     lowest = -20.0  # the names stand under each other, at least a line apart
     for line in sorted(lines, key=lambda line: line["points"][-1]["y"]):
         line["label_x"] = line["points"][-1]["x"] + 8
