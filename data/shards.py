@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import UserError
-from ..common.files import read_json_object, sync_entries
+from ..common.files import read_json_object, sync_entries, sync_folder, write_json
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
@@ -213,9 +213,8 @@ class SplitWriter:
             "starts": {"file": STARTS, "sha256": self._starts.close()},
             "entropy_bits": entropy_bits,
         }
-        with _HashedFile(self._partial / INDEX) as file:
-            file.write((json.dumps(index, indent=2) + "\n").encode())
-        sync_entries(self._partial)
+        write_json(self._partial / INDEX, index)
+        sync_folder(self._partial)
         if self.folder.exists():
             (self.folder / INDEX).unlink(missing_ok=True)  # first, so that an incomplete old split is not taken for a split
             shutil.rmtree(self.folder)
@@ -273,12 +272,6 @@ class _HashedFile:
             finally:
                 self._file.close()
         return self._sha256.hexdigest()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 def _read_index(path: Path) -> dict:
