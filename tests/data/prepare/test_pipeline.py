@@ -572,7 +572,7 @@ def test_the_tables_are_complete_at_80_columns_and_show_control_characters_escap
     for text in (printed, page):
         assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
     assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
-    assert "max-width: 100%" in page  # the charts
+    assert "width: 100%; height: auto" in page  # the charts
 
 
 @pytest.mark.parametrize(
