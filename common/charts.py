@@ -5,6 +5,7 @@ A chart has a fixed coordinate system, which the page scales. `page.html` define
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -97,18 +98,15 @@ def _y(value: float, y_ticks: Sequence[float]) -> float:
 
 
 def _axes(x_labels: Sequence[tuple[float, str]], y_ticks: Sequence[float], x_name: str, right: float) -> list[Markup]:
-    # Horizontal grid lines with their labels, the labels of the x axis that fit beside each other, and its name.
-    parts, taken = [], -math.inf
-    for tick in y_ticks:
-        y = _y(tick, y_ticks)
+    # Horizontal grid lines with labels, the name of the x axis, and its labels: all, or each second, third, …, so that none overlap.
+    parts = [_element("text", x_name, x=right, y=HEIGHT - 4, text_anchor="end")]
+    for tick, y in ((tick, _y(tick, y_ticks)) for tick in y_ticks):
         parts.append(_element("line", class_="grid", x1=LEFT, x2=right, y1=y, y2=y))
         parts.append(_element("text", number(tick), x=LEFT - 6, y=y + 3.5, text_anchor="end"))
-    for x, label in x_labels:
-        half = CHARACTER_WIDTH * len(label) / 2
-        if x - half > taken:
-            parts.append(_element("text", label, x=round(x, 1), y=HEIGHT - BOTTOM + 15, text_anchor="middle"))
-            taken = x + half + 4
-    return [*parts, _element("text", x_name, x=right, y=HEIGHT - 4, text_anchor="end")]
+    distance = lambda a, b: b[0] - a[0] - CHARACTER_WIDTH * (len(a[1]) + len(b[1])) / 2
+    spaced = (x_labels[::n] for n in range(1, len(x_labels) + 1))
+    shown = next(labels for labels in spaced if all(distance(a, b) >= 4 for a, b in pairwise(labels)))
+    return parts + [_element("text", label, x=round(x, 1), y=HEIGHT - BOTTOM + 15, text_anchor="middle") for x, label in shown]
 
 
 def _figure(title: str, unit: str, x_name: str, parts: Sequence[Markup], key: Sequence[Markup] = (), **attributes: str) -> Markup:

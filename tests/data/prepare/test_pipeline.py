@@ -509,7 +509,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page
     assert not re.search(r"(src|href)=|http", page)
-    assert page.count("<svg") == 3 and "a.jsonl:61" in page
+    assert page.count("<svg") == 4 and "a.jsonl:61" in page
     kinds = {kind: [entry["excerpt"] for entry in entries] for kind, entries in report["strangest"].items()}
     assert sum(map(len, kinds.values())) == 10
     by_length = sorted(texts, key=len)
@@ -565,14 +565,14 @@ def test_the_tables_are_complete_at_80_columns_and_show_control_characters_escap
     report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "microstories-44m" in printed and max(map(len, printed.splitlines())) <= 80
-    strangest = printed.partition("The strangest documents")[2].splitlines()
+    strangest = printed.partition("Unusual documents")[2].splitlines()
     cells = [line.split("│")[1:-1] for line in strangest if line.count("│") == 6]
     places = [Path(entry["place"]).name for entries in report["strangest"].values() for entry in entries]
     assert "".join(cell[1].strip() for cell in cells) == "".join(places) and f"{name}:52" in places
     for text in (printed, page):
         assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
     assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
-    assert "max-width: 100%" in page  # the charts
+    assert "width: 100%; height: auto" in page  # the charts
 
 
 @pytest.mark.parametrize(
