@@ -37,7 +37,7 @@ def test_a_planted_loop_is_found_with_its_piece_and_place(seed):
     rng = random.Random(seed)
     before, piece = "从前有个人。", f"男人问：“你们想要什么{rng.randrange(10)}？”"
     found = longest_loop(before + piece * 4 + "好")
-    assert (found.piece, found.start, found.length) == (piece, len(before), 4 * len(piece))
+    assert found and (found.piece, found.start, found.length) == (piece, len(before), 4 * len(piece))
     assert longest_loop("") is None and longest_loop("小兔跑") is None
 
 
