@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import ops
-from bench.measure import DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
+from bench.measure import PROCESS_DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
 from bench.report import COLORS, slower_than_peers, tables
 from bench.test_scaling import TRAINERS as SCALED
 from bench.test_training_step import TRAINERS
@@ -65,7 +65,7 @@ def fails(n: int) -> int:
 
 def test_a_contender_that_raises_or_dies_leaves_the_others_their_results():
     found = each_in_a_fresh_process(fails, [(1,), (2,), (3,)], 2, lambda: None)
-    assert found == {(1,): 1, (2,): {"failed": "ValueError: two"}, (3,): {"failed": DIED}}
+    assert found == {(1,): 1, (2,): {"failed": "ValueError: two"}, (3,): {"failed": PROCESS_DIED}}
 
 
 def test_every_contender_has_a_colour():
@@ -148,7 +148,7 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, 
     for name, function in case.functions.items():
         if name in (ops.COMPILED, ops.CUT):  # seconds of C++ compiler
             continue
-        outputs, found, _ = one_round(Stopwatch(), function, case.inputs, grads)
+        outputs, found, _ = one_round(Stopwatch(), (function, case.inputs, grads))
         assert ops.error([*outputs, *found], want) < ops.TOLERANCE["fp32"], name
         bad = [outputs[0] * 1.001, *outputs[1:], *found]
         assert ops.error(bad, want) > ops.TOLERANCE["fp32"]
@@ -166,7 +166,7 @@ def test_a_fused_loss_without_the_softmax_in_its_gradient_is_seen(dtype, seed):
         return -(x.float() * weight.float()[targets]).sum(-1).mean()
 
     loss = want[0].float()
-    _, found, _ = one_round(Stopwatch(), without_softmax, case.inputs, grads)
+    _, found, _ = one_round(Stopwatch(), (without_softmax, case.inputs, grads))
     assert ops.error([loss, *want[1:]], want) < ops.TOLERANCE[dtype]
     assert ops.error([loss, found[0], want[2]], want) > 3 * ops.TOLERANCE[dtype]
     assert ops.error([loss, want[1], found[1]], want) > 3 * ops.TOLERANCE[dtype]
