@@ -95,7 +95,7 @@ def test_what_is_wrong_or_cannot_run_is_listed_without_figures():
 def test_a_faster_or_smaller_peer_is_said_plainly():
     rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**20) + op_rows("SDPA", 0.5, 2**19)
     assert said(rows) == ["- swiglu, 44m, fp32: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
-    assert slower_than_peers(rows)[0].startswith("2 times another was compared with ours, 0 times it was not")
+    assert slower_than_peers(rows)[0].startswith("Ours was compared 2 times with another; 0 cases were not compared")
     rows = [step_row("reference, eager", 2.0), step_row("ours", 1.0), step_row("litgpt", 0.8)]
     assert said(rows) == ["- training step, small, fp32: litgpt is 1.25 × as fast."]
     rows = [scaling_row("ours", 4), scaling_row("transformers Mistral", 4) | {"bytes": 2**19}]
@@ -132,7 +132,7 @@ def test_report_writes_page_and_charts(tmp_path):
 
 
 def test_report_says_what_file_it_wants(tmp_path):
-    for name, content, complaint in (("none.json", None, "does not exist"), ("bad.json", '{"a": 1}', "no results file")):
+    for name, content, complaint in (("none.json", None, "does not exist"), ("bad.json", '{"a": 1}', "not a results file")):
         if content:
             (tmp_path / name).write_text(content, encoding="utf-8")
         run = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
