@@ -96,4 +96,5 @@ def test_checkout_without_links_is_importable(tmp_path):
 def test_every_package_has_a_link():
     assert {path.name for path in (REPOSITORY / "tritale").iterdir()} - {"__init__.py", "__pycache__"} == {*ORDER, "configs"}
     for name in (*ORDER, "configs"):
-        assert (REPOSITORY / "tritale" / name).resolve() == REPOSITORY / name
+        link = REPOSITORY / "tritale" / name
+        assert link.is_file() or link.resolve() == REPOSITORY / name  # a file in a checkout without links
