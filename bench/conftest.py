@@ -78,6 +78,12 @@ def benchmarking(request) -> bool:
     return request.config.getoption("--benchmark")
 
 
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """{case: what was measured for all its contenders}, filled by the first test of each case."""
+    return {}
+
+
 def parameters(session: pytest.Session, function: str) -> list[dict]:
     """The parameters of all tests of this function that the session runs."""
     found = [item for item in session.items if isinstance(item, pytest.Function) and item.originalname == function]

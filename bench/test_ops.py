@@ -58,12 +58,6 @@ def peaks(request, progress) -> dict[tuple, dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict:
-    """{(op, model, dtype): result of `measure`}, filled by the first test of each."""
-    return {}
-
-
 def measure(op: str, model: str, dtype: str, contenders: list[str], progress) -> dict:
     """Compare the contenders with float64, then time them in turns. Returns {"case", "bytes" that must move, "errors" and "times" by
     contender, "failed": {contender: why}}."""

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from bench import trainers
@@ -41,12 +40,6 @@ def pytest_generate_tests(metafunc):
     keys = [(size, axis, point, name) for axis, points in POINTS[size].items() for point in points for name in names]
     ids = [f"{axis}-{point[0]}-{name}" for _, axis, point, name in keys]
     metafunc.parametrize(("size", "axis", "point", "contender"), keys, ids=ids)
-
-
-@pytest.fixture(scope="module")
-def measured() -> dict[tuple, dict[str, dict]]:
-    """{(axis, value): result of `trainers.measure`}, filled by the first test of each point."""
-    return {}
 
 
 def test_scaling(size, axis, point, contender, request, benchmarking, progress, measured, report):

@@ -3,7 +3,6 @@
 The shape is microstories-44m, with its own vocabulary of 65,024 and with one of 6,000.
 """
 
-import pytest
 import torch
 
 from bench import trainers
@@ -57,12 +56,6 @@ def measure(model: str, names: list[str], progress, rounds: int) -> dict[str, di
             measured = trainers.measure(jobs, rounds, tick)
         found |= {name: {**value, "base": measured.get(OURS)} for name, value in measured.items() if name not in found}
     return found
-
-
-@pytest.fixture(scope="module")
-def measured() -> dict[str, dict]:
-    """{model: result of `measure`}, filled by the first test of each model."""
-    return {}
 
 
 def test_training_step(model, contender, request, benchmarking, progress, measured, report):
