@@ -1,9 +1,10 @@
 """Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
 Triton decides whether to interpret a kernel when the kernel is decorated. So, without a GPU, this file imports the kernels under
-TRITON_INTERPRET=1 before any test module does, and then removes the variable: all other tests, and the processes they start, use the PyTorch
-path. A kernel test uses the fixture `device` (tests/kernels/conftest.py), which sets the variable for that test; `dispatch.interprets` reads it at
-each call. With a GPU the same tests run natively. The compile checks must not be interpreted and run in their own process.
+TRITON_INTERPRET=1 before any test module does, and then removes the variable: all other tests, and the processes they start, use the
+PyTorch path. A kernel test uses the fixture `device` (tests/kernels/conftest.py), which sets the variable for that test;
+`dispatch.interprets` reads it at each call. With a GPU the same tests run natively. The compile checks must not be interpreted and run in
+their own process.
 """
 
 import importlib
