@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.machine_code import MODELS
 from bench.measure import DTYPES, device, forget_peak, peak
-from tests.kernels.harness.compile_matrix import MODELS
 from tritale import kernels
 from tritale.kernels import reference
 

@@ -14,27 +14,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .dispatch import uses_triton
-from .launch import launch_options
-from .triton_compat import jit, tl, triton
+from .launch import cdiv, launch_options
+from .triton_compat import jit, tl
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-@jit
-def tanh(x):
-    """tanh to 1.5 ulp of fp32; Triton's own needs libdevice, which the interpreter lacks."""
-    e = tl.exp(-2 * tl.abs(x))  # no overflow
-    y = (1 - e) / (1 + e)
-    y = tl.where(x < 0, -y, y)
-    if x.dtype == tl.float32:  # 1 − e cancels near 0: there a polynomial (least squares to 0.6); float64 has digits to spare
-        u = x * x
-        p = -0.005893897326590947 * u + 0.02079457971270554
-        p = p * u - 0.05378328274105938
-        p = p * u + 0.13331915191092936
-        p = p * u - 0.33333297506666293
-        y = tl.where(tl.abs(x) < 0.55, x + x * (u * p), y)
-    return y
 
 
 @jit
@@ -119,7 +104,7 @@ def _cross_entropy_kernel(
         m_g = is_inside[:, None] & (o_g < vocab_size)
         b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
         if SOFTCAP != 0:
-            b_g = SOFTCAP * tanh(b_g / SOFTCAP)
+            b_g = SOFTCAP * tanh(b_g / SOFTCAP, True)
         b_g = tl.where(m_g, b_g, float("-inf"))
         s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
         beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
@@ -134,7 +119,7 @@ def _cross_entropy_kernel(
             b_s = tl.load(p_row[:, None] + (start + o_v)[None, :], mask=is_valid[:, None] & m_v[None, :], other=float("-inf"))
             b_s = b_s.to(ACC)  # [BLOCK_N, BLOCK_V]
             if SOFTCAP != 0:
-                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP), float("-inf"))
+                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP, True), float("-inf"))
             b_s = tl.reshape(b_s, [BLOCK_N, BLOCK_V // GROUP, GROUP])
             if LABEL_SMOOTHING != 0:
                 m_s = tl.reshape((o_n >= 0)[:, None] & m_v[None, :], [BLOCK_N, BLOCK_V // GROUP, GROUP])
@@ -166,7 +151,7 @@ def _cross_entropy_kernel(
             m_v = o_s < vocab_size
             b_s = tl.load(p_row[:, None] + o_s[None, :], mask=is_valid[:, None] & m_v[None, :], other=0.0).to(ACC)
             if SOFTCAP != 0:
-                b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+                b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
             is_target = o_s[None, :] == target[:, None]
             b_d = logits_gradient(
                 b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
@@ -195,40 +180,31 @@ def launch_cross_entropy(
     out = logits if gradient is None else gradient
     options = launch_options("cross_entropy", logits, vocab_size=vocab_size)
     with torch.cuda.device_of(logits):
-        _cross_entropy_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        _cross_entropy_kernel[(cdiv(n, options["BLOCK_N"]),)](
             logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
             IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
             WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
-            GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+            GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=accumulator(logits),
             **options,
         )  # fmt: skip
 
 
 def empty_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for loss, nll, top, log_total (in fp32, or fp64 if x is) and correct of n rows."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return *(x.new_empty(n, dtype=wide) for _ in range(4)), x.new_empty(n, dtype=torch.bool)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x with rows of unit stride that do not overlap, itself if it has them."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    """Uninitialised loss, nll, top, log_total (in fp32, or fp64 if x is) and correct of n rows."""
+    loss, nll, top, log_total = (x.new_empty(n, dtype=wide_dtype(x)) for _ in range(4))
+    return loss, nll, top, log_total, x.new_empty(n, dtype=torch.bool)
 
 
 @torch.library.custom_op("tritale::cross_entropy", mutates_args=())
 def _cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float,  # 0: none
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nll, top, log_total, correct) of each row, before weights; lse = top + log_total. Differentiable in loss."""
     rows = empty_rows(logits, logits.shape[0])
     launch_cross_entropy(
-        unit_rows(logits), targets.contiguous(), rows, with_loss=True,
+        unit_stride(logits), targets.contiguous(), rows, with_loss=True,
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
     )  # fmt: skip
     return rows
@@ -249,37 +225,25 @@ def _launch_backward(grad, logits, out, targets, top, log_total, ignore_index, l
 @torch.library.custom_op("tritale::cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(
     grad: Tensor,  # (N,)
-    logits: Tensor,
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _launch_backward(grad, unit_rows(logits), out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
+    logits: Tensor, targets: Tensor, top: Tensor, log_total: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    out = contiguous_like(logits)
+    _launch_backward(grad, unit_stride(logits), out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
     return out
 
 
 @_cross_entropy_backward.register_fake
 def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return contiguous_like(logits)
 
 
 @torch.library.custom_op("tritale::cross_entropy_backward_", mutates_args=("logits",))
 def _cross_entropy_backward_(
     grad: Tensor,  # (N,)
     logits: Tensor,  # becomes the gradient; rows of unit stride that do not overlap
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
+    targets: Tensor, top: Tensor, log_total: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> None:  # fmt: skip
     _launch_backward(grad, logits, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
 
 
@@ -288,19 +252,7 @@ def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_lo
     return None
 
 
-def refuse_double_backward(op: str):
-    """The backward formula of a backward op: it has none, and says so."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op} cannot be differentiated twice: its backward has no derivative. For second derivatives use its definition, "
-            f"tritale.kernels.reference.{op}"
-        )
-
-    return backward
-
-
-_cross_entropy_backward.register_autograd(refuse_double_backward("cross_entropy"))
+_cross_entropy_backward.register_autograd(no_second_derivative("cross_entropy"))
 
 
 def _save(ctx, inputs, output):

@@ -81,15 +81,3 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def forbid_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
-    """Make differentiating `op`, the backward of `name`, raise an error that says what to do."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{name} has no second derivative: its Triton backward cannot be differentiated. Compute this part inside "
-            'tritale.kernels.backend("torch"), where autograd differentiates the plain definition twice'
-        )
-
-    op.register_autograd(backward)

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .dispatch import autocast, check_documents
-from .launch import generation, launch_options
-from .triton_compat import jit, tl, triton
+from .launch import architecture, cdiv, launch_options, power_of_two
+from .triton_compat import jit, tl
 
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 #
@@ -117,20 +118,6 @@ def _accumulate(b_w, b_x0, b_x1, b_0, b_1, D1: tl.constexpr):
 
 
 @jit
-def _tanh(x, IS_EXACT: tl.constexpr):
-    """tanh, to an absolute 1e-7 by one exp2; IS_EXACT: to fp32's relative precision near 0 as well, by a polynomial below 0.6."""
-    b_t = 1.0 - 2.0 / (tl.exp2(x * (2 * 1.4426950408889634)) + 1.0)
-    if IS_EXACT:
-        x2 = x * x
-        b_p = -0.00626911965829229 * x2 + 0.021110958999627318
-        b_p = b_p * x2 - 0.053873948835105476
-        b_p = b_p * x2 + 0.13332915366851109
-        b_p = b_p * x2 - 0.33333330332727823
-        b_t = tl.where(x2 < 0.36, x + x * x2 * b_p, b_t)
-    return b_t
-
-
-@jit
 def _keys_seen(
     o_m, p_start, p_end, n_query, n_key, window,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
@@ -193,7 +180,7 @@ def _fwd_step(
     b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
         b_s = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_s, float("-inf"))
@@ -278,7 +265,7 @@ def _dq_step(
     b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
@@ -368,7 +355,7 @@ def _dkv_step(
     # Scores lie with the keys in rows, so that p and ds are left operands as they come, and never turned around.
     b_s = _products(b_k0, b_k1, b_q0, b_q1, D1)  # [BLOCK_N, BLOCK_M]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_k0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_k0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
     if IS_EDGE:
         b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
@@ -448,13 +435,8 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     rest = head_dim - d0
     if rest <= 0:
         return d0, 0
-    d1 = max(16, triton.next_power_of_2(rest))
+    d1 = max(16, power_of_two(rest))
     return (d0, d1) if d1 < d0 else (2 * d0, 0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where the entries of a head do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
@@ -468,17 +450,9 @@ def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, wind
     d0, d1 = head_tiles(q.shape[-1])
     log2e = math.log2(math.e)
     return dict(
-        UNIT=(softcap or scale) * log2e,
-        INNER=scale / softcap if softcap else 0.0,
-        GROUP=q.shape[2] // k.shape[2],
-        IS_CAUSAL=is_causal,
-        HAS_WINDOW=window > 0,
-        HAS_DOCUMENTS=start is not None,
-        D=q.shape[-1],
-        D0=d0,
-        D1=d1,
-        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
-    )
+        UNIT=(softcap or scale) * log2e, INNER=scale / softcap if softcap else 0.0, GROUP=q.shape[2] // k.shape[2],
+        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_DOCUMENTS=start is not None, D=q.shape[-1], D0=d0, D1=d1, ACC=accumulator(q),
+    )  # fmt: skip
 
 
 def _launch_fwd(
@@ -493,13 +467,13 @@ def _launch_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (B, T, H, D), (B, H, T)
     out, lse = _empty_outputs(q)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     n_batch, n_query, n_head, head_dim = q.shape
     if out.numel() == 0:
         return out, lse
     options = launch_options("flash_attention_fwd", q, head_dim=head_dim, itemsize=q.itemsize)
     strides, align = _strides(q, k, v)
-    grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+    grid = (cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
     with torch.cuda.device_of(q):
         _flash_attention_fwd[grid](
             q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
@@ -510,20 +484,11 @@ def _launch_fwd(
 
 def _launch_bwd(
     grad: Tensor,  # (B, T, H, D)
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None,
+    is_causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
+    grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     (n_batch, n_query, n_head, head_dim), (n_key, n_kv_head) = q.shape, k.shape[1:3]
     delta = torch.empty_like(lse)
     constants = {"SCALE": scale, **_constants(q, k, start, is_causal, window, softcap, scale)}
@@ -531,7 +496,7 @@ def _launch_bwd(
     if dq.numel():
         options = launch_options("flash_attention_bwd_dq", q, **sizes)
         strides, align = _strides(q, k, v, out, grad)
-        grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+        grid = (cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
         with torch.cuda.device_of(q):
             _flash_attention_bwd_dq[grid](
                 q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
@@ -540,7 +505,7 @@ def _launch_bwd(
     if dk.numel():
         options = launch_options("flash_attention_bwd_dkv", q, **sizes)
         strides, align = _strides(q, k, v, grad)
-        grid = (triton.cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
+        grid = (cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
         with torch.cuda.device_of(q):
             _flash_attention_bwd_dkv[grid](
                 q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
@@ -553,8 +518,8 @@ def _launch_bwd(
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide_dtype(q))
+    return contiguous_like(q), lse
 
 
 @torch.library.custom_op("tritale::flash_attention", mutates_args=())
@@ -572,25 +537,15 @@ def _(q, k, v, start, end, is_causal, window, softcap, scale):
 
 @torch.library.custom_op("tritale::flash_attention_backward", mutates_args=())
 def _flash_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None,
+    is_causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch_bwd(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale)
 
 
 @_flash_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(contiguous_like(t) for t in (q, k, v))
 
 
 def _save_flash(ctx, inputs, output):
@@ -607,14 +562,8 @@ def _flash_backward(ctx, grad, _):
     return *_flash_attention_backward(grad, q, k, v, out, lse, start, end, *options), *(None,) * 6
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "flash_attention has no second derivative; for a double backward use its definition, tritale.kernels.reference.flash_attention"
-    )
-
-
 _flash_attention.register_autograd(_flash_backward, setup_context=_save_flash)
-_flash_attention_backward.register_autograd(_no_double_backward)
+_flash_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
 
 # --- PyTorch's attention, and documents on a CPU -----------------------------------------------------------------------------------------
@@ -634,9 +583,9 @@ def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
 
 @torch.library.custom_op("tritale::document_attention", mutates_args=())
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = contiguous_like(q)
+    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=wide_dtype(q))
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     for start, end in _documents(cu_seqlens):
         qkv = (_heads_first(t, start, end) for t in (q, k, v))
         o, lse[:, :, start:end] = _sdpa(*qkv, is_causal=True, scale=scale)
@@ -646,16 +595,16 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sca
 
 @_document_attention.register_fake
 def _(q, k, v, cu_seqlens, scale):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((1, q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    out = contiguous_like(q)
+    return out, q.new_empty((1, q.shape[2], q.shape[1]), dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("tritale::document_attention_backward", mutates_args=())
 def _document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
+    grads = tuple(contiguous_like(t) for t in (q, k, v))
+    grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     for start, end in _documents(cu_seqlens):
         inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
         parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, True, scale=scale)
@@ -666,7 +615,7 @@ def _document_attention_backward(
 
 @_document_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, cu_seqlens, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(contiguous_like(t) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
@@ -680,7 +629,7 @@ def _backward(ctx, grad, _):
 
 
 _document_attention.register_autograd(_backward, setup_context=_save)
-_document_attention_backward.register_autograd(_no_double_backward)
+_document_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
 
 def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -781,7 +730,7 @@ def _choose(q: Tensor) -> str:
         return _forced
     if not dispatch.uses_triton(q) or q.shape[-1] > 256 or q.shape[1] == 1:
         return "sdpa"
-    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or generation(q) == "sm_75")
+    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or architecture(q) == "sm_75")
     return "sdpa" if is_slow else "triton"
 
 

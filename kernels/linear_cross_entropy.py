@@ -19,22 +19,20 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .cross_entropy import (
     check_options,
     empty_rows,
     launch_cross_entropy,
     log_sum_exp,
     logits_gradient,
-    refuse_double_backward,
     row_loss,
     signed_targets,
     statistics,
-    tanh,
-    unit_rows,
 )
 from .dispatch import autocast, uses_triton
-from .launch import generation, launch_options, processors
-from .triton_compat import jit, tl, triton
+from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
+from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
 IGNORED = -(2**31)  # stands for the ignored targets inside the ops, whatever the caller's ignore_index
@@ -110,8 +108,8 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
 
 def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool):
     loss, nll, lse, _, correct = empty_rows(x, x.shape[0])
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
-    dw = torch.empty_like(weight, dtype=loss.dtype, memory_format=torch.contiguous_format) if needs_dw else x.new_empty(0, dtype=loss.dtype)
+    dx = contiguous_like(x) if needs_dx else x.new_empty(0)
+    dw = contiguous_like(weight, loss.dtype) if needs_dw else x.new_empty(0, dtype=loss.dtype)
     return loss, nll, lse, correct, dx, dw
 
 
@@ -141,7 +139,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx, gradient, like):
         return gradient.view_as(gradient)
 
-    backward = staticmethod(refuse_double_backward("linear_cross_entropy"))
+    backward = staticmethod(no_second_derivative("linear_cross_entropy"))
 
 
 def _chunked_op(name: str, step: Callable) -> Callable:
@@ -217,7 +215,7 @@ def _tile_logits(
         b_b = tl.load(p_b + o_b[None, :] * stride_b + (k + o_k)[:, None], mask=m_b[None, :] & m_k[:, None], other=0.0)
         b_s = tl.dot(b_a, b_b, b_s, input_precision="ieee", out_dtype=ACC)
     if SOFTCAP != 0:
-        b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+        b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
     return b_s
 
 
@@ -384,20 +382,20 @@ def _recompute(
     rows = empty_rows(x, n)
     if n == 0:
         return rows
-    x, weight, targets = unit_rows(x), unit_rows(weight.to(x.dtype)), targets.contiguous()
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    x, weight, targets = unit_stride(x), unit_stride(weight.to(x.dtype)), targets.contiguous()
+    acc = accumulator(x)
     options = launch_options("linear_cross_entropy_recompute_fwd", x, itemsize=x.itemsize)
-    programs = triton.cdiv(n, options["BLOCK_N"])
-    n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * processors(x))
+    programs = cdiv(n, options["BLOCK_N"])
+    n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * sm_count(x))
     parts = [rows[0].new_empty(n_slices, n, dtype=dtype) for dtype in [rows[0].dtype] * 4 + [torch.int32]]
     with torch.cuda.device_of(x):
         _recompute_forward_kernel[(programs, n_slices)](
             x, weight, targets, *parts, n, vocab_size, width, slice_size, x.stride(0), weight.stride(0),
             SOFTCAP=softcap, ACC=acc, **options,
         )  # fmt: skip
-        block_s = triton.next_power_of_2(n_slices)
+        block_s = power_of_two(n_slices)
         options = launch_options("linear_cross_entropy_combine", x, n_slices=block_s)
-        _recompute_combine_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        _recompute_combine_kernel[(cdiv(n, options["BLOCK_N"]),)](
             targets, *parts, *rows, n, vocab_size, n_slices,
             IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK_S=block_s, ACC=acc, **options,
         )  # fmt: skip
@@ -427,21 +425,21 @@ def _recompute_backward(
     *_, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     if x.shape[0] == 0:
         return dx, dw.zero_()
-    x, weight = unit_rows(x), unit_rows(weight.to(x.dtype))
+    x, weight = unit_stride(x), unit_stride(weight.to(x.dtype))
     row_args = (targets.contiguous(), top, log_total, grad.contiguous())
     options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
 
     def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
         with torch.cuda.device_of(a):
-            _recompute_backward_kernel[(triton.cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
+            _recompute_backward_kernel[(cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
                 a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
                 IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
-                ACC=tl.float64 if a.dtype == torch.float64 else tl.float32, **options,
+                ACC=accumulator(a), **options,
             )  # fmt: skip
 
     if needs_dx:  # few rows of x leave processors idle: the vocabulary is cut, one fp32 dx per slice, then summed
-        programs = triton.cdiv(x.shape[0], options["BLOCK_A"])
-        n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, processors(x))
+        programs = cdiv(x.shape[0], options["BLOCK_A"])
+        n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, sm_count(x))
         sums = top.new_empty(n_slices, *x.shape)
         launch(x, weight, sums, n_slices, slice_size, True)
         torch.sum(sums, dim=0, out=dx) if dx.dtype == sums.dtype else dx.copy_(sums.sum(0))
@@ -455,7 +453,7 @@ def _(grad, x, weight, targets, top, log_total, label_smoothing, z_loss, softcap
     return _empty_results(x, weight, needs_dx, needs_dw)[-2:]
 
 
-_recompute_backward.register_autograd(refuse_double_backward("linear_cross_entropy"))
+_recompute_backward.register_autograd(no_second_derivative("linear_cross_entropy"))
 
 
 def _save_recompute(ctx, inputs, output):
@@ -515,7 +513,7 @@ def linear_cross_entropy(
     shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), signed_targets(targets.reshape(-1))
     is_valid = targets != ignore_index
     targets = targets.masked_fill(~is_valid, IGNORED)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     row_scale = is_valid.to(wide)
     if reduction == "mean":
         row_scale = row_scale / reference.mean_divisor(is_valid, normalizer)
@@ -524,7 +522,7 @@ def linear_cross_entropy(
     row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
     is_triton = uses_triton(x)
-    if strategy == "recompute" and is_triton and generation(x) != "sm_75":
+    if strategy == "recompute" and is_triton and architecture(x) != "sm_75":
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total
     else:

@@ -88,7 +88,7 @@ def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
         return
     packed = randn(2, 3, 60, device=device, dtype=torch.float32, grad=False)[..., :50].requires_grad_()
     weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
-    with launch.launch_override("qk_norm_rope_fwd", BLOCK_R=4), launch.launch_override("qk_norm_rope_bwd", BLOCK_R=4, PER_PROCESSOR=1):
+    with launch.launch_override("qk_norm_rope_fwd", BLOCK_R=4), launch.launch_override("qk_norm_rope_bwd", BLOCK_R=4, PER_SM=1):
         op = lambda *t, **o: qk_norm_rope(*t, n_head=3, n_kv_head=1, **o)
         check_memory(op, [packed, *weights, cos, sin], positions=positions, pull_strides=strides)
 
@@ -96,7 +96,7 @@ def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
 def test_programs_that_walk_several_blocks_of_heads(device):
     qkv, weights = randn(1, 9, 4 * 6, device=device), [randn(6, device=device) for _ in range(2)]
     options = {"n_head": 2, "n_kv_head": 1}
-    with launch.launch_override("qk_norm_rope_bwd", BLOCK_R=2, PER_PROCESSOR=1):  # 2 programs in the interpreter
+    with launch.launch_override("qk_norm_rope_bwd", BLOCK_R=2, PER_SM=1):  # 2 programs in the interpreter
         check_numbers(qk_norm_rope, reference.qk_norm_rope, [qkv, *weights, *tables(2, device, torch.float64)], factor=4.0, **options)
 
 
@@ -167,7 +167,7 @@ def test_batch_strides_pass_32_bits(device):
     torch.testing.assert_close(q[1:, here].float(), expected.detach(), rtol=2e-3, atol=2e-3)
     del q
     dq, dkv = (randn(2, 1, h, head_dim, device=device, dtype=torch.float16, grad=False).expand(2, n_tokens, -1, -1) for h in (n_head, 1))
-    row = {"BLOCK_R": block, "PER_PROCESSOR": n_tokens}
+    row = {"BLOCK_R": block, "PER_SM": n_tokens}
     with Recorder(), only_program("_qk_norm_rope_bwd", first), launch.launch_override("qk_norm_rope_bwd", **row):
         dqkv, _, _ = torch.ops.tritale.qk_norm_rope_backward(dq, dkv, dkv, qkv, *weights, cos, sin, positions, 1e-6)
     (exact,) = torch.autograd.grad(expected, part, dq[1:, here].float())
@@ -343,4 +343,4 @@ def test_traffic_is_each_input_and_output_once(device, heads, head_dim):
 
 def counted_programs(half, rows):
     row = launch.launch_options("qk_norm_rope_bwd", torch.empty(0), half=half)
-    return min(2 * row["PER_PROCESSOR"], -(-rows // row["BLOCK_R"]))
+    return min(2 * row["PER_SM"], -(-rows // row["BLOCK_R"]))
