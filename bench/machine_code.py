@@ -1,8 +1,8 @@
 """Machine code of every kernel for every GPU architecture, compiled without a GPU, and what it uses.
 
 A stub driver takes each launch of the ops' own launchers: Triton specialises and compiles it as for the card named, and nothing runs. The
-public functions are called, forward and backward, with CPU tensors at the shapes of three models (`MODELS`, `_cases`), so there is no second
-list of signatures. The kernels must be decorated without TRITON_INTERPRET, so this runs in a process of its own:
+public functions are called, forward and backward, with CPU tensors at the shapes of three models (`MODELS`, `_cases`), so there is no
+second list of signatures. The kernels must be decorated without TRITON_INTERPRET, so this runs in a process of its own:
 
     python -m bench.machine_code [--out readings.json] [--targets sm_90,gfx942] [--ops rms_norm] [--models 44m]
     python -m bench.machine_code --write-budgets      # after a change that is meant to cost more, or less
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
@@ -148,10 +149,10 @@ def _driver(target: str, log: Callable[[str], None]):
             self.get_current_stream = lambda device: 0
 
         @classmethod
-        def is_active(self):
+        def is_active(cls) -> Any:
             return True
 
-        def get_current_target(self):
+        def get_current_target(self) -> Any:
             return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
 
         def get_device_properties(self, device):
@@ -299,7 +300,7 @@ def measure(task: tuple[str, str, tuple[str, ...]]) -> list[dict]:
     def loaded(module, function, name, files, key):
         _files[key] = (name, {Path(f).suffix: Path(f) for f in files.values()})
 
-    knobs.runtime.kernel_load_start_hook = loaded
+    knobs.runtime.kernel_load_start_hook = loaded  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)
     global _pass
     target, op, models = task

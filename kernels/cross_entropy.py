@@ -1,3 +1,5 @@
+# A constexpr decides which branches of a kernel exist.
+# pyright: reportPossiblyUnboundVariable=false
 """Cross-entropy of given logits, with label smoothing ε, z-loss, soft cap, weights, and the statistics of a training log.
 
     loss_i     = token_weight_i · ((1 − ε)(lse − s_t) + ε (lse − mean(s)) + z · lse²),     lse = log Σ_j exp(s_j),  s after the cap
@@ -9,6 +11,8 @@ by memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -304,6 +308,18 @@ def signed_targets(targets: Tensor) -> Tensor:
     return targets if targets.dtype in (torch.int32, torch.int64) else targets.long()
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def cross_entropy(
     logits: Tensor,  # (…, V)
     targets: Tensor,  # (…) int

@@ -603,14 +603,14 @@ def _(q, k, v, cu_seqlens, scale):
 def _document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(contiguous_like(t) for t in (q, k, v))
+    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
     grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     for start, end in _documents(cu_seqlens):
         inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
         parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, True, scale=scale)
-        for whole, part in zip(grads, parts, strict=True):
-            whole[:, start:end] = part.transpose(1, 2)
-    return grads
+        for total, part in zip((dq, dk, dv), parts, strict=True):
+            total[:, start:end] = part.transpose(1, 2)
+    return dq, dk, dv
 
 
 @_document_attention_backward.register_fake
@@ -653,7 +653,7 @@ def _attend_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
     """Dao's package; its causal masks are aligned to the end and its window (left, right) leaves the query itself out of the count."""
-    import flash_attn
+    import flash_attn  # pyright: ignore[reportMissingImports]  (optional)
 
     left, right = (-1 if window is None else window - 1), (0 if is_causal else -1)
     options = dict(softmax_scale=scale, causal=is_causal, window_size=(left, right), softcap=softcap or 0.0)
@@ -769,8 +769,8 @@ def flash_attention(
     q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; attention multiplies them as they are, so make them one dtype")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they want a positive unit
-        q, scale = q * scale, 1.0
+    unit: float = q.shape[-1] ** -0.5 if scale is None else scale
+    if unit <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they need a positive unit
+        q, unit = q * unit, 1.0
     attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q)]
-    return attend(q, k, v, is_causal, window, softcap, scale, cu_seqlens)
+    return attend(q, k, v, is_causal, window, softcap, unit, cu_seqlens)

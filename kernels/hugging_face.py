@@ -9,7 +9,9 @@ do not see each other, so the kernels need no mask; what they cannot express (a 
 dimensions, a static cache) runs through the layer's own attention.
 """
 
+from collections.abc import Callable
 from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
+Model = TypeVar("Model", bound=nn.Module)
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}  # model_type: prefix of its classes
 
 
@@ -121,12 +124,12 @@ def _plan(self, attention_mask, position_ids, cache, use_cache, n_batch: int, n_
 
 
 def _base_model(
-    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, *, cache=None,
-    **kwargs,
+    self, input_ids: Any = None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds: Any = None, use_cache=None,
+    *, cache=None, **kwargs,
 ):  # fmt: skip
     cache = past_key_values if cache is None else cache
-    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    attention_mask, plan = _plan(self, attention_mask, position_ids, cache, use_cache, *shape, kwargs)
+    n_batch, n_tokens, *_ = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
+    attention_mask, plan = _plan(self, attention_mask, position_ids, cache, use_cache, n_batch, n_tokens, kwargs)
     return type(self).forward(
         self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
         use_cache=use_cache, tritale_attention=plan, **{_cache_name(): cache}, **kwargs,
@@ -148,16 +151,16 @@ def _causal_lm(
     return_dict = kwargs.pop("return_dict", None)
     outputs = self.model(**inputs, **kwargs)
     x = outputs.last_hidden_state  # (B, T, width)
-    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels  # the next token's
-    targets = targets.reshape(x.shape[:-1]).to(x.device)
-    options = {"ignore_index": ignore_index}
-    if num_items_in_batch is not None:
-        options["normalizer"] = torch.as_tensor(num_items_in_batch, device=x.device)
+    if shift_labels is None:  # the next token's
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    targets = shift_labels.reshape(x.shape[:-1]).to(x.device)
+    normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=x.device)
     if self.training and type(self.lm_head) is nn.Linear:
-        logits, loss = None, linear_cross_entropy(x, self.lm_head.weight, targets, **options)
+        logits, loss = None, linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=ignore_index, normalizer=normalizer)
     else:
         logits = self.lm_head(x)
-        loss = cross_entropy(logits, targets, **options)
+        loss = cross_entropy(logits, targets, ignore_index=ignore_index, normalizer=normalizer)
     result = CausalLMOutputWithPast(
         loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         **{_cache_name(): getattr(outputs, _cache_name())},
@@ -166,7 +169,7 @@ def _causal_lm(
     return result if return_dict else result.to_tuple()
 
 
-def _forwards(prefix: str) -> dict[type, object]:
+def _forwards(prefix: str) -> dict[type, Callable]:
     """The kernel form of each class's forward."""
     from importlib import import_module
 
@@ -179,7 +182,7 @@ def _is_ours(forward) -> bool:
     return getattr(forward, "__func__", None) in (_norm, _mlp, _attention, _base_model, _causal_lm)
 
 
-def patch_transformers(model: nn.Module) -> nn.Module:
+def patch_transformers(model: Model) -> Model:
     """Make `model`, a Llama, Mistral or Qwen3 of transformers, run the kernels, in place; returns it. `unpatch` undoes it.
 
     Works for the bare model, the causal language model and what wraps them with a `config` (PEFT); gradient checkpointing, KV cache,
@@ -187,7 +190,7 @@ def patch_transformers(model: nn.Module) -> nn.Module:
     lie, a forward pass reads the attention mask or the positions back from the device: it waits once or twice, unless it is compiled.
 
     Raises ValueError for another architecture, or a model set up in a way that the kernels do not compute."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in ARCHITECTURES:
         raise ValueError(f"patch_transformers knows {', '.join(ARCHITECTURES)}, not {kind!r}; use the ops of tritale.kernels directly")
@@ -206,7 +209,7 @@ def patch_transformers(model: nn.Module) -> nn.Module:
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Undo `patch_transformers`; a model that is not patched stays as it is."""
     for module in model.modules():
         if _is_ours(module.__dict__.get("forward")):

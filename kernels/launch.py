@@ -1,13 +1,13 @@
 """Launch options of every kernel: block sizes, warps and stages, one row per kernel and GPU architecture.
 
-There is no autotuning, so start-up is quick and runs repeat. The choices follow from the binaries (registers, occupancy, bytes in flight: see
-docs/kernels.md and `python -m bench.kernel_report`).
+There is no autotuning, so start-up is quick and runs repeat. The choices follow from the binaries (registers, occupancy, bytes in flight):
+see docs/kernels.md and `python -m bench.kernel_report`.
 
     options = launch_options("rms_norm_fwd", x, width=4096)      # {"BLOCK_N": 4096, "BLOCK_M": 1, "num_warps": 8}
     _rms_norm_fwd[grid](x, …, **options)
 
-`x` is any tensor on the device of the launch; a row may depend on the sizes given. To add a kernel, add its rows to TABLE: for each
-architecture a dict, or a function of the sizes. "sm_80" is required, since the others fall back to it (FALLBACK). For an experiment or a test:
+`x` is any tensor on the device of the launch; a row may depend on the sizes given. To add a kernel, add its rows to TABLE, a function of the
+sizes for each architecture. "sm_80" is required, since the others fall back to it along FALLBACK. For an experiment or a test:
 
     with launch_override("rms_norm_fwd", num_warps=4):
         rms_norm(x)
@@ -16,6 +16,7 @@ architecture a dict, or a function of the sizes. "sm_80" is required, since the 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,8 +193,8 @@ def architecture(x: Tensor) -> str:
     # Any other CPU tensor that reaches a launcher is compiled for the target of a stub driver, not run.
     from .triton_compat import triton
 
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return _nearest(f"sm_{arch}" if isinstance(arch, int) else arch)
+    target: Any = triton.runtime.driver.active.get_current_target()
+    return _nearest(f"sm_{target.arch}" if isinstance(target.arch, int) else target.arch)
 
 
 @functools.cache

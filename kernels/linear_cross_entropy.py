@@ -14,6 +14,7 @@ dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is 
 """
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
     s = logits.to(loss.dtype)  # (rows, V)
     vocab_size, is_ignored = s.shape[1], targets == IGNORED
     index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
+    slope = None
     if softcap:
         s.div_(softcap).tanh_().mul_(softcap)
         slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
@@ -75,7 +77,7 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
         p.scatter_add_(1, index, (label_smoothing - 1) * scale)
         if label_smoothing:
             p.sub_(label_smoothing / vocab_size * scale)
-        if softcap:
+        if slope is not None:
             p.mul_(slope)
     for row in (loss, nll, lse):
         row.masked_fill_(is_ignored, 0)
@@ -106,7 +108,7 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
         dw.copy_(d.T @ x) if is_first else dw.add_(d.T @ x)
 
 
-def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool):
+def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, nll, lse, _, correct = empty_rows(x, x.shape[0])
     dx = contiguous_like(x) if needs_dx else x.new_empty(0)
     dw = contiguous_like(weight, loss.dtype) if needs_dw else x.new_empty(0, dtype=loss.dtype)
@@ -114,7 +116,7 @@ def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool):
 
 
 def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
-    *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0:
         dw.zero_()
@@ -123,13 +125,15 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
         logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
-        d = step(logits, targets[c], row_scale[c], [t[c] for t in results], label_smoothing, z_loss, softcap, needs_gradient)
+        d = step(
+            logits, targets[c], row_scale[c], [t[c] for t in (loss, nll, lse, correct)], label_smoothing, z_loss, softcap, needs_gradient
+        )
         if needs_dx:
             torch.mm(d, head, out=dx[c])
         if needs_dw:
             _add_product(dw, d, x[c], start == 0)
         del logits, d
-    return (results[0] * row_scale).sum(), *results, dx, dw
+    return (loss * row_scale).sum(), loss, nll, lse, correct, dx, dw
 
 
 class _Once(torch.autograd.Function):
@@ -356,7 +360,7 @@ def _recompute_backward_kernel(
             p_sum = p_out + o_a[:, None] * width + (k + o_k)[None, :]
             m_sum = m_a[:, None] & m_k[None, :]
             b_sum = tl.load(p_sum, mask=m_sum & (start > first), other=0.0)  # the first tile only writes: no zero fill
-            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)
+            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)  # pyright: ignore[reportArgumentType]
             tl.store(p_sum, b_sum, mask=m_sum)
         tl.debug_barrier()  # the sums are read next by whichever thread the layout names: its block's stores must be done
 
@@ -475,6 +479,18 @@ def _backward_recompute(ctx, grad_loss, *_):
 _recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
 
 
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_cross_entropy(
     x: Tensor,  # (…, K)
     weight: Tensor,  # (V, K)
@@ -521,7 +537,7 @@ def linear_cross_entropy(
         row_scale = row_scale * token_weight.reshape(-1).masked_fill(~is_valid, 0)
     row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
-    is_triton = uses_triton(x)
+    is_triton, needs_dx, needs_dw, total = uses_triton(x), False, False, None
     if strategy == "recompute" and is_triton and architecture(x) != "sm_75":
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total
@@ -535,7 +551,7 @@ def linear_cross_entropy(
         total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw)
     if reduction == "none":
         result = (loss * row_scale).view(shape)
-    elif strategy == "recompute" or not (needs_dx or needs_dw):
+    elif total is None or not (needs_dx or needs_dw):
         result = (loss * row_scale).sum()
     else:
         result = total

@@ -8,6 +8,8 @@ Tensors of heads are (B, T, H, D), as in flash-attn. With `cu_seqlens` (int32, d
 empty document, so the tensor may be padded to a fixed length) the batch is flattened, B = 1, and documents do not see each other.
 """
 
+from typing import Any, Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,10 +71,10 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, half-split or interleaved pairs; positions
     count from 0, restart at each document with `cu_seqlens`, or are given. `inplace` writes q and k where no gradient needs them."""
-    if positions is None:
-        n = q.shape[1]
-        positions = document_positions(cu_seqlens, n) if cu_seqlens is not None else slice(0, n)
-    cos, sin = (_wide(t)[positions].unsqueeze(-2) for t in (cos, sin))  # (T, 1, rotary_dim / 2) or (B, T, 1, …)
+    if positions is None and cu_seqlens is not None:
+        positions = document_positions(cu_seqlens, q.shape[1])
+    index = slice(0, q.shape[1]) if positions is None else positions
+    cos, sin = (_wide(t)[index].unsqueeze(-2) for t in (cos, sin))  # (T, 1, rotary_dim / 2) or (B, T, 1, …)
     q_out, k_out = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
     return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out, k_out)
 
@@ -113,6 +115,18 @@ def mean_divisor(is_valid: Tensor, normalizer: Tensor | None) -> Tensor:
     return is_valid.sum().clamp(min=1) if normalizer is None else torch.where(is_valid.any(), normalizer, 1)
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def cross_entropy(
     logits: Tensor,  # (…, V)
     targets: Tensor,  # (…) int
@@ -165,7 +179,7 @@ def cross_entropy(
     return loss, stats
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Any:
     """cross_entropy of the logits x weightᵀ, x: (…, K), weight: (V, K). The product is made in x's dtype."""
     return cross_entropy(x @ weight.to(x.dtype).T, targets, **options)
 
@@ -200,10 +214,10 @@ def flash_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v for grouped heads; `window=w` lets a query see itself and the w − 1 keys before it; `softcap=c` is
     c·tanh(s/c) on the scaled scores; scale is 1/√D by default; a query that may look nowhere gives 0."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    unit: float = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-    s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * scale
+    s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * unit
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     mask = attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)

@@ -1,3 +1,5 @@
+# A constexpr decides which branches of a kernel exist.
+# pyright: reportPossiblyUnboundVariable=false
 """RMSNorm, alone or with the residual addition before it, forward and backward.
 
     forward    r = residual + x  (or x alone),   y = r · ρ · (offset + w),   ρ = 1 / sqrt(mean(r²) + eps)
@@ -146,7 +148,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: flo
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "HAS_RESIDUAL": residual is not None}
     flags["ACC"] = accumulator(x, residual, weight)
-    stride_residual = 0 if residual is None else residual_rows.stride(0)
+    stride_residual = 0 if residual_rows is None else residual_rows.stride(0)
     with torch.cuda.device_of(x):
         sums = None
         if block_n < width:
@@ -167,7 +169,7 @@ def _backward(
     dx = contiguous_like(x)
     wide = wide_dtype(x, dy)
     if x.numel() == 0:
-        return dx, x.new_zeros(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide)
+        return dx, x.new_zeros(0, dtype=wide) if weight is None or not needs_dw else torch.zeros_like(weight)
     rows, dy_rows, dsum_rows = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
     weight = None if weight is None else weight.contiguous()
     n_rows, width = rows.shape
@@ -185,10 +187,10 @@ def _backward(
             )  # fmt: skip
         _rms_norm_bwd[n_programs, cdiv(width, options["BLOCK_N"])](
             dy_rows, dsum_rows, rows, weight, dx, dw, sums, n_rows,
-            dy_rows.stride(0), 0 if dsum is None else dsum_rows.stride(0), rows.stride(0),
+            dy_rows.stride(0), 0 if dsum_rows is None else dsum_rows.stride(0), rows.stride(0),
             EPS=eps, HAS_DSUM=dsum is not None, NEEDS_DW=needs_dw, **flags, **options,
         )  # fmt: skip
-    return dx, dw.sum(0).to(weight.dtype) if needs_dw else dw
+    return dx, dw if weight is None or not needs_dw else dw.sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op("tritale::rms_norm", mutates_args=())
@@ -203,7 +205,9 @@ def _(x, weight, eps, offset):
 
 @torch.library.custom_op("tritale::add_rms_norm", mutates_args=())
 def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    return _forward(x, residual, weight, eps, offset)
+    y, total = _forward(x, residual, weight, eps, offset)
+    assert total is not None
+    return y, total
 
 
 @_add_rms_norm_op.register_fake

@@ -1,4 +1,4 @@
-"""What `rope` and `qk_norm_rope` share: the tables cos and sin, the positions looked up in them, and the addressing of heads in a kernel."""
+"""What `rope` and `qk_norm_rope` share: the tables cos and sin, the positions looked up in them, and how a kernel addresses heads."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Shared by all tests: the kernels decorated for the interpreter, a printed seed, and a finished tiny run.
 
-Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The environment
-stays plain: all other tests, and the processes they start, run the PyTorch path. A kernel test requests the fixture `device`
+Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
+environment stays plain: all other tests, and the processes they start, run the PyTorch path. A kernel test requests the fixture `device`
 (tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test alone; `dispatch.interprets` reads it at each call. With a GPU the
 same tests run natively. What must not be interpreted, the compile checks, runs in a process of its own (bench/machine_code.py).
 """

@@ -1,6 +1,7 @@
 """Cross-entropy of given logits: numbers, gradients, memory, integration, traffic."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -226,11 +227,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 def test_gradients_in_float64(device, options):
-    options = {k: torch.tensor(v, device=device, dtype=torch.float64) if k == "normalizer" else v for k, v in options.items()}
+    number = lambda v: torch.tensor(v, device=device, dtype=torch.float64)
+    call: dict[str, Any] = {k: number(v) if k == "normalizer" else v for k, v in options.items()}
     logits, targets = draw(3, 9, device)
     weight = torch.rand(3, device=device, dtype=torch.float64, requires_grad=True)
     with launch.launch_override("cross_entropy", BLOCK_N=2, BLOCK_V=4):
-        assert torch.autograd.gradcheck(lambda x, w: cross_entropy(x, targets, token_weight=w, **options), (logits, weight))
+        assert torch.autograd.gradcheck(lambda x, w: cross_entropy(x, targets, token_weight=w, **call), (logits, weight))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided rows", "transposed"])

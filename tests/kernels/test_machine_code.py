@@ -16,8 +16,8 @@ SLACK = 8  # registers that another version of Triton may take more than the one
 
 
 def worse_than(kept: dict[str, dict], now: dict[str, dict], slack: int = 0) -> list[str]:
-    """One line for each kernel of `now` that is worse than in `kept`, both {kernel: {registers, shared, occupancy}}. With slack, for another
-    version of the compiler, that many more registers are accepted, and any occupancy."""
+    """One line for each kernel of `now` that is worse than in `kept`, both {kernel: {registers, shared, occupancy}}. With slack, for
+    another version of the compiler, that many more registers are accepted, and any occupancy."""
     lines = []
     for kernel in sorted({*kept, *now}):
         budget, row = kept.get(kernel), now.get(kernel)

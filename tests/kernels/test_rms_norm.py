@@ -1,5 +1,8 @@
 """RMSNorm and its form with the residual addition: numbers, gradients, memory, integration, traffic."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -83,7 +86,7 @@ def differentiate_all(op, inputs, weight):
     """Outputs and gradients, the weight's with it as it lies in memory."""
     outputs = op(*inputs, weight)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    return outputs + list(torch.autograd.grad(sum(o.square().sum() for o in outputs), (*inputs, weight)))
+    return outputs + list(torch.autograd.grad(torch.stack([o.square().sum() for o in outputs]).sum(), (*inputs, weight)))
 
 
 @pytest.mark.parametrize("block_n", [None, 4])
@@ -197,10 +200,11 @@ def test_traffic_is_one_read_and_one_write(device, width, monkeypatch):
     x, residual, dy, dr = (randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(4))
     weight = randn(width, device=device, dtype=torch.float32)
     size = x.numel() * 2
-    for op, inputs, pulls, forward, backward in (
+    cases: tuple[tuple[Callable[..., Any], tuple, tuple, int, int], ...] = (
         (rms_norm, (x, weight), (dy,), 2, 3),
         (add_rms_norm, (x, residual, weight), (dy, dr), 4, 4),
-    ):
+    )
+    for op, inputs, pulls, forward, backward in cases:
         outputs = []
         counted = traffic(lambda: outputs.extend([o] if isinstance(o := op(*inputs), torch.Tensor) else o), [weight])  # noqa: B023
         assert counted["loaded"] + counted["stored"] <= 1.05 * forward * size

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -97,7 +98,7 @@ def grid_order(order: str) -> Iterator[None]:
     from triton.runtime.interpreter import InterpreterBuilder
 
     set_dim, set_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
-    permutation = None
+    permutation = np.arange(0)
 
     def set_grid_dim(self, *dims):
         nonlocal permutation
@@ -160,7 +161,7 @@ def check_races(recorder: Recorder) -> None:
             assert not others.any(), f"program {program} of grid {launch.grid} loads {int(others.sum())} elements that others store"
 
 
-def _guarded(t: object, guards: list[Guarded]) -> object:
+def _guarded(t: Any, guards: list[Guarded]) -> Any:
     if not isinstance(t, Tensor):
         return t
     guards.append(guard(t))
@@ -187,6 +188,7 @@ def check_memory(op: Callable, inputs: Sequence, *, pull_strides: Callable[[Tens
                 incoming = []
                 for o, p in zip(outputs, pulls, strict=True):
                     if o.requires_grad:
+                        assert p is not None
                         guards.append(guard(p, strides=None if pull_strides is None else pull_strides(p)))
                         incoming.append(guards[-1].view)
                 grads = torch.autograd.grad([o for o in outputs if o.requires_grad], wanted, incoming, allow_unused=True)
