@@ -6,7 +6,7 @@
     d loss/ds_j = token_weight_i · ((1 + 2 z lse) p_j − (1 − ε)[j = t] − ε / V),           p_j = exp(s_j − lse)
 
 Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
-gradient once, over the logits themselves where asked: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
+gradient once, over the logits themselves on request: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
 by memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
@@ -37,7 +37,7 @@ def log_sum_exp(top, total):
 
 @jit
 def row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):  # all [M]
-    """(loss, nll) of rows; 0 where ignored. lse − s is taken as (top − s) + log Σ, exact where the logits are large."""
+    """(loss, nll) of rows; 0 if ignored. lse − s is computed as (top − s) + log Σ, which stays exact for large logits."""
     nll = (top - s_target) + log_total
     loss = nll
     if LABEL_SMOOTHING != 0:
@@ -52,11 +52,9 @@ def row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.const
 def logits_gradient(
     s,  # [M, N], after the cap
     is_target,  # [M, N]
-    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] where the tokens lie along the second axis
+    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] if the second axis is tokens
     vocab_size,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits, in the accumulator's dtype: softmax − 1 is formed before any rounding."""
     d = tl.exp((s - top) - log_total)
@@ -78,16 +76,10 @@ def _cross_entropy_kernel(
     p_targets,  # (N,)
     p_scale,  # (N,) d result / d loss of the row
     p_loss, p_nll, p_top, p_log_total, p_correct,  # (N,), the third and fourth read where WITH_LOSS is off
-    n_rows,
-    vocab_size,
-    stride_logits,
-    stride_gradient,
+    n_rows, vocab_size, stride_logits, stride_gradient,
     IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,  # the options are constexpr: as arguments they would be rounded to fp32
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WITH_LOSS: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,  # as arguments they would be rounded to fp32
+    WITH_LOSS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,  # neighbouring logits that one 128-bit load brings to one thread
@@ -113,7 +105,7 @@ def _cross_entropy_kernel(
         s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
         beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
         n_beats = tl.sum(beats.to(tl.int32), axis=1)
-        # One maximum and one sum per group, which lies in one thread: no exchange between threads inside the loop.
+        # One maximum and one sum per group, which one thread holds: no exchange between threads inside the loop.
         top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
         total = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
         mean = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
@@ -168,16 +160,11 @@ def launch_cross_entropy(
     logits: Tensor,  # (N, V), rows of unit stride
     targets: Tensor,  # (N,)
     rows: tuple[Tensor, ...],  # loss, nll, top, log_total, correct: (N,)
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    with_loss: bool,
-    gradient: Tensor | None = None,  # (N, V), written where given; may be logits
+    *, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, with_loss: bool,
+    gradient: Tensor | None = None,  # (N, V), written if given; may be logits
     scale: Tensor | None = None,  # (N,)
-) -> None:
-    """One pass over the logits for the rows' losses, one for the gradient, or both in one launch: the row is then still in the cache."""
+) -> None:  # fmt: skip
+    """One pass over the logits for the rows' losses, one for the gradient, or both in one launch while the row is still in the cache."""
     n, vocab_size = logits.shape
     if n == 0:
         return
@@ -282,8 +269,8 @@ _cross_entropy.register_autograd(_backward, setup_context=_save)
 
 
 def _may_overwrite(logits: Tensor) -> bool:
-    """Whether the gradient may take the place of the logits: not of a leaf (a parameter, a user's input) or a view of one, nor of rows that
-    overlap. Under torch.compile never: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
+    """Whether the gradient may overwrite the logits: not if they are a leaf (a parameter, a user's input), a view of one, or overlap. Never
+    under torch.compile: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
     if torch.compiler.is_compiling():
         return False
     root = logits if logits._base is None else logits._base
@@ -294,17 +281,17 @@ def check_options(reduction: str, label_smoothing: float, softcap: float | None,
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing {label_smoothing} is no share of the loss; choose one in [0, 1]")
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1]")
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap {softcap} leaves no logits; choose a positive one, or None for no cap")
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
     if targets.is_floating_point():
-        raise ValueError(f"targets of {targets.dtype} are no indices into the vocabulary; integers expected")
+        raise ValueError(f"targets are {targets.dtype}; integers expected, the indices into the vocabulary")
     if token_weight is not None and token_weight.shape != targets.shape:
         raise ValueError(f"token_weight {tuple(token_weight.shape)} must have the targets' shape, {tuple(targets.shape)}")
 
 
 def signed_targets(targets: Tensor) -> Tensor:
-    """The targets in a dtype that holds every ignore_index: in uint8, −100 is 156."""
+    """The targets in a dtype that can hold every ignore_index; in uint8, −100 is 156."""
     return targets if targets.dtype in (torch.int32, torch.int64) else targets.long()
 
 
@@ -338,11 +325,11 @@ def cross_entropy(
 
     `mean` divides by the number of targets that are not ignored, or by `normalizer`, a tensor on the device (the targets of the global
     batch, for gradient accumulation); with none left loss and gradients are 0. `token_weight` multiplies the rows' losses. With
-    `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored, detached. Nothing waits for the device.
+    `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 if ignored, detached. Nothing synchronises.
 
     `inplace_backward` lets backward write the gradient over the logits: saves N · V · itemsize bytes; the logits then hold the gradient,
-    and autograd refuses a later use of their values. It is not done to a leaf, under torch.compile, or where backward keeps its graph
-    (`create_graph`). A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU, where checking is free).
+    and autograd refuses a later use of their values. It has no effect on a leaf, under torch.compile, or with
+    `create_graph`. A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU).
 
     Raises ValueError for an unknown reduction, options out of range, or targets that are not shaped as the rows of the logits."""
     check_options(reduction, label_smoothing, softcap, targets, token_weight)

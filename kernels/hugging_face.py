@@ -3,7 +3,7 @@
     patch_transformers(model)    # norms, rotary positions, attention, SwiGLU and the loss run the kernels
     unpatch(model)               # as it was
 
-Each module gets a `forward` of its own in its `__dict__`; parameters, classes, hooks and the state dict stay as they are. In training mode
+Each module gets its own `forward` in its `__dict__`; parameters, classes, hooks and the state dict stay as they are. In training mode
 with labels the loss comes from `linear_cross_entropy` and `logits` is None, since they are never all there. Padding becomes documents that
 do not see each other, so the kernels need no mask; what they cannot express (a padded batch with a KV cache, a mask with holes or of four
 dimensions, a static cache) runs through the layer's own attention.
@@ -64,7 +64,7 @@ def _attention(
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     cos, sin = (t[..., : t.shape[-1] // 2].flatten(0, 1) for t in position_embeddings)
-    own = cos.shape[0] != n_tokens  # every row of the batch has positions of its own
+    own = cos.shape[0] != n_tokens  # each sequence of the batch has its own positions
     rows = torch.arange(n_batch * n_tokens, device=q.device).view(n_batch, n_tokens) if own else None
     q, k = rope(q, k, cos, sin, positions=rows)
     if cache is not None:
@@ -89,10 +89,10 @@ def _plan(self, attention_mask, position_ids, cache, use_cache, n_batch: int, n_
     from transformers import DynamicCache
 
     if options.get("output_attentions", self.config.output_attentions):
-        raise ValueError("output_attentions: the fused attention never holds the attention matrix; unpatch(model) first to look at it")
+        raise ValueError("output_attentions: the fused attention does not compute the attention matrix; call unpatch(model) first")
     if not options.get("is_causal", getattr(self.config, "is_causal", True)):
         raise ValueError("is_causal=False: the patched attention is causal; unpatch(model) first")
-    if options.get("cu_seq_lens_q") is not None:  # padding-free batches, as transformers' flash-attention takes them
+    if options.get("cu_seq_lens_q") is not None:  # padding-free batches, in the form of transformers' flash-attention
         return attention_mask, (True, options["cu_seq_lens_q"].int())
     is_cached = cache is not None
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
@@ -186,14 +186,14 @@ def patch_transformers(model: Model) -> Model:
     """Make `model`, a Llama, Mistral or Qwen3 of transformers, run the kernels, in place; returns it. `unpatch` undoes it.
 
     Works for the bare model, the causal language model and what wraps them with a `config` (PEFT); gradient checkpointing, KV cache,
-    left- and right-padded and packed batches included. In training mode with labels, `logits` is None. To see where padding and documents
-    lie, a forward pass reads the attention mask or the positions back from the device: it waits once or twice, unless it is compiled.
+    left- and right-padded and packed batches included. In training mode with labels, `logits` is None. To find padding and documents,
+    a forward pass reads the attention mask or the positions back from the device: it synchronises once or twice, unless it is compiled.
 
     Raises ValueError for another architecture, or a model set up in a way that the kernels do not compute."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"patch_transformers knows {', '.join(ARCHITECTURES)}, not {kind!r}; use the ops of tritale.kernels directly")
+        raise ValueError(f"patch_transformers supports {', '.join(ARCHITECTURES)}, not {kind!r}; use the ops of tritale.kernels directly")
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"config.hidden_act is {config.hidden_act!r}; the kernel of the MLP is SwiGLU, so it must be 'silu'")
     if config.attention_dropout:

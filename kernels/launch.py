@@ -6,8 +6,8 @@ see docs/kernels.md and `python -m bench.kernel_report`.
     options = launch_options("rms_norm_fwd", x, width=4096)      # {"BLOCK_N": 4096, "BLOCK_M": 1, "num_warps": 8}
     _rms_norm_fwd[grid](x, …, **options)
 
-`x` is any tensor on the device of the launch; a row may depend on the sizes given. To add a kernel, add its rows to TABLE, a function of the
-sizes for each architecture. "sm_80" is required, since the others fall back to it along FALLBACK. For an experiment or a test:
+`x` is any tensor on the device of the launch; a row may depend on the sizes given. To add a kernel, add its rows to TABLE, one function of
+the sizes for each architecture. "sm_80" is required, since the others fall back to it along FALLBACK. For an experiment or a test:
 
     with launch_override("rms_norm_fwd", num_warps=4):
         rms_norm(x)

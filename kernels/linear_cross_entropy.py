@@ -1,14 +1,14 @@
-"""Cross-entropy of the head's logits x Wᵀ without ever holding all of them: x (N, K), W (V, K).
+"""Cross-entropy of the head's logits x Wᵀ, which are never all in memory: x (N, K), W (V, K).
 
-`strategy="chunk"`: the rows of x go through in chunks: logits of one chunk, their gradient d (see `cross_entropy`) written over them, and
-at once the chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). With the gradients known in
-the forward pass, backward only scales them. 6 · N · K · V FLOPs for forward and backward together, as without chunks. Bytes beyond the
-inputs and outputs: chunk · V · itemsize held; the logits are written, read twice, overwritten and read by two products, W is read twice per
-chunk and dW read and written once per chunk (the first only writes), so larger chunks are better until the memory they hold hurts.
+`strategy="chunk"`: for one chunk of rows after another, the logits, their gradient d (see `cross_entropy`) written over them, and the
+chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). The forward pass computes the gradients,
+and backward scales them: 6 · N · K · V FLOPs together, as without chunks. Memory beyond the inputs and outputs: chunk · V · itemsize. The
+logits are written, read twice, overwritten and read by two products, W is read twice per chunk and dW read and written once per chunk (the
+first only writes), so larger chunks are faster.
 
-`strategy="recompute"`: no logits in memory at all, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward
-kernel keeps five numbers a row and slice of the vocabulary; backward makes each tile again, twice, since dx belongs to the rows of x and dW
-to the rows of W and no program adds to another's sums (no atomics, every run gives the same bits): 10 · N · K · V FLOPs.
+`strategy="recompute"`: no logits in memory, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward kernel
+stores five numbers a row and slice of the vocabulary. Backward computes each tile twice, since dx sums over the rows of W, dW over the rows
+of x, and no program adds to another's sums (no atomics, the same bits in every run): 10 · N · K · V FLOPs.
 
 dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is what makes bf16 training drift (Liger-Kernel #512, #827).
 """
@@ -36,7 +36,7 @@ from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
 from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
-IGNORED = -(2**31)  # stands for the ignored targets inside the ops, whatever the caller's ignore_index
+IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
@@ -47,7 +47,7 @@ def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: 
     return 128 * -(-blocks // n_chunks)
 
 
-# The chunk's step: logits of the rows of a slice → the rows' results, and the gradient in place of the logits.
+# The step of a chunk: logits → the results of its rows, and the gradient in place of the logits.
 
 
 def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
@@ -155,13 +155,10 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         weight: Tensor,  # (V, K)
         targets: Tensor,  # (N,), IGNORED where ignored
         row_scale: Tensor,  # (N,) fp32: d(loss) / d(loss of the row); 0 where ignored
-        label_smoothing: float,
-        z_loss: float,
+        label_smoothing: float, z_loss: float,
         softcap: float,  # 0: none
-        rows: int,
-        needs_dx: bool,
-        needs_dw: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows: int, needs_dx: bool, needs_dw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, empty where not needed."""
         return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
 
@@ -231,11 +228,7 @@ def _recompute_forward_kernel(
     p_top, p_total, p_sum, p_target, p_best,  # (slices, N): maximum, Σ exp(s − maximum), Σ s, s_target, index of the maximum
     n_rows, vocab_size, width, slice_size,
     stride_x, stride_weight,
-    SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < n_rows
@@ -275,10 +268,7 @@ def _recompute_combine_kernel(
     p_top, p_total, p_sum, p_target, p_best,  # (slices, N), as the forward kernel leaves them
     p_loss, p_nll, p_top_out, p_log_total, p_correct,  # (N,)
     n_rows, vocab_size, n_slices,
-    IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,  # ≥ slices
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -314,18 +304,12 @@ def _recompute_backward_kernel(
     p_targets, p_top, p_log_total, p_scale,  # (tokens,)
     n_a, n_b, width, slice_size, vocab_size,
     stride_a, stride_b,
-    IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
     A_IS_TOKENS: tl.constexpr,  # A = x, B = W for dx; A = W, B = x for dW
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out[a] = Σ_b d[a, b] B[b] with tiles of d made anew. The sums lie in memory that this program alone reads and writes (it stays in the
-    L2 cache): K columns of BLOCK_A rows are too many for the registers."""
+    """out[a] = Σ_b d[a, b] B[b] with recomputed tiles of d. The sums are in memory that only this program reads and writes (it stays in the
+    L2 cache), since K columns of BLOCK_A rows do not fit the registers."""
     o_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)  # [BLOCK_A]
     m_a = o_a < n_a
     o_k = tl.arange(0, BLOCK_K)
@@ -366,7 +350,7 @@ def _recompute_backward_kernel(
 
 
 def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices comes near what is wanted; none empty."""
+    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices is about `wanted`; none empty."""
     blocks = -(-size // block)
     per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
     return -(-blocks // per_slice), per_slice * block
@@ -377,10 +361,8 @@ def _recompute(
     x: Tensor,  # (N, K)
     weight: Tensor,  # (V, K)
     targets: Tensor,  # (N,), IGNORED where ignored
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    label_smoothing: float, z_loss: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nll, top, log_total, correct) of each row. Differentiable in loss."""
     (n, width), vocab_size = x.shape, weight.shape[0]
     rows = empty_rows(x, n)
@@ -414,17 +396,9 @@ def _(x, weight, targets, label_smoothing, z_loss, softcap):
 @torch.library.custom_op("tritale::linear_cross_entropy_recompute_backward", mutates_args=())
 def _recompute_backward(
     grad: Tensor,  # (N,)
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    needs_dx: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, top: Tensor, log_total: Tensor,
+    label_smoothing: float, z_loss: float, softcap: float, needs_dx: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dx in x's dtype, dW in fp32), empty where not needed."""
     *_, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     if x.shape[0] == 0:
@@ -441,7 +415,7 @@ def _recompute_backward(
                 ACC=accumulator(a), **options,
             )  # fmt: skip
 
-    if needs_dx:  # few rows of x leave processors idle: the vocabulary is cut, one fp32 dx per slice, then summed
+    if needs_dx:  # few rows of x leave SMs idle: the vocabulary is cut, one fp32 dx per slice, then summed
         programs = cdiv(x.shape[0], options["BLOCK_A"])
         n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, sm_count(x))
         sums = top.new_empty(n_slices, *x.shape)
@@ -510,14 +484,14 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
-    Products are made in x's dtype (autocast's where it is on), sums in fp32; the weight may be fp32 beside a bf16 x, and its gradient
-    then keeps its fp32. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
-    targets of the global batch makes gradient accumulation exact. Nothing waits for the device.
+    Products are in x's dtype (autocast's if it is on), sums in fp32. The weight may be fp32 with a bf16 x; its gradient is then fp32 too,
+    unrounded. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
+    targets of the global batch makes gradient accumulation exact. Nothing synchronises.
 
     `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
-    256 elsewhere, in x's dtype). "recompute" stores none and makes them again in backward: 10 instead of 6 N·K·V FLOPs, for when memory is
-    the limit (a CPU, and sm_75 for want of tensor cores, go chunk by chunk then too, but keep no gradients between forward and backward).
-    `inplace_backward` is accepted for `cross_entropy`'s sake: the logits are the op's own and always overwritten.
+    256 elsewhere, in x's dtype). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
+    (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
+    `inplace_backward` is accepted as in `cross_entropy` and has no effect: the logits are the op's own and always overwritten.
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:

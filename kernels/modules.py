@@ -17,7 +17,7 @@ from .swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` over the last dimension, with its weight: (width,), at first scaling by 1. `offset=1` is Gemma's form."""
+    """`rms_norm` over the last dimension, with its weight, (width,), which scales by 1 at first. `offset=1` is Gemma's form."""
 
     def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0):
         super().__init__()
@@ -56,17 +56,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(
-        self,
-        q: Tensor,  # (B, T, H, D)
-        k: Tensor,  # (B, T, H_kv, D)
-        *,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        inplace: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        where = {"positions": positions, "cu_seqlens": cu_seqlens}
-        return rope(q, k, self.cos, self.sin, interleaved=self.interleaved, inplace=inplace, **where)
+    def forward(self, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
+        """q: (B, T, H, D), k: (B, T, H_kv, D), rotated; `positions`, `cu_seqlens` and `inplace` are `rope`'s."""
+        return rope(q, k, self.cos, self.sin, interleaved=self.interleaved, **options)
 
     def extra_repr(self) -> str:
         return f"context={self.cos.shape[0]}, rotary_dim={2 * self.cos.shape[1]}, interleaved={self.interleaved}"

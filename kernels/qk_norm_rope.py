@@ -1,4 +1,4 @@
-"""RMSNorm of each q and k head and rotary embedding, in one kernel, reading the packed projection (…, (H + 2 H_kv) D) where it lies.
+"""RMSNorm of each q and k head and rotary embedding, in one kernel that reads the packed projection (…, (H + 2 H_kv) D).
 
     forward    u = x ρ w,  ρ = 1 / sqrt(mean(x²) + eps) over a head,   (a, b) of u → (a cos − b sin, b cos + a sin)
     backward   g = the incoming gradient rotated back,   dx = ρ (g w − x ρ² mean(g w x)),   dw = Σ g x ρ
@@ -284,8 +284,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split packed q, k, v; RMSNorm over each head of q and k (as Qwen3), then `rope`: q (B, T, H, D), k and v (B, T, H_kv, D).
 
-    The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the whole gradient of qkv at once.
-    cos and sin get no gradient. Raises ValueError where the shapes do not fit, and for positions as `rope` does."""
+    The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the gradient of qkv at once.
+    cos and sin get no gradient. Raises ValueError if the shapes do not match, and for positions as `rope` does."""
     head_dim = q_weight.shape[-1]
     if qkv.dim() != 3 or qkv.shape[-1] != (n_head + 2 * n_kv_head) * head_dim or k_weight.shape != q_weight.shape:
         raise ValueError(

@@ -10,7 +10,7 @@ element, so memory decides. Rows stay in registers between the two uses, ρ is n
 anyway). Several narrow rows share a program. dw has no atomics: a persistent grid keeps one partial sum per program in registers, fp32,
 written once, (programs, N), and summed at the end; so it is the same in every run.
 
-Rows wider than the registers hold (BLOCK_N < N) take two kernels: sums over each row, then the same kernel with a grid over columns too.
+Rows wider than the registers can hold (BLOCK_N < N) take two kernels: sums over each row, then the same kernel with a grid over columns.
 """
 
 import torch
@@ -25,12 +25,10 @@ from .triton_compat import jit, tl
 
 @jit
 def _rms_norm_fwd(
-    p_x,  # (M, N)
-    p_residual,  # (M, N)
+    p_x, p_residual,  # (M, N)
     p_w,  # (N,)
-    p_y,  # (M, N)
-    p_sum,  # (M, N) residual + x
-    p_sums,  # (M, 2) from _rms_norm_sums, where a row is wider than a block
+    p_y, p_sum,  # (M, N) normed, and residual + x
+    p_sums,  # (M, 2) from _rms_norm_sums, if a row is wider than a block
     n_rows, stride_x, stride_residual,
     N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -44,7 +42,7 @@ def _rms_norm_fwd(
         b_x += tl.load(p_residual + o_m[:, None] * stride_residual + o_n[None, :], mask=mask, other=0.0).to(ACC)
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + o_m[:, None] * N + o_n[None, :], b_sum, mask=mask)
-        b_x = b_sum.to(ACC)  # what is normed is what the next layer gets, rounding included
+        b_x = b_sum.to(ACC)  # normed after rounding, as the next layer gets it
     if BLOCK_N >= N:
         b_square = tl.sum(b_x * b_x, axis=1)  # [BLOCK_M]
     else:
@@ -58,8 +56,7 @@ def _rms_norm_fwd(
 
 @jit
 def _rms_norm_bwd(
-    p_dy,  # (M, N)
-    p_dsum,  # (M, N) gradient of residual_out
+    p_dy, p_dsum,  # (M, N) gradients of the normed tensor and of the residual
     p_x,  # (M, N) what was normed
     p_w,  # (N,)
     p_dx,  # (M, N)
@@ -163,7 +160,30 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: flo
     return y, total
 
 
-def _backward(
+@torch.library.custom_op("tritale::rms_norm", mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    return _forward(x, None, weight, eps, offset)[0]
+
+
+@_rms_norm_op.register_fake
+def _(x, weight, eps, offset):
+    return contiguous_like(x)
+
+
+@torch.library.custom_op("tritale::add_rms_norm", mutates_args=())
+def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    y, total = _forward(x, residual, weight, eps, offset)
+    assert total is not None
+    return y, total
+
+
+@_add_rms_norm_op.register_fake
+def _(x, residual, weight, eps, offset):
+    return tuple(contiguous_like(t) for t in (x, residual))
+
+
+@torch.library.custom_op("tritale::rms_norm_backward", mutates_args=())
+def _rms_norm_backward_op(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
     dx = contiguous_like(x)
@@ -191,35 +211,6 @@ def _backward(
             EPS=eps, HAS_DSUM=dsum is not None, NEEDS_DW=needs_dw, **flags, **options,
         )  # fmt: skip
     return dx, dw if weight is None or not needs_dw else dw.sum(0).to(weight.dtype)
-
-
-@torch.library.custom_op("tritale::rms_norm", mutates_args=())
-def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    return _forward(x, None, weight, eps, offset)[0]
-
-
-@_rms_norm_op.register_fake
-def _(x, weight, eps, offset):
-    return contiguous_like(x)
-
-
-@torch.library.custom_op("tritale::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    y, total = _forward(x, residual, weight, eps, offset)
-    assert total is not None
-    return y, total
-
-
-@_add_rms_norm_op.register_fake
-def _(x, residual, weight, eps, offset):
-    return tuple(contiguous_like(t) for t in (x, residual))
-
-
-@torch.library.custom_op("tritale::rms_norm_backward", mutates_args=())
-def _rms_norm_backward_op(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dw: bool
-) -> tuple[Tensor, Tensor]:
-    return _backward(dy, dsum, x, weight, eps, offset, needs_dw)
 
 
 @_rms_norm_backward_op.register_fake
@@ -263,14 +254,14 @@ _add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 
 def _check(x: Tensor, weight: Tensor | None) -> None:
     if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}: ({x.shape[-1]},) expected, or None")
+        raise ValueError(f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}: ({x.shape[-1]},) expected, or None")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · (offset + weight) over the last dimension, x: (…, N), weight: (N,) of any float dtype, or None.
 
     Sums are fp32 (fp64 for fp64), y has x's dtype; `offset=1` is Gemma's form. Source: arXiv 1910.07467.
-    Raises ValueError where the weight does not fit."""
+    Raises ValueError if the weight's shape does not match."""
     _check(x, weight)
     if not uses_triton(x):
         return reference.rms_norm(x, weight, eps, offset=offset)
@@ -282,7 +273,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(r), r) with r = residual + x, in one kernel: x and residual (…, N); r has the residual's dtype, the normed tensor x's.
 
-    Raises ValueError where the shapes do not fit each other."""
+    Raises ValueError if the shapes do not match."""
     _check(x, weight)
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")

@@ -56,8 +56,7 @@ def _rope_rows(
 
 @jit
 def _rope(
-    p_q,  # (B, T, H, D)
-    p_k,  # (B, T, H_KV, D)
+    p_q, p_k,  # (B, T, H, D) and (B, T, H_KV, D)
     p_cos, p_sin,  # (T_max, HALF)
     p_positions,  # (B or 1, T) or None
     p_q_out, p_k_out, n_batch, n_tokens,
@@ -176,10 +175,10 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, in half-split or interleaved pairs.
 
-    Positions count from 0, restart at each document with `cu_seqlens` (B = 1), or are given. `inplace=True` writes over q and k where no
-    gradient is asked of them, and returns them; elsewhere it changes nothing. cos and sin get no gradient.
-    Raises ValueError where the shapes do not fit, positions are given twice or cos is too short for them (on a GPU the values of
-    `positions` and `cu_seqlens` are not looked at, and reading past cos is undefined), or what is written in place overlaps itself."""
+    Positions count from 0, restart at each document with `cu_seqlens` (B = 1), or are given. `inplace=True` overwrites q and k and
+    returns them, if they need no gradient; otherwise it has no effect. cos and sin get no gradient.
+    Raises ValueError if the shapes do not match, positions are given twice, cos is too short for them (the values of `positions` and
+    `cu_seqlens` are checked on the CPU only; on a GPU reading past cos is undefined), or a tensor to overwrite overlaps itself."""
     is_fitting = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
     if not is_fitting or cos.dim() != 2 or 2 * cos.shape[-1] > q.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
@@ -188,7 +187,7 @@ def rope(
         )
     positions = token_positions(q.shape[0], q.shape[1], cos, positions, cu_seqlens)
     inplace = inplace and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if inplace and not torch.compiler.is_compiling():  # its strides may be symbols, and it copies results back, which checks them
+    if inplace and not torch.compiler.is_compiling():  # there strides may be symbols, and results are copied back, which checks them
         _check_inplace(q, k)
     if not uses_triton(q):
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)

@@ -89,7 +89,7 @@ def _(gate_up, up, activation):
 
 @torch.library.custom_op("tritale::glu_backward", mutates_args=())
 def _glu_backward_op(dh: Tensor, gate_up: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """(d gate_up, d up); the second is empty where gate and up are packed."""
+    """(d gate_up, d up); the second is empty if gate and up are packed."""
     d = contiguous_like(gate_up)
     d_up = gate_up.new_empty(0) if up is None else contiguous_like(up)
     if dh.numel():
@@ -131,7 +131,7 @@ def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def swiglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) · up, of a packed (…, 2 N) [gate | up] or of two tensors (…, N): (…, N) in the gate's dtype (arXiv 2002.05202).
 
-    Raises ValueError where the shapes do not fit."""
+    Raises ValueError if the shapes do not match."""
     return _apply(gate_up, up, "silu")
 
 

@@ -200,12 +200,12 @@ def test_traffic_is_one_read_and_one_write(device, width, monkeypatch):
     x, residual, dy, dr = (randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(4))
     weight = randn(width, device=device, dtype=torch.float32)
     size = x.numel() * 2
-    cases: tuple[tuple[Callable[..., Any], tuple, tuple, int, int], ...] = (
+    cases: list[tuple[Callable[..., Any], tuple, tuple, int, int]] = [
         (rms_norm, (x, weight), (dy,), 2, 3),
         (add_rms_norm, (x, residual, weight), (dy, dr), 4, 4),
-    )
+    ]
     for op, inputs, pulls, forward, backward in cases:
-        outputs = []
+        outputs: list[torch.Tensor] = []
         counted = traffic(lambda: outputs.extend([o] if isinstance(o := op(*inputs), torch.Tensor) else o), [weight])  # noqa: B023
         assert counted["loaded"] + counted["stored"] <= 1.05 * forward * size
         counted = traffic(lambda: torch.autograd.grad(outputs, inputs, pulls), [weight])  # noqa: B023

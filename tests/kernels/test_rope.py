@@ -159,7 +159,7 @@ def test_offsets_of_heads_pass_32_bits(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs one program of the grid, in the interpreter")
 def test_batch_strides_pass_32_bits(device):
-    """The sequences of a batch are T · H · D = 2³¹ elements apart; one program runs, the first of the second one. Only its pages are real."""
+    """Sequences of a batch are T · H · D = 2³¹ elements apart; one program runs, the first of the second one. Only its pages are real."""
     n_tokens, n_head, head_dim, block = 2**20, 16, 128, 1024
     first = n_tokens * n_head // block
     sizes: dict[str, Any] = {"n_head": n_head, "n_kv_head": 1}
