@@ -1,4 +1,4 @@
-"""Shared by all tests: the kernels decorated for the interpreter, a printed seed, and a finished tiny run.
+"""Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
 Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
 environment stays plain: all other tests, and the processes they start, run the PyTorch path. A kernel test requests the fixture `device`
@@ -9,7 +9,7 @@ same tests run natively. What must not be interpreted, the compile checks, runs 
 import os
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores; before torch counts its threads
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -19,7 +19,7 @@ from runs import train
 
 from tests.kernels.harness.interpreter import interpret_kernels
 
-# Without shrinking: in the interpreter a failing case would run some hundred times more, for minutes.
+# No shrinking: in the interpreter it would repeat a failing case some hundred times, for minutes.
 settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 settings.load_profile("tritale")
 
@@ -27,12 +27,12 @@ if not torch.cuda.is_available():
     interpret_kernels()
 
 
-SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share what takes minutes to make
+SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under `pytest -n` each test goes to whichever worker is free, but those of a file of SHARED all go to one."""
+    """Under `pytest -n`, any worker may run any test, but one worker runs all tests of a file in SHARED."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed, printed so that a failure can be repeated, and given to torch."""
+    """A fresh seed, set in torch and printed so that a failure can be reproduced."""
     value = torch.seed() % 2**32
     print(f"seed {value}")
     torch.manual_seed(value)
