@@ -11,6 +11,7 @@ if __name__ == "kernels":
 else:
     from .cross_entropy import cross_entropy
     from .dispatch import backend
+    from .embedding import embedding
     from .flash_attention import attention_backend, flash_attention
     from .hugging_face import patch_transformers, unpatch
     from .linear_cross_entropy import linear_cross_entropy
@@ -31,6 +32,7 @@ else:
         "backend",
         "cross_entropy",
         "document_positions",
+        "embedding",
         "flash_attention",
         "geglu",
         "linear_cross_entropy",

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..kernels import add_rms_norm, document_positions, flash_attention, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu
+from ..kernels import (
+    add_rms_norm,
+    document_positions,
+    embedding,
+    flash_attention,
+    linear_cross_entropy,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,7 @@ class GPT(nn.Module):
             positions = cache.positions
         else:
             positions = document_positions(cu_seqlens, n) if cu_seqlens is not None else None
-        x, delta = F.embedding(tokens, self.embedding), None
+        x, delta = embedding(tokens, self.embedding), None
         for block in self.blocks:
             x, delta = block(x, delta, self.cos, self.sin, positions, cu_seqlens, cache)
         assert delta is not None
