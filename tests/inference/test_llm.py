@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shutil
 import string
@@ -579,3 +580,36 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(token_id, tmp_path
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"id {token_id}.*600"):
         LLM.load(folder, device="cpu")
+
+
+# --- The folder of the compiled library ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", ["folder", "parent", "file", "link", "relative"])
+def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path, monkeypatch):
+    if (problem := native.problem()) or not hasattr(os, "getuid"):
+        pytest.skip(problem or "no owners of files here")
+    tmp_path.chmod(0o755)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    native.load_library()
+    (kept,) = (cache / "tritale").iterdir()
+    if planted == "folder":
+        (cache / "tritale").chmod(0o777)
+    elif planted == "parent":
+        cache.chmod(0o777)
+    elif planted == "file":
+        kept.chmod(0o777)
+    elif planted == "link":
+        (cache / "tritale").rename(tmp_path / "elsewhere")
+        (cache / "tritale").symlink_to(tmp_path / "elsewhere")
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+        monkeypatch.setenv("HOME", "home")
+    compiled, compile = [], native._compile
+    monkeypatch.setattr(native, "_compile", lambda *args: compiled.append(args) or compile(*args))
+    assert not isinstance(native.load_library(), str)
+    assert compiled  # anew, elsewhere or in place of the file
+    if planted == "file":
+        assert not kept.stat().st_mode & 0o022
