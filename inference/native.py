@@ -20,6 +20,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract=off: GCC fuses a · b + c in some loops only, and a sequence would depend on the others in the batch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
+THREAD_WORK = 1 << 23  # multiply-adds of a pass that are worth a thread: with fewer, waiting for each other takes longer than the work
 
 
 class _Layer(ctypes.Structure):
@@ -184,8 +185,14 @@ class NativeForward:
         tables = [self._pointer(t, fp32, c.context, c.head_dim // 2) for t in (model.cos, model.sin)]
         tables = [self._pointer(model.norm, fp32, c.width), *tables]
         self._model = _Model(*sizes, dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
+        self._head_work = c.vocab_size * c.width
+        self._work = c.n_matrix - self._head_work
         self._cache_shape = (c.n_layer, 2, c.n_kv_head, c.head_dim)
         self._vocab_size, self._scratch, self._logits = c.vocab_size, torch.empty(0), torch.empty(0)
+
+    def n_thread(self, n: int, n_last: int) -> int:
+        """Threads for a pass over n tokens with the logits of n_last."""
+        return max(1, min(torch.get_num_threads(), (n * self._work + n_last * self._head_work) // THREAD_WORK))
 
     def _pointer(self, t: Tensor, dtype: torch.dtype, *shape: int) -> int:
         """The address of a tensor, or of a copy in the dtype. Raises ValueError for another shape or device."""
@@ -200,7 +207,8 @@ class NativeForward:
         and return the logits (len(last), V) of the tokens at the ascending indices `last`. The next call overwrites the result.
 
         The index tensors are int64 on the CPU. Raises ValueError if one is out of range or a tensor has another form."""
-        n, n_last, n_thread = len(tokens), len(last), torch.get_num_threads()
+        n, n_last = len(tokens), len(last)
+        n_thread = self.n_thread(n, n_last)
         for name, t in {"tokens": tokens, "rows": rows, "positions": positions, "last": last}.items():
             if t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (n_last if name == "last" else n,) or not t.is_contiguous():
                 raise ValueError(f"{name} is {_describe(t)}; it must be contiguous int64 on the CPU, one number per token")

@@ -6,11 +6,14 @@ import os
 import platform
 import shutil
 import string
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.runs import REPOSITORY
 from tritale.common.sampling import SamplingSettings
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
@@ -613,3 +616,34 @@ def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path
     assert compiled  # anew, elsewhere or in place of the file
     if planted == "file":
         assert not kept.stat().st_mode & 0o022
+
+
+# --- Threads -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, expected", [({}, "100"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+@pytest.mark.parametrize("entry", ["tritale.cli.main", "tritale.inference", "train", "tests.conftest"])
+def test_every_entry_point_limits_spinning_before_torch_is_imported(entry, given, expected):
+    code = f"""
+import importlib.abc, os, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+import {entry}
+import torch
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=environment, cwd=REPOSITORY)
+    assert result.stdout == f"{expected}\n", result.stderr
+
+
+@pytest.mark.parametrize("n, n_thread", [(1, 1), (300, 2)])
+def test_a_small_pass_uses_one_thread(n, n_thread, tmp_path, tokenizer, monkeypatch):
+    if problem := native.problem():
+        pytest.skip(problem)
+    model = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 2)
+    assert native.NativeForward(model).n_thread(n, n) == n_thread
