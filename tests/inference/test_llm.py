@@ -642,8 +642,9 @@ import torch
 
 @pytest.mark.parametrize("n, n_thread", [(1, 1), (300, 2)])
 def test_a_small_pass_uses_one_thread(n, n_thread, tmp_path, tokenizer, monkeypatch):
-    if problem := native.problem():
-        pytest.skip(problem)
-    model = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model
-    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 2)
-    assert native.NativeForward(model).n_thread(n, n) == n_thread
+    model, threads = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model, [2]
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(native.torch, "set_num_threads", lambda n: threads.append(n))
+    assert native.count_threads(model.config, n, n) == n_thread
+    native.limit_threads(model, n)
+    assert native.problem() or threads == ([2, 1] if n_thread == 1 else [2])
