@@ -65,9 +65,9 @@ class LLM:
             raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten it to {context - 1} or fewer")
         return ids
 
-    def decoder(self, *, slots: int, capacity: int | None = None) -> Decoder:
+    def decoder(self, *, slots: int, capacity: int | None = None, limits_prefill: bool = False) -> Decoder:
         """A `Decoder` of this model."""
-        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size)
+        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size, limits_prefill=limits_prefill)
 
     def write(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
         """Run all prompts in one batch and yield (index of the prompt, new text, completion); the completion comes with the last piece.
