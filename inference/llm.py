@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling, SamplingSettings
+from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import check_files, load_model
+from ..model.checkpoint import check_files, load_model, read_json
 from ..model.gpt import GPT
 from ..model.run_folder import find_checkpoint
 from . import native, sequence
@@ -50,7 +51,8 @@ class LLM:
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
         gpt = load_model(folder, device=device, dtype=dtype)
         check_files(folder, ["tokenizer.json"])
-        tokenizer = Tokenizer.load(folder)
+        is_imported = "tritale_import" in read_json(folder, "config.json")
+        tokenizer = ForeignTokenizer.load(folder) if is_imported else Tokenizer.load(folder)
         if tokenizer.vocab_size > gpt.config.vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {gpt.config.vocab_size}; "

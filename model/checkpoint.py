@@ -84,6 +84,10 @@ def gpt_config(hf: dict) -> GPTConfig:
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
     if not isinstance(rope, dict):
         raise UserError(f"config.json: rope_parameters is {rope!r}, not an object; {DAMAGED}")
+    if hf.get("rope_scaling"):
+        raise UserError(f"config.json: rope_scaling is {hf['rope_scaling']!r}; only null is supported")
+    if kind == "qwen3" and hf.get("use_sliding_window") and hf.get("max_window_layers"):
+        raise UserError(f"config.json: max_window_layers is {hf['max_window_layers']!r}; only 0 is supported, a window in every layer")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config.json: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
@@ -206,21 +210,25 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); {DAMAGED}") from None
 
 
-@torch.no_grad()
 def load_weights(model: GPT, folder: Path) -> None:
     """Copy the weights of a checkpoint into a model of the same shape. Raises UserError if the tensors do not match."""
-    state = load_tensors(folder, "model.safetensors")
+    copy_weights(model, load_tensors(folder, "model.safetensors"), folder / "model.safetensors")
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, state: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors under Hugging Face's names into a model. Raises UserError, which names `where`, if they do not match."""
     expected = hf_state(model)  # views of the packed parameters: copying into them fills the model
     if model.config.tie_embeddings:
         state.pop("lm_head.weight", None)  # some programs store a tied head twice
     if extra := set(state) - set(expected):
-        raise UserError(f"{folder}/model.safetensors has tensors that the model does not have: {sorted(extra)[:5]}; {DAMAGED}")
+        raise UserError(f"{where} has tensors that the model does not have: {sorted(extra)[:5]}; {DAMAGED}")
     for name, tensor in expected.items():
         if name not in state or state[name].shape != tensor.shape:
             found = tuple(state[name].shape) if name in state else "nothing"
-            raise UserError(f"{folder}/model.safetensors has {found} for {name}, the model needs {tuple(tensor.shape)}; {DAMAGED}")
+            raise UserError(f"{where} has {found} for {name}, the model needs {tuple(tensor.shape)}; {DAMAGED}")
         if state[name].dtype not in DTYPES:
-            raise UserError(f"{folder}/model.safetensors has {name} in {state[name].dtype}; supported are {', '.join(map(str, DTYPES))}")
+            raise UserError(f"{where} has {name} in {state[name].dtype}; supported are {', '.join(map(str, DTYPES))}")
     for name, tensor in expected.items():
         tensor.copy_(state[name])
 

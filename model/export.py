@@ -98,7 +98,7 @@ def check_litgpt(out: Path, model: GPT, ids: list[int]) -> str:
     """Load the export with litgpt and compare the logits for `ids`: a sentence about the result. Raises RuntimeError if they differ."""
     if importlib.util.find_spec("litgpt") is None:
         return "not checked, because litgpt is not installed"
-    import litgpt
+    import litgpt  # pyright: ignore[reportMissingImports] (optional)
 
     theirs = litgpt.GPT(litgpt.Config.from_file(out / "model_config.yaml")).eval()
     theirs.load_state_dict(torch.load(out / "lit_model.pth", weights_only=True))
