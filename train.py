@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from tritale.common.console import replace_unencodable_output
 from tritale.common.errors import UserError
@@ -167,17 +166,14 @@ def run(config: RunConfig, here: processes.Processes) -> None:
         log.print(f"Next: tritale generate --model {last} --prompt 小兔")
 
 
-def fail(message: str) -> NoReturn:
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # torchrun ends this process in the meantime if the main process fails too: one message is enough
-    sys.exit(message)
-
-
 if __name__ == "__main__":
     replace_unencodable_output()
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
-        fail(f"train.py: {error}")
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # torchrun ends this process in the meantime if the main process fails too: one message is enough
+        sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        fail("\ntrain.py: stopped; run the same command again to resume from the last checkpoint")
+        message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)

@@ -94,6 +94,11 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     assert "torchrun has ended, so this process ends" in torchrun.communicate()[1]
 
 
+def test_processes_report_a_common_error_once(copy):
+    result = train(copy, processes=2, check=False, train__max_steps=9)
+    assert result.returncode == 1 and result.stderr.count("train.max_steps: 6 → 9") == 1
+
+
 # ---- not finite ------------------------------------------------------------------------------------------------------------------------
 
 
