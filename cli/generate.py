@@ -20,7 +20,7 @@ HELP = "generate stories with a checkpoint"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, such as out/quickstart/step-00000800")
+    p.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or a run for its newest checkpoint")
     p.add_argument("--prompt", default=None, help="beginning of the story; without it a terminal is interactive, otherwise it is empty")
     p.add_argument("--samples", type=int, default=1, help="how many stories, in one batch")
     options.add_sampling(p)
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     if not llm.model.embedding.is_cuda and (problem := native.problem()):
         print(problem, file=sys.stderr)
+    native.limit_threads(llm.model, args.samples)
 
     n_tokens, seconds = 0, 0.0
 

@@ -7,11 +7,11 @@ import argparse
 import sys
 
 from ..common.errors import UserError
-from . import average, export, generate, lr_find, plan, prepare, serve, sweep
+from . import average, export, generate, import_, lr_find, plan, prepare, serve, sweep
 
 COMMANDS = {
     "prepare": prepare, "plan": plan, "lr-find": lr_find, "generate": generate, "sweep": sweep, "average": average, "export": export,
-    "serve": serve,
+    "import": import_, "serve": serve,
 }  # fmt: skip
 
 

@@ -149,10 +149,15 @@ class Tokenizer:
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
                     "train one on your text"
                 )
-        return cls(backend)
+        tokenizer = cls(backend)
+        if (highest := max(tokenizer._bytes)) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path} has id {highest} with {tokenizer.vocab_size} entries; ids must be consecutive from 0: restore the file"
+            )
+        return tokenizer
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    def save(self, folder: str | Path, *, context: int | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. `context` is that of the model in the same folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -160,9 +165,13 @@ class Tokenizer:
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD,
-            "extra_special_tokens": list(SPECIAL_TOKENS[1:3]),
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:3]),  # transformers 4 and 5; the newer extra_special_tokens fails in 4
+            "model_input_names": ["input_ids", "attention_mask"],  # else `generate` refuses the tokenizer's token_type_ids
+            "padding_side": "left",  # for batches of prompts
             "clean_up_tokenization_spaces": False,
         }
+        if context is not None:
+            config["model_max_length"] = context
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
