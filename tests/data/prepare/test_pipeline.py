@@ -386,12 +386,12 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tm
     report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
     assert run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3) == json.loads(json.dumps(report))
-    with pytest.raises(ValueError, match=r"made in another way: val_fraction \(0\.3 there, 0\.2 now\)"):
+    with pytest.raises(ValueError, match=r"made with other options \(--val-fraction: 0\.3 → 0\.2\)"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.2)
-    with pytest.raises(ValueError, match=r"made in another way: vocab_size .*tokenizer"):
+    with pytest.raises(ValueError, match=r"made with other options \(--vocab-size: not given → 6400; --tokenizer: [0-9a-f]+ → not given\)"):
         prepare([str(file)], tmp_path / "out", Options(val_fraction=0.3), workers=1)
     write_jsonl(file, stories(seed + 1, 50))
-    with pytest.raises(ValueError, match="made in another way: files"):
+    with pytest.raises(ValueError, match=r"made with other options \(--input: .*a\.jsonl changed\)"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
     (tmp_path / "thesis").mkdir()
