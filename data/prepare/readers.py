@@ -375,7 +375,7 @@ def _utf16(start: bytes) -> str | None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     place, zeros = _utf8_error(start), start.count(0)
-    if not zeros or (zeros < len(start) // 4 and (place is None or place > len(start) - 4)):
+    if not zeros or (3 * zeros < len(start) and (place is None or place > len(start) - 4)):
         return None
     score, encoding = max((_readable(start.decode(encoding, "replace")), encoding) for encoding in ("utf-16le", "utf-16be"))
     return encoding if score > 0.9 else None
