@@ -12,6 +12,7 @@ two bytes per document.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -28,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, read_json_object, sync_folder, temporary_of, write_json
+from ...common.files import atomic_file, read_json_object, sync_entries, sync_folder, temporary_of, write_json
 from ..built_in import open_data
 from ..shards import REMEDY, STARTS, Split, SplitWriter, evenly
-from ..tokenizer import FIXED_TOKENS, Tokenizer
+from ..tokenizer import END_OF_TEXT, FIXED_TOKENS, Tokenizer
 from . import deduplicate, report, splitting
 from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
 from .documents import Batch, Fields, Reader
@@ -136,12 +137,12 @@ def prepare(
     if options.dedup == "near":
         import_package("rensa", "--dedup near")
     recipe = _recipe(files, options, given)
-    work, differences, is_finished = out / WORK, *_compare(out, recipe)
-    if is_finished:
+    work, (differences, finished) = out / WORK, _compare(out, recipe)
+    if finished:
         if differences:
             raise UserError(f"{out} holds data made with other options ({differences}); choose another --out, or delete {out}")
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
-        problem = _missing(out)
+        problem = _missing(out, finished)
         if not problem:
             console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
             return read_json_object(out / REPORT, remedy=REMEDY)
@@ -157,6 +158,9 @@ def prepare(
             read = fingerprints(job)
             status, chosen = selection(job, read)
             tokenizer = given or trained_tokenizer(job, status)
+            if read["marked"]:
+                n = f"{read['marked']:,} documents contain {END_OF_TEXT}"
+                console.print(f"{n} as ordinary text; if it separates stories there, split them before", **WARNING)
             if chosen["validation"] < ENOUGH_VALIDATION:
                 n = f"validation has only {chosen['validation']:,} documents"
                 console.print(f"{n}, so its loss is inexact; --val-documents {ENOUGH_VALIDATION} or more documents help", **WARNING)
@@ -173,7 +177,7 @@ def prepare(
         raise
     _write(out / REPORT, found)
     report.write_html(out / "report.html", found)
-    _write(out / RECIPE, recipe | {"finished": True})
+    _write(out / RECIPE, recipe | {"finished": _sha256(out / REPORT)})
     shutil.rmtree(work)
     return found
 
@@ -183,7 +187,14 @@ def prepare(
 
 def fingerprints(job: Job) -> dict:
     """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; return the counts."""
-    state = job.load("fingerprints.json") or {"documents": 0, "place": [0, 0], "normalised": 0, "errors": {}, "first_errors": []}
+    state = job.load("fingerprints.json") or {
+        "documents": 0,
+        "place": [0, 0],
+        "normalised": 0,
+        "marked": 0,
+        "errors": {},
+        "first_errors": [],
+    }
     if state.get("done"):
         return state
     is_near = job.options.dedup == "near"
@@ -200,11 +211,12 @@ def fingerprints(job: Job) -> dict:
         job.save("fingerprints.json", state | more)
 
     items = ((batch, (batch.texts, batch.groups, is_near)) for batch in reader.batches(state["place"]))
-    for n, (batch, (data, n_normalised)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
+    for n, (batch, (data, n_normalised, n_marked)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
         for file, part in zip(opened, data, strict=True):
             file.write(part)
         state["documents"] += len(batch.texts)
         state["normalised"] += n_normalised
+        state["marked"] += n_marked
         state |= {"place": batch.place, "errors": batch.errors, "first_errors": batch.first_errors}
         job.progress.update(task, completed=batch.bytes_read)
         if n % BATCHES_PER_COMMIT == 0:
@@ -291,6 +303,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(temporary)
     sync_folder(temporary)
     temporary.rename(folder)
+    sync_entries(folder.parent)
 
 
 def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
@@ -457,15 +470,15 @@ def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> 
     return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
 
 
-def _compare(out: Path, recipe: dict) -> tuple[str, bool]:
-    # (how the data in `out` was made differently, whether it is finished). Raises UserError if `out` holds something else.
+def _compare(out: Path, recipe: dict) -> tuple[str, str | None]:
+    # (how the data in `out` differs, the sha256 of its report if it is finished). Raises UserError if `out` holds something else.
     begun = {out / WORK, temporary_of(out / RECIPE)}  # of a run that was killed before it wrote its recipe
     if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
         raise UserError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
     if not (out / RECIPE).is_file():
-        return "", False
+        return "", None
     found = read_json_object(out / RECIPE, remedy=REMEDY)
-    return "; ".join(_differences(found, recipe)), bool(found.get("finished"))
+    return "; ".join(_differences(found, recipe)), found.get("finished")
 
 
 def _differences(found: dict, recipe: dict) -> Iterator[str]:
@@ -495,13 +508,17 @@ def _discard(out: Path) -> None:
             path.unlink()
 
 
-def _missing(out: Path) -> str:
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _missing(out: Path, report_sha256: str) -> str:
     # What is missing from the finished data, in words.
     try:
         open_data(out, verify=False)
     except (FileNotFoundError, ValueError) as error:
         return str(error).partition(";")[0]
-    return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
+    return "" if _sha256(out / REPORT) == report_sha256 else f"{out / REPORT} is missing or damaged"
 
 
 @contextmanager

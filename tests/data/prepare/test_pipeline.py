@@ -443,6 +443,15 @@ def test_small_data_keeps_enough_validation_documents(tmp_path, tokenizer_folder
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
 
 
+def test_endoftext_marks_inside_documents_are_reported(tmp_path, tokenizer_folder, seed):
+    texts, output = stories(seed, 50), io.StringIO()
+    texts[7] = "<|endoftext|>".join(texts[7:9])
+    options = Options(tokenizer=str(tokenizer_folder), val_fraction=0.3)
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare([str(file)], tmp_path / "out", options, workers=1, console=Console(file=output, width=400))
+    assert "1 documents contain <|endoftext|> as ordinary text" in output.getvalue()
+
+
 def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     file, out, output = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "[b] [/x]", io.StringIO()
