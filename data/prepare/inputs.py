@@ -1,8 +1,12 @@
-"""The input files that --input names, and the optional packages that their formats need."""
+"""The input files that --input names, opening them, and the optional packages that this needs."""
 
+import gzip
 import importlib
+import io
 import os
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
@@ -13,6 +17,8 @@ from ...common.errors import UserError
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSED = (".gz", ".zst")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+BUFFER = 1 << 20  # bytes; the format of a file is decided by so many
 EXTRA = "pip install 'tritale[data]'"
 
 
@@ -71,3 +77,16 @@ def import_package(module: str, what: str, command: str = EXTRA) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{what} needs the package {module.removesuffix('.parquet')}, which is not installed: {command}") from None
+
+
+def decompressed(raw: io.FileIO, file: str) -> tuple[io.BufferedReader, tuple[type[Exception], ...]]:
+    """The decompressed stream, and the exceptions that it raises if the file is damaged."""
+    suffix = Path(file).suffix.lower()
+    if suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER), (EOFError, gzip.BadGzipFile, zlib.error)
+    if suffix == ".zst":
+        zstd = import_package(ZSTD, file)
+        window = zstd.DecompressionParameter.window_log_max
+        stream = zstd.ZstdFile(raw, options={window: window.bounds()[1]})  # files written with --long=31, too
+        return io.BufferedReader(stream, BUFFER), (EOFError, zstd.ZstdError)
+    return io.BufferedReader(raw, BUFFER), ()

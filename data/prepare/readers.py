@@ -6,12 +6,9 @@ read is raised. No file is held in memory completely.
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import re
-import sys
-import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from json.decoder import JSONDecodeError
@@ -20,34 +17,25 @@ from typing import Any, BinaryIO
 
 from ...common.errors import UserError
 from ..tokenizer import END_OF_TEXT
-from .inputs import file_format, import_package
+from .checks import MAX_DOCUMENT, BadInput, check_text, excerpt, no_key, not_utf8, other_encoding, too_long, utf16
+from .inputs import decompressed, file_format, import_package
 
-MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into documents
 LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
-BUFFER, CHUNK = 1 << 20, 1 << 20  # bytes; of the stream, of JSON text
+CHUNK = 1 << 20  # bytes of JSON
 SEPARATOR = END_OF_TEXT  # between documents of a txt file
 LINES_PER_BLOCK = 20  # a txt file with more may have a document on each line
-ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 Records = Iterator[tuple[Any, int]]
 
 
-class BadInput(UserError):
-    """A document, or the rest of a file, that cannot be used. `kind` is the same for all errors that are counted together."""
-
-    def __init__(self, file: str, line: int, kind: str, detail: str = ""):
-        super().__init__(f"{file}:{line}: {kind}{detail}")
-        self.line, self.kind = line, kind
-
-
 def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
     """Read an open file that is not parquet."""
-    stream, damage = _decompressed(raw, file)
+    stream, damage = decompressed(raw, file)
     suffix, line = file_format(Path(file)), 1
     try:
-        start = stream.peek(BUFFER).removeprefix(codecs.BOM_UTF8)
-        if encoding := _utf16(start[:4096]):
-            raise _other_encoding(file, 1, start[0], encoding)
+        start = stream.peek().removeprefix(codecs.BOM_UTF8)
+        if encoding := utf16(start[:4096]):
+            raise other_encoding(file, 1, start[0], encoding)
         if suffix in (".jsonl", ".ndjson", ".json"):
             found = _json_lines(stream, file) if _is_json_lines(start, suffix) else _json_values(stream, file)
         elif suffix in (".csv", ".tsv"):
@@ -58,19 +46,6 @@ def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
             yield record, line
     except damage as error:
         raise BadInput(file, line, "the compressed file is damaged after this line", f" ({error}); fetch it again") from None
-
-
-def _decompressed(raw: io.FileIO, file: str) -> tuple[io.BufferedReader, tuple[type[Exception], ...]]:
-    # The stream, and what it raises if the file is damaged.
-    suffix = Path(file).suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER), (EOFError, gzip.BadGzipFile, zlib.error)
-    if suffix == ".zst":
-        zstd = import_package(ZSTD, file)
-        window = zstd.DecompressionParameter.window_log_max
-        stream = zstd.ZstdFile(raw, options={window: window.bounds()[1]})  # files written with --long=31, too
-        return io.BufferedReader(stream, BUFFER), (EOFError, zstd.ZstdError)
-    return io.BufferedReader(raw, BUFFER), ()
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------------------------------
@@ -323,94 +298,5 @@ def _lines(stream: BinaryIO) -> Iterator[str]:
             line = text.readline(LONGEST_LINE + 1)
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------------------------
-
-
-def check_text(text: str, file: str, line: int) -> None:
-    """Raises BadInput for a text that is not UTF-8 or longer than a document may be."""
-    is_long = False
-    try:
-        is_long = len(text) > MAX_DOCUMENT // 4 and len(text.encode("utf-8")) > MAX_DOCUMENT
-        if not is_long and not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        try:
-            bad = not_utf8(text.encode("utf-8", "surrogateescape"), file, line)
-        except UnicodeEncodeError:
-            excerpt = _excerpt(text.encode("utf-8", "replace").decode())
-            bad = BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({excerpt})")
-        raise bad or AssertionError from None
-    if is_long:
-        raise too_long(file, line)
-
-
-def too_long(file: str, line: int) -> BadInput:
-    return BadInput(file, line, f"a document longer than {MAX_DOCUMENT // 10**6} MB", "; cut it into documents")
-
-
-def no_key(file: str, line: int, key: str, present: list[str]) -> BadInput:
-    return BadInput(file, line, f"no key {key!r}", f"; keys there: {', '.join(present) or 'none'}")
-
-
-def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
-    """The error about bytes that are not UTF-8, with the encoding that they may have; None if they are UTF-8."""
-    place = _utf8_error(raw)
-    if place is None:
-        return None
-    try:
-        with open(file, "rb", buffering=0) as f:  # more of the file gives a better guess
-            sample = _decompressed(f, file)[0].read(1 << 16)
-    except Exception:
-        sample = raw
-    return _other_encoding(file, line, raw[place], _guess_encoding(sample) or _guess_encoding(raw))
-
-
-def _other_encoding(file: str, line: int, byte: int, encoding: str | None) -> BadInput:
-    advice = f"it may be {encoding}: iconv -f {encoding}" if encoding else "convert it, for example from gb18030: iconv -f gb18030"
-    return BadInput(file, line, f"not UTF-8 (byte 0x{byte:02X})", f"; {advice} -t utf-8")
-
-
-def _utf16(start: bytes) -> str | None:
-    # The kind of UTF-16 in which the file begins. Without a byte order mark it is found by the zero bytes of ASCII characters.
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    place, zeros = _utf8_error(start), start.count(0)
-    if not zeros or (3 * zeros < len(start) and (place is None or place > len(start) - 4)):
-        return None
-    score, encoding = max((_readable(start.decode(encoding, "replace")), encoding) for encoding in ("utf-16le", "utf-16be"))
-    return encoding if score > 0.9 else None
-
-
-def _readable(text: str) -> float:
-    # The share of Chinese and ASCII characters; the latter count twice, since two bytes of ASCII may also be a Chinese character.
-    return (len(re.findall(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", text)) + 2 * len(re.findall(r"[\t-\r -~]", text))) / len(text)
-
-
-def _utf8_error(raw: bytes) -> int | None:
-    # The place of the first error.
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start
-    return None
-
-
-def _guess_encoding(data: bytes) -> str | None:
-    place = _utf8_error(data)
-    if place is None or place > len(data) - 4:  # the last character is cut
-        return None
-    try:
-        from charset_normalizer import from_bytes
-    except ImportError:
-        return None
-    best = from_bytes(data).best()
-    # iconv spells utf_16_le of Python as utf-16le.
-    return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
-
-
 def _broken_json(file: str, line: int, problem: str, source: str) -> BadInput:
-    return BadInput(file, line, "broken JSON", f" ({problem}): {_excerpt(source)}")
-
-
-def _excerpt(text: str) -> str:
-    return repr(text[:60].strip())
+    return BadInput(file, line, "broken JSON", f" ({problem}): {excerpt(source)}")

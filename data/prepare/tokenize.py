@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,7 @@ SAMPLE_CHARACTERS = 6_000_000  # to train the tokenizer; more gains little, and 
 PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
 
 
-def sample(reader: Reader, status: np.ndarray, path, characters: int) -> list[str]:
+def sample(reader: Reader, status: np.ndarray, path: Path, characters: int) -> list[str]:
     """A sample of about `characters` of the training documents, chosen by their hashes and in the order of the input. Long documents are
     cut into pieces. `path` holds the documents' records."""
     in_training = lambda first, records: status[first : first + len(records)] == TRAIN

@@ -20,7 +20,7 @@ from rich.console import Console
 from tritale.cli.main import main
 from tritale.cli.prepare import PRESETS, preset_sizes
 from tritale.data.built_in import open_data
-from tritale.data.prepare import deduplicate, documents, pipeline, splitting, tokenize
+from tritale.data.prepare import deduplicate, documents, pipeline, result, splitting, tokenize
 from tritale.data.prepare import report as prepare_report
 from tritale.data.prepare.deduplicate import NEAR, RECORD, TRAIN, VALIDATION, normalise
 from tritale.data.prepare.documents import Fields, Reader
@@ -428,7 +428,7 @@ def test_differences_are_named_as_options(tmp_path, tokenizer_folder, seed):
     assert "e.jsonl is new" in str(error.value) and "and 2 more" in str(error.value) and "{" not in str(error.value)
     recipe = out / "prepare.json"
     recipe.write_text(recipe.read_text(encoding="utf-8").replace('"version": 2', '"version": 1'), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"\(version of prepare: 1 → 2\)"):
+    with pytest.raises(ValueError, match=r"\(version of prepare: 1 → 2; the data can still be used for training\)"):
         run(files[:4], out, tokenizer_folder)
 
 
@@ -527,9 +527,9 @@ def test_long_documents_are_cut_to_what_is_measured(tmp_path, tokenizer_folder, 
     long = "".join(stories(seed, 400))  # some 120,000 characters
     for n, texts in enumerate([[long[i:] for i in range(6)], [*stories(seed, 500), long], stories(seed, 500), ["龘" * 5000]]):
         split = write_split(tmp_path / str(n), texts, tokenizer)
-        some = pipeline.excerpts(split, tokenizer, 10_000)
+        some = result.excerpts(split, tokenizer, 10_000)
         assert 3_000 < sum(map(len, some)) < 13_000 and all(any(t.startswith(s) for t in texts) for s in some)
-        assert pipeline.excerpts(split, tokenizer, 10 * split.characters) == texts
+        assert result.excerpts(split, tokenizer, 10 * split.characters) == texts
 
 
 def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed, monkeypatch):

@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 
 from tritale.cli.main import main
-from tritale.data.prepare import readers
+from tritale.data.prepare import inputs, readers
+from tritale.data.prepare.checks import BadInput
 from tritale.data.prepare.documents import Fields, Reader
-from tritale.data.prepare.inputs import find_files
-from tritale.data.prepare.readers import ZSTD, BadInput
+from tritale.data.prepare.inputs import ZSTD, find_files
 
 TEXT = Fields("text")
 
@@ -112,7 +112,7 @@ def test_documents_between_endoftext_marks_are_recognised(tmp_path, between):
 
 
 def test_an_endoftext_mark_far_into_a_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BUFFER", 64)
+    monkeypatch.setattr(inputs, "BUFFER", 64)
     (tmp_path / "a.txt").write_text("一\n\n二\n\n" * 40 + "三<|endoftext|>四", encoding="utf-8")
     check_bad(tmp_path / "a.txt", r"a\.txt:161: a line with <\|endoftext\|>", kept=("一", "二") * 40, rest=161)
 
@@ -193,9 +193,9 @@ def test_files_folders_and_globs_are_found_in_order_and_once(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     except OSError:
         return  # a file system that takes UTF-8 alone
-    for inputs in ("", name):
+    for argument in ("", name):
         with pytest.raises(ValueError, match=r"the name of the file .* is not UTF-8; rename it"):
-            names(inputs)
+            names(argument)
 
 
 @pytest.mark.parametrize("fields", [{"text_key": "story"}, {"template": "{genre}：{story}"}, {"group_key": "theme"}])
