@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...common.errors import UserError
+from .checks import BadInput, check_text, no_key
 from .inputs import file_format
-from .readers import BadInput, Records, check_text, hub_rows, no_key, parquet_rows, records
+from .readers import Records, hub_rows, parquet_rows, records
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 2048, 1 << 20  # that a worker gets at once
 MAX_FIRST_ERRORS = 10
@@ -30,7 +31,7 @@ class Fields:
     text_key: str | None = "text"
     template: str | None = None  # such as "{genre}：{story}"; in place of text_key
     group_key: str | None = None
-    txt_documents: str = "blank-line"  # or "file": what a document of a txt file is
+    txt_documents: str | None = None  # line, blank-line, file or endoftext; None: according to the file
 
     def __post_init__(self):
         if self.template is None:

@@ -12,14 +12,10 @@ two bytes per document.
 """
 
 import errno
-import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,86 +24,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, read_json_object, sync_folder, temporary_of, write_json
-from ..built_in import open_data
-from ..shards import REMEDY, STARTS, Split, SplitWriter, evenly
-from ..tokenizer import FIXED_TOKENS, Tokenizer
+from ...common.files import atomic_file, read_json_object, sync_entries, sync_folder
+from ..shards import REMEDY, SplitWriter
+from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import deduplicate, report, splitting
 from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
-from .documents import Batch, Fields, Reader
+from .documents import Batch
 from .inputs import EXTRA, find_files, import_package
+from .job import LOCK, RECIPE, REPORT, SPLITS, WORK, Job, Options, compare, discard, missing, recipe_of, sha256, write_durably
+from .result import Result
 from .tokenize import SAMPLE_CHARACTERS, BulkEncoder, encode, sample
 from .workers import Workers
 
-RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
-VERSION = 1
-SPLITS = ("train", "validation")
+WARNING: dict = {"style": "yellow", "markup": False}  # of console.print
+VALIDATION_SHARE, ENOUGH_VALIDATION = 0.01, 100  # by default: this share, but this number of documents or a tenth of all
 BATCHES_PER_COMMIT = 16
-MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
-PLACES = 100  # they are taken from
 N_STRANGEST = {"shortest": 3, "longest": 3, "most byte fallback": 4}
 EXCERPT = 60  # characters
-
-
-@dataclass(frozen=True)
-class Options:
-    """What determines the data: the same options and files give the same data."""
-
-    fields: Fields = field(default_factory=Fields)
-    vocab_size: int = 6400  # unless there is a tokenizer
-    tokenizer: str | None = None  # folder
-    val_fraction: float = 0.01
-    val_documents: int | None = None  # in place of val_fraction
-    dedup: str = "exact"
-    near_threshold: float = 0.8  # Jaccard similarity
-    skip_errors: bool = False
-    max_shard_tokens: int = 2**27
-
-    def __post_init__(self):
-        if self.dedup not in ("exact", "near", "off"):
-            raise UserError(f"--dedup {self.dedup!r} must be exact, near or off")
-        if self.val_documents is None and not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, such as 0.01")
-        if self.val_documents is not None and self.val_documents < 1:
-            raise UserError(f"--val-documents {self.val_documents} must be at least 1")
-        if not 0.5 <= self.near_threshold <= 1:
-            raise UserError(f"--near-threshold {self.near_threshold} must lie between 0.5 and 1; 0.8 is usual")
-        if self.tokenizer is None and self.vocab_size < len(FIXED_TOKENS) + 2:
-            raise UserError(f"--vocab-size {self.vocab_size} must be at least {len(FIXED_TOKENS) + 2}; for Chinese stories try 6400")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of `prepare`: what its steps share."""
-
-    files: list[str]
-    options: Options
-    out: Path
-    workers: Workers
-    progress: Progress
-
-    @property
-    def work(self) -> Path:
-        return self.out / WORK
-
-    @property
-    def documents(self) -> Path:
-        return self.work / "documents.bin"
-
-    @property
-    def signatures(self) -> Path:
-        return self.work / "signatures.bin"
-
-    def reader(self, errors: Mapping[str, int] | None = None, first_errors: list[str] | None = None) -> Reader:
-        return Reader(self.files, self.options.fields, self.options.skip_errors, Counter(errors), first_errors or [])
-
-    def load(self, name: str) -> dict | None:
-        """The state that a step committed in work/, or None."""
-        path = self.work / name
-        return read_json_object(path, remedy=REMEDY) if path.is_file() else None
-
-    def save(self, name: str, state: dict) -> None:
-        _write(self.work / name, state)
 
 
 def prepare(
@@ -133,11 +66,13 @@ def prepare(
     pool = Workers(workers)
     if options.dedup == "near":
         import_package("rensa", "--dedup near")
-    recipe = _recipe(files, options, given)
-    work = out / WORK
-    if _is_finished(out, recipe):
+    recipe = recipe_of(files, options, given)
+    work, (differences, finished) = out / WORK, compare(out, recipe)
+    if finished:
+        if differences:
+            raise UserError(f"{out} holds data made with other options ({differences}); choose another --out, or delete {out}")
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
-        problem = _missing(out)
+        problem = missing(out, finished)
         if not problem:
             console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
             return read_json_object(out / REPORT, remedy=REMEDY)
@@ -146,12 +81,21 @@ def prepare(
     try:
         with _only_one(work), pool, _progress(console) as progress:
             job = Job(files, options, out, pool, progress)
-            _write(out / RECIPE, recipe)
+            if differences:
+                console.print(f"{out} holds unfinished data made with other options ({differences}); it is replaced", **WARNING)
+                discard(out)
+            write_durably(out / RECIPE, recipe)
             read = fingerprints(job)
             status, chosen = selection(job, read)
             tokenizer = given or trained_tokenizer(job, status)
+            if read["marked"]:
+                n = f"{read['marked']:,} documents contain {END_OF_TEXT}"
+                console.print(f"{n} as ordinary text; if it separates stories there, split them before", **WARNING)
+            if chosen["validation"] < ENOUGH_VALIDATION:
+                n = f"validation has only {chosen['validation']:,} documents"
+                console.print(f"{n}, so its loss is inexact; --val-documents {ENOUGH_VALIDATION} or more documents help", **WARNING)
             if BulkEncoder(tokenizer).is_fallback:
-                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", style="yellow")
+                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", **WARNING)
             if not (out / "tokenizer").exists():
                 _save_tokenizer(tokenizer, out / "tokenizer")
             encoded = encoding(job, status, tokenizer)
@@ -161,9 +105,9 @@ def prepare(
             problem = os.strerror(error.errno)
             raise OSError(f"{out} could not be written ({problem}); free some space and run the same command again: it resumes") from error
         raise
-    _write(out / REPORT, found)
+    write_durably(out / REPORT, found)
     report.write_html(out / "report.html", found)
-    _write(out / RECIPE, recipe | {"finished": True})
+    write_durably(out / RECIPE, recipe | {"finished": sha256(out / REPORT)})
     shutil.rmtree(work)
     return found
 
@@ -173,7 +117,14 @@ def prepare(
 
 def fingerprints(job: Job) -> dict:
     """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; return the counts."""
-    state = job.load("fingerprints.json") or {"documents": 0, "place": [0, 0], "normalised": 0, "errors": {}, "first_errors": []}
+    state = job.load("fingerprints.json") or {
+        "documents": 0,
+        "place": [0, 0],
+        "normalised": 0,
+        "marked": 0,
+        "errors": {},
+        "first_errors": [],
+    }
     if state.get("done"):
         return state
     is_near = job.options.dedup == "near"
@@ -190,11 +141,12 @@ def fingerprints(job: Job) -> dict:
         job.save("fingerprints.json", state | more)
 
     items = ((batch, (batch.texts, batch.groups, is_near)) for batch in reader.batches(state["place"]))
-    for n, (batch, (data, n_normalised)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
+    for n, (batch, (data, n_normalised, n_marked)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
         for file, part in zip(opened, data, strict=True):
             file.write(part)
         state["documents"] += len(batch.texts)
         state["normalised"] += n_normalised
+        state["marked"] += n_marked
         state |= {"place": batch.place, "errors": batch.errors, "first_errors": batch.first_errors}
         job.progress.update(task, completed=batch.bytes_read)
         if n % BATCHES_PER_COMMIT == 0:
@@ -222,10 +174,13 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
         status[first : first + len(records)][records["characters"] == 0] = BLANK
     if options.dedup != "off":
         deduplicate.exact_duplicates(job.documents, n, status)
-    if options.val_documents is None:
-        threshold = splitting.threshold_of_fraction(options.val_fraction)
-    else:
+    distinct = int(np.count_nonzero(status == TRAIN))
+    enough = min(ENOUGH_VALIDATION, max(1, distinct // 10))
+    threshold = splitting.threshold_of_fraction(options.val_fraction or VALIDATION_SHARE)
+    if options.val_documents is not None:
         threshold = splitting.threshold_of_documents(job.documents, status, options.val_documents)
+    elif options.val_fraction is None and distinct > 1:
+        threshold = max(threshold, splitting.threshold_of_documents(job.documents, status, enough))
     for first, records in chunks(job.documents, RECORD):
         part = status[first : first + len(records)]
         part[(part == TRAIN) & (records["split_hash"] < np.uint64(threshold))] = VALIDATION
@@ -239,7 +194,7 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
     if not totals[TRAIN] or not totals[VALIDATION]:
         raise UserError(
             f"of {n:,} documents {totals[TRAIN]:,} are for training and {totals[VALIDATION]:,} for validation, and both need one; "
-            "change --val-fraction or --val-documents"
+            + (f"try --val-documents {enough}" if distinct > 1 else "give at least two different documents")
         )
     counts = {
         **dict(zip(SPLITS, totals, strict=False)),
@@ -278,6 +233,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(temporary)
     sync_folder(temporary)
     temporary.rename(folder)
+    sync_entries(folder.parent)
 
 
 def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
@@ -351,127 +307,7 @@ def _note_strangest(strangest: dict, files: list[str], batch: Batch, kept: list[
             del best[N_STRANGEST[kind] :]
 
 
-# ---- report -----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Result:
-    """The results of the steps, for the report."""
-
-    job: Job
-    tokenizer: Tokenizer
-    status: np.ndarray
-    read: dict  # of `fingerprints`
-    chosen: dict  # of `selection`
-    encoded: dict  # of `encoding`
-
-    def report(self, preset_sizes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict:
-        """The content of report.json."""
-        job, files = self.job, self.job.files
-        splits = [Split.open(job.out / name, verify=False) for name in SPLITS]
-        characters, tokens = self._lengths(splits)
-        task = job.progress.add_task("comparing vocabularies", total=None)
-        train = excerpts(splits[0], self.tokenizer, MEASURED_CHARACTERS)
-        validation = excerpts(splits[1], self.tokenizer, MEASURED_CHARACTERS // 5)
-        ((_, presets),) = job.workers.map(preset_sizes, [(None, ())])
-        track = lambda done, total: job.progress.update(task, completed=done, total=total)
-        table = report.vocabulary_table(train, validation, presets, job.workers, track)
-        return {
-            "files": len(files),
-            "bytes": sum(Path(f).stat().st_size for f in files if Path(f).is_file()),
-            "documents_read": self.read["documents"],
-            **{key: self.read[key] for key in ("normalised", "errors", "first_errors")},
-            "selection": self.chosen,
-            "options": asdict(job.options),
-            "vocab_size": self.tokenizer.vocab_size,
-            "splits": {
-                name: {
-                    "documents": split.n_documents,
-                    "characters": split.characters,
-                    "tokens": split.n_tokens,
-                    "shards": len(split.shards),
-                    "characters_per_token": split.characters / (split.n_tokens - split.n_documents),
-                    "byte_fallback_share": n_bytes / (split.n_tokens - split.n_documents),
-                }
-                for name, split, n_bytes in zip(SPLITS, splits, self.encoded["byte_tokens"], strict=True)
-            },
-            "lengths": {"edges": [2 ** (i / 4) for i in range(65)], "characters": characters.tolist(), "tokens": tokens.tolist()},
-            "vocabularies": table,
-            "strangest": self.encoded["strangest"],
-        }
-
-    def _lengths(self, splits: list[Split]) -> tuple[np.ndarray, np.ndarray]:
-        # Histograms of the lengths in characters and tokens: four bars for each doubling.
-        bars = lambda lengths: np.bincount(np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64).clip(0, 63), minlength=64)
-        characters, tokens = np.zeros(64, np.int64), np.zeros(64, np.int64)
-        for first, records in chunks(self.job.documents, RECORD):
-            characters += bars(records["characters"][self.status[first : first + len(records)] <= VALIDATION])
-        for split in splits:
-            last = np.empty(0, np.int64)
-            for _, starts in chunks(split.folder / STARTS, split.starts.dtype):  # read, since mapped pages count as memory
-                tokens += bars(np.diff(np.concatenate([last, starts])))
-                last = starts[-1:]
-        return characters, tokens
-
-
-def excerpts(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
-    """At most about `characters` of a split, as documents at places evenly spread over it. Long documents are cut."""
-    # Runs of documents, since each page of the mapped shards that is touched counts as memory.
-    places = evenly(split.n_documents, PLACES)
-    left, texts = round(split.n_tokens * characters / split.characters), []  # tokens
-    for k, (first, stop) in enumerate(pairwise([*places, split.n_documents])):
-        share = left // (len(places) - k)
-        for document in range(first, stop):
-            begin, end = split.starts[document : document + 2].tolist()
-            if end - begin > share and document > first:
-                break
-            text = tokenizer.decode(split.take(np.arange(begin, min(end, begin + share))).tolist())
-            texts.append(text.rstrip("\ufffd") if end - begin > share else text)  # no part of a character
-            share, left = share - (end - begin), left - min(end - begin, share)
-    return texts
-
-
-# ---- the output folder ------------------------------------------------------------------------------------------------------------------
-
-
-def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> dict:
-    listing = {}
-    for name in files:
-        stat = Path(name).stat() if Path(name).is_file() else None
-        listing[name] = [stat.st_size, stat.st_mtime_ns] if stat else None
-    chosen = asdict(options) | {"vocab_size": None if tokenizer else options.vocab_size, "tokenizer": tokenizer and tokenizer.hash}
-    del chosen["skip_errors"]  # a run that was stopped by an error may continue with skip
-    return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
-
-
-def _is_finished(out: Path, recipe: dict) -> bool:
-    # Raises UserError if `out` holds something else.
-    begun = {out / WORK, temporary_of(out / RECIPE)}  # of a run that was killed before it wrote its recipe
-    if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
-        raise UserError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
-    if not (out / RECIPE).is_file():
-        return False
-    found = read_json_object(out / RECIPE, remedy=REMEDY)
-    is_finished = found.pop("finished", False)
-    differing = [key for key in recipe if recipe[key] != found.get(key)]
-    if differing:
-        what = ", ".join(f"{key} ({_short(found.get(key))} there, {_short(recipe[key])} now)" for key in differing)
-        raise UserError(f"{out} holds data made in another way: {what}; choose another --out, or delete {out}")
-    return is_finished
-
-
-def _missing(out: Path) -> str:
-    # What is missing from the finished data, in words.
-    try:
-        open_data(out, verify=False)
-    except (FileNotFoundError, ValueError) as error:
-        return str(error).partition(";")[0]
-    return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 80 else text[:77] + "…"
+# ---- files -----------------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -482,7 +318,7 @@ def _only_one(work: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(work / "lock", "w", encoding="utf-8") as file:
+    with open(work / LOCK, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -504,8 +340,3 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def _write(path: Path, value: dict) -> None:
-    with atomic_file(path) as temporary:
-        write_json(temporary, value)

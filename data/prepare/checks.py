@@ -1,0 +1,103 @@
+"""Errors about input that cannot be used, and checks of its length and encoding."""
+
+import codecs
+import re
+
+from ...common.errors import UserError
+from .inputs import decompressed
+
+MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into documents
+
+
+class BadInput(UserError):
+    """A document, or the rest of a file, that cannot be used. `kind` is the same for all errors that are counted together."""
+
+    def __init__(self, file: str, line: int, kind: str, detail: str = ""):
+        super().__init__(f"{file}:{line}: {kind}{detail}")
+        self.line, self.kind = line, kind
+
+
+def check_text(text: str, file: str, line: int) -> None:
+    """Raises BadInput for a text that is not UTF-8 or longer than a document may be."""
+    is_long = False
+    try:
+        is_long = len(text) > MAX_DOCUMENT // 4 and len(text.encode("utf-8")) > MAX_DOCUMENT
+        if not is_long and not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            bad = not_utf8(text.encode("utf-8", "surrogateescape"), file, line)
+        except UnicodeEncodeError:
+            shown = excerpt(text.encode("utf-8", "replace").decode())
+            bad = BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({shown})")
+        raise bad or AssertionError from None
+    if is_long:
+        raise too_long(file, line)
+
+
+def too_long(file: str, line: int) -> BadInput:
+    return BadInput(file, line, f"a document longer than {MAX_DOCUMENT // 10**6} MB", "; cut it into documents")
+
+
+def no_key(file: str, line: int, key: str, present: list[str]) -> BadInput:
+    return BadInput(file, line, f"no key {key!r}", f"; keys there: {', '.join(present) or 'none'}")
+
+
+def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
+    """The error about bytes that are not UTF-8, with the encoding that they may have; None if they are UTF-8."""
+    place = _utf8_error(raw)
+    if place is None:
+        return None
+    try:
+        with open(file, "rb", buffering=0) as f:  # more of the file gives a better guess
+            sample = decompressed(f, file)[0].read(1 << 16)
+    except Exception:
+        sample = raw
+    return other_encoding(file, line, raw[place], _guess_encoding(sample) or _guess_encoding(raw))
+
+
+def other_encoding(file: str, line: int, byte: int, encoding: str | None) -> BadInput:
+    advice = f"it may be {encoding}: iconv -f {encoding}" if encoding else "convert it, for example from gb18030: iconv -f gb18030"
+    return BadInput(file, line, f"not UTF-8 (byte 0x{byte:02X})", f"; {advice} -t utf-8")
+
+
+def utf16(start: bytes) -> str | None:
+    """The kind of UTF-16 in which a file begins. Without a byte order mark it is found by the zero bytes of ASCII characters."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    place, zeros = _utf8_error(start), start.count(0)
+    if not zeros or (3 * zeros < len(start) and (place is None or place > len(start) - 4)):
+        return None
+    score, encoding = max((_readable(start.decode(encoding, "replace")), encoding) for encoding in ("utf-16le", "utf-16be"))
+    return encoding if score > 0.9 else None
+
+
+def _readable(text: str) -> float:
+    # The share of Chinese and ASCII characters; the latter count twice, since two bytes of ASCII may also be a Chinese character.
+    return (len(re.findall(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", text)) + 2 * len(re.findall(r"[\t-\r -~]", text))) / len(text)
+
+
+def _utf8_error(raw: bytes) -> int | None:
+    # The place of the first error.
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+def _guess_encoding(data: bytes) -> str | None:
+    place = _utf8_error(data)
+    if place is None or place > len(data) - 4:  # the last character is cut
+        return None
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return None
+    best = from_bytes(data).best()
+    # iconv spells utf_16_le of Python as utf-16le.
+    return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
+
+
+def excerpt(text: str) -> str:
+    return repr(text[:60].strip())
