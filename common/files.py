@@ -44,10 +44,10 @@ def locked(folder: Path, holder: str) -> Iterator[None]:
 
     Raises UserError if another process holds it; `holder` names that process, for example "another training process"."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK)
     try:
         with suppress(NotImplementedError):  # the file system has no locks
-            lock.acquire()
+            lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder} is in use by {holder}; wait until it ends or stop it, or choose another folder") from None
     try:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
+from ..model.checkpoint import CHECKSUMS, check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
 from ..model.gpt import GPT
 from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
@@ -37,19 +37,27 @@ class Progress:
 
 
 def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are undamaged. Reports each newer, damaged one to `warn` and leaves it unchanged."""
+    """The newest checkpoint whose files are undamaged. Reports each newer, damaged one to `warn` and leaves it unchanged.
+
+    None if there is no checkpoint. Raises UserError if all are damaged: a new run would overwrite them."""
     for folder in reversed(step_folders(out_dir).values()):
         try:
             for path in (folder, folder / "trainer"):
                 check_files(path)
             read_json(folder, "config.json")
-            check_trainer(folder, read_json(folder / "trainer", "trainer.json"))
+            trainer = read_json(folder / "trainer", "trainer.json")
+            check_trainer(folder, trainer)
+            for path in (folder / CHECKSUMS, folder / "trainer" / CHECKSUMS):
+                if "format" in trainer and not path.is_file():  # only earlier versions wrote none
+                    raise FileNotFoundError(f"{path} is missing")
             for name in ("model.safetensors", "trainer/state.safetensors"):
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
         except (OSError, ValueError, SafetensorError) as error:
-            warn(f"{folder} is damaged ({error}); an earlier checkpoint is used")
+            warn(f"{folder} is damaged ({error}) and not used")
+    if step_folders(out_dir):
+        raise UserError(f"no checkpoint in {out_dir} is complete; restore one, or move the step-… folders elsewhere to start from step 0")
     return None
 
 

@@ -17,7 +17,7 @@ from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
-from tritale.model.checkpoint import read_json
+from tritale.model.checkpoint import read_json, write_checksums
 from tritale.model.run_folder import step_folders
 from tritale.training import state
 
@@ -147,6 +147,7 @@ def spoil(checkpoint) -> None:
     """Multiply all weights of a checkpoint by NaN."""
     weights = load_file(checkpoint / "model.safetensors")
     save_file({name: w * math.nan for name, w in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"})
+    write_checksums(checkpoint)
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -175,6 +176,7 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
     whole = trainer.pop("config")
     for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
         file.write_text(json.dumps(content), encoding="utf-8")
+        write_checksums(file.parent)
         with pytest.raises(SystemExit, match=r"lacks keys of the run's config .*data.source.*move step-00000006 away"):
             main([command[0], str(run_dir), *command[1:]])
 
@@ -293,6 +295,7 @@ def test_weights_that_are_not_finite_are_not_averaged(run_dir):
 def test_checkpoints_of_another_shape_are_not_averaged(run_dir):
     config = run_dir / "step-00000003" / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"rope_theta": 10000.0', '"rope_theta": 500.0'), encoding="utf-8")
+    write_checksums(config.parent)
     with pytest.raises(SystemExit, match="another shape"):
         main(["average", str(run_dir), "--last", "2"])
     assert not list(run_dir.glob("*average*"))

@@ -168,6 +168,15 @@ def test_a_damaged_optimizer_state_is_refused(change, copy):
         run_here(copy)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(copy):
+    before = (copy / "metrics.jsonl").read_bytes()
+    for step in (3, 6):
+        (copy / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete; restore one, or move"):
+        run_here(copy)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "values",
     [{"step": "6"}, {"config": None}, {"seconds": []}, {"best_loss": "low"}, {"best_step": 1.5}, {"grad_scaler": 3}, {"step": None}],

@@ -15,6 +15,7 @@ from runs import REPOSITORY, command, losses, metrics, run_here, train
 from safetensors.torch import load_file
 
 from tritale.inference import LLM
+from tritale.model.checkpoint import write_checksums
 from tritale.training.config import RunConfig, parse
 
 
@@ -216,7 +217,7 @@ def test_an_altered_shard_is_refused(copy):
         run_here(copy)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer/state.safetensors", "trainer/trainer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "checksums.json", "trainer/state.safetensors", "trainer/trainer.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(name, damage, tiny_run, copy, capsys):
     path = copy / "step-00000006" / name
@@ -279,9 +280,12 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_an_old_one_is_read(copy):
     trainer = json.loads(path.read_text())
     assert trainer.pop("format") == 1
     path.write_text(json.dumps(trainer))
-    (path.parent / "checksums.json").unlink()
+    for folder in (path.parent, path.parent.parent):
+        (folder / "checksums.json").unlink()
     run_here(copy)  # files of earlier versions have neither a format nor checksums
     path.write_text(json.dumps(trainer | {"format": 2}))
+    for folder in (path.parent, path.parent.parent):
+        write_checksums(folder)
     with pytest.raises(ValueError, match=r"trainer\.json has format 2, this version of tritale reads format 1"):
         run_here(copy)
 
