@@ -64,7 +64,7 @@ class TrainedRun:
         folder = folder or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}, the data of {self.folder}, is missing; start where train.py was started, or give --data")
-        splits = Split.open(folder / "train", verify=False), Split.open(folder / "validation")
+        splits = Split.open(folder / "train"), Split.open(folder / "validation")
         for split in splits:
             if split.tokenizer_hash != tokenizer.hash:
                 raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
