@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..common.errors import UserError
+from . import options
 
 HELP = "compare the stories of a run's checkpoints: repetition, endings, consistency, copying"
 
@@ -16,10 +17,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--every", type=int, default=1, metavar="N", help="measure each N-th checkpoint and the last")
     p.add_argument("--prompts", metavar="FILE", help="UTF-8 file with one prompt per line, or - for standard input (default: the run's)")
     p.add_argument("--samples", type=int, default=8, help="stories per prompt")
-    p.add_argument("--max-new-tokens", type=int, default=500, help="longest continuation, in tokens")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    p.add_argument("--top-k", type=int, default=30, help="sample from the k most likely tokens; 0 from all")
-    p.add_argument("--top-p", type=float, default=0.9, help="sample from the most likely tokens that reach this probability together")
+    options.add_sampling(p)
     p.add_argument("--seed", type=int, default=0, help="story n of each checkpoint is sampled with seed + n")
     p.add_argument("--validation-documents", type=int, default=200, metavar="N", help="held-out documents, evenly spread, to validate on")
     p.add_argument("--data", type=Path, default=None, metavar="DIR", help="the run's data, if it was moved")
@@ -35,14 +33,13 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.sweep import Sweep, check_outputs, every_nth, read_prompts
     from ..evaluation.sweep_page import write_sweep
     from ..evaluation.trained_run import TrainedRun
-    from ..inference import Sampling
 
     trained = TrainedRun.open(args.run_dir)
     chosen = every_nth(trained.checkpoints, args.every)
     if (existing := check_outputs(trained.folder)) and not args.overwrite:
         confirm_overwriting(existing)
     prompts = read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k or None, args.top_p)
+    sampling = options.sampling(args)
     console = Console(highlight=False)
     if trained.being_written:
         console.print(f"{', '.join(trained.being_written)} is incomplete and left out", style="yellow", markup=False)

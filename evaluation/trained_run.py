@@ -9,7 +9,32 @@ from ..data.tokenizer import Tokenizer
 from ..model import run_folder
 from ..model.checkpoint import read_json
 
-CONFIG_KEYS = ("data.source", "data.document_mask", "train.context", "train.micro_batch", "log.prompts")  # the keys that are read here
+# The keys of the config that are read here, with the types of their values.
+CONFIG_TYPES = {
+    "data.source": (str,), "data.document_mask": (bool,), "train.context": (int, type(None)), "train.micro_batch": (int,),
+    "log.prompts": (list,),
+}  # fmt: skip
+
+
+def read_config(checkpoint: Path) -> dict:
+    """The config in trainer/trainer.json, of which the keys of CONFIG_TYPES are present and have valid values.
+
+    Raises FileNotFoundError if the file is missing, UserError if it is damaged."""
+    config = read_json(checkpoint / "trainer", "trainer.json").get("config")
+    config = config if isinstance(config, dict) else {}
+    wrong = [f"{key} is missing" for key in CONFIG_TYPES if key not in config]
+    wrong += [f"{key} is {config[key]!r}" for key, types in CONFIG_TYPES.items() if key in config and type(config[key]) not in types]
+    wrong += [
+        f"{key} is {config[key]}" for key in ("train.context", "train.micro_batch") if type(config.get(key)) is int and config[key] < 1
+    ]
+    if not wrong and not all(isinstance(prompt, str) for prompt in config["log.prompts"]):
+        wrong = [f"log.prompts is {config['log.prompts']!r}"]
+    if wrong:
+        raise UserError(
+            f"{checkpoint / 'trainer' / 'trainer.json'} lacks the run's config ({'; '.join(wrong)}); "
+            f"move {checkpoint.name} away if an older checkpoint has it, or give a run of this version of train.py"
+        )
+    return config
 
 
 @dataclass(frozen=True)
@@ -39,13 +64,7 @@ class TrainedRun:
             raise FileNotFoundError(
                 f"{folder} has no checkpoints (step-…; found: {found}); give the out_dir of a run, such as out/quickstart"
             )
-        newest = list(checkpoints.values())[-1]
-        config = read_json(newest / "trainer", "trainer.json").get("config", {})
-        if missing := [key for key in CONFIG_KEYS if key not in config]:
-            raise UserError(
-                f"{newest / 'trainer' / 'trainer.json'} lacks keys of the run's config ({', '.join(missing)}); "
-                f"move {newest.name} away if an older checkpoint has them, or give a run of this version of train.py"
-            )
+        config = read_config(list(checkpoints.values())[-1])
         return cls(folder, checkpoints, config, tuple(name for name in being_written if not (folder / name).exists()))
 
     @property

@@ -229,7 +229,7 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
     whole = trainer.pop("config")
     for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
         file.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(SystemExit, match=r"lacks keys of the run's config .*data.source.*move step-00000006 away"):
+        with pytest.raises(SystemExit, match=r"lacks the run's config .*data.source is missing.*move step-00000006 away"):
             main([command[0], str(run_dir), *command[1:]])
 
 
