@@ -1,11 +1,12 @@
-"""`pytest bench --benchmark` measures and prints the tables; without the option each file runs one tiny case, to keep it alive.
+"""`pytest bench --benchmark` measures and prints the tables. Without the option each file runs one tiny case, which tests the benchmark.
 
-Contenders are timed in turns inside one test session, and pytest-benchmark gets the recorded rounds of each through its timer, so that
---benchmark-json, --benchmark-compare and -k work as everywhere.
+Contenders take turns within one test session. pytest-benchmark then replays the recorded rounds of each through its timer, so that
+--benchmark-json, --benchmark-compare and -k work as usual.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -21,17 +22,17 @@ STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--benchmark", action="store_true", help="measure, instead of one tiny case per file")
+    parser.addoption("--benchmark", action="store_true", help="measure (default: one tiny case per file)")
 
 
 def pytest_configure(config):
     config.stash[ROWS], config.stash[STARTED] = [], time.monotonic()
     if not config.getoption("verbose") > 0 and not config.getoption("benchmark_compare", None):
-        config.option.benchmark_quiet = True  # its table has a line for every test; ours are printed at the end
+        config.option.benchmark_quiet = True  # hide its table of one line per test; our tables are printed at the end
 
 
 class Recorded:
-    """A clock that stands still but for the recorded rounds it is told to play: pytest-benchmark's timer."""
+    """pytest-benchmark's timer: a clock that only advances by the recorded rounds."""
 
     now = 0.0
 
@@ -45,12 +46,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.benchmark(timer=Recorded()))
 
 
-@pytest.fixture
-def report(request, benchmark) -> Callable[[dict, list[float] | None], None]:
-    """report(row, seconds): put a row into the results and its rounds into pytest-benchmark. Skips where the contender cannot run,
-    and marks as expected failure where a peer fails or is wrong; where ours does, the test fails."""
+Report = Callable[..., None]
 
-    def play(row: dict, seconds: list[float] | None) -> None:
+
+@pytest.fixture
+def report(request, benchmark) -> Report:
+    """report(row, seconds=()): add a row to the results and its rounds to pytest-benchmark.
+
+    Skips the test if the contender cannot run. A peer that fails or is wrong is an expected failure; if it is ours, the test fails."""
+
+    def play(row: dict, seconds: Sequence[float] = ()) -> None:
         request.config.stash[ROWS].append(row)
         if row["status"] == "cannot run":
             pytest.skip(row["note"])
@@ -68,39 +73,39 @@ def report(request, benchmark) -> Callable[[dict, list[float] | None], None]:
     return play
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def benchmarking(request) -> bool:
     return request.config.getoption("--benchmark")
 
 
-def selected(request: pytest.FixtureRequest, **fixed: str) -> list[str]:
-    """The contenders of this test's function that the session runs (all, or those of -k), where the other parameters are the same."""
-    found = []
-    for item in request.session.items:
-        params = getattr(item, "callspec", None) and item.callspec.params
-        if params and item.originalname == request.node.originalname and all(params.get(k) == v for k, v in fixed.items()):
-            found.append(params["contender"])
-    return list(dict.fromkeys(found))
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """{case: what was measured for all its contenders}, filled by the first test of each case."""
+    return {}
+
+
+def parameters(session: pytest.Session, function: str) -> list[dict]:
+    """The parameters of all tests of this function that the session runs."""
+    found = [item for item in session.items if isinstance(item, pytest.Function) and item.originalname == function]
+    return [item.callspec.params for item in found]
+
+
+def selected(request: pytest.FixtureRequest, **fixed) -> list[str]:
+    """The contenders of this test's function that the session runs with the parameters `fixed`: all, or those that -k selects."""
+    found = [p for p in parameters(request.session, request.node.originalname) if all(p[k] == v for k, v in fixed.items())]
+    return list(dict.fromkeys(p["contender"] for p in found))
 
 
 @pytest.fixture(scope="session")
-def rates(request) -> Callable[[str], dict]:
-    """rates(dtype): bytes/s of a copy and FLOP/s of a matrix product on this machine, measured once in the session."""
-    known: dict[str, float] = {}
-
-    def of(dtype: torch.dtype) -> dict[str, float]:
-        if "copy" not in known:
-            known["copy"] = copy_rate()
-        if str(dtype) not in known:
-            known[str(dtype)] = product_rate(dtype)
-        return {"copy": known["copy"], "product": known[str(dtype)]}
-
-    return of
+def rates() -> Callable[[torch.dtype], dict[str, float]]:
+    """rates(dtype): bytes/s of a copy and FLOP/s of a matrix product on this machine, each measured once in the session."""
+    copy, product = functools.cache(copy_rate), functools.cache(product_rate)
+    return lambda dtype: {"copy": copy(), "product": product(dtype)}
 
 
 @pytest.fixture(scope="session")
 def progress(request):
-    """progress(what, steps): a bar on the terminal while something takes longer; gives a function that advances it."""
+    """progress(what, steps): a progress bar on the terminal; yields a function that advances it."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
@@ -119,16 +124,15 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         return
     machine = describe_machine() | {"seconds": round(time.monotonic() - config.stash[STARTED])}
     suites = {"generation", "ops", "training step", "scaling"}
-    is_all = {row["suite"] for row in rows} == suites and not terminalreporter.stats.get("deselected")
-    is_whole = is_all and exitstatus == pytest.ExitCode.OK
-    folder = ROOT / "bench/results" if is_whole else ROOT / "out/bench"
-    file = folder / f"{machine['slug']}.json"
+    has_all = {row["suite"] for row in rows} == suites and not terminalreporter.stats.get("deselected")
+    is_complete = has_all and exitstatus == pytest.ExitCode.OK
+    file = ROOT / ("bench/results" if is_complete else "out/bench") / f"{machine['slug']}.json"
     write_results(file, machine, rows)
     console = Console(width=None if Console().is_terminal else 180)
     console.print()
     for table in tables(rows):
         console.print(table.rich())
     minutes = machine["seconds"] / 60
-    part = "" if is_whole else " (not the whole suite, or not all of it passed, so not into bench/results)"
+    part = "" if is_complete else " (incomplete or failed runs are not written to bench/results)"
     console.print(f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {minutes:.1f} min. Written: {file}{part}")
     console.print(f"Charts: python -m bench.report {file.relative_to(ROOT)}")

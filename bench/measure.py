@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved times, peak memory, the machine and its own rates, and fresh child processes."""
+"""What all benchmarks share: times taken in turns, peak memory, fresh child processes, and the machine with its own rates."""
 
 import contextlib
 import ctypes
@@ -12,10 +12,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ def device() -> torch.device:
 
 
 def half_precision() -> str | None:
-    """The 16-bit dtype this machine's matrix units take, None where it has none (a CPU imitates bf16 many times slower than fp32)."""
+    """The 16-bit dtype of this machine's matrix units. None if it has none: such a CPU emulates bf16 many times slower than fp32."""
     if has_bf16(device()):
         return "bf16"
     return "fp16" if device().type == "cuda" else None
@@ -42,12 +45,14 @@ def half_precision() -> str | None:
 
 
 def _resident(field: str) -> int:
-    """VmRSS or VmHWM (its peak since `forget_peak`) of this process, in bytes."""
-    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
+    """VmRSS or VmHWM (its peak since `reset_peak`) of this process, in bytes."""
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found, field
+    return int(found[1]) * 1024
 
 
-def forget_peak() -> int:
-    """Give freed memory back, start a new peak, and return the bytes held now: allocated on a GPU, resident on a CPU."""
+def reset_peak() -> int:
+    """Return freed memory to the system, start a new peak, and return the bytes held now: allocated on a GPU, resident on a CPU."""
     gc.collect()
     if device().type == "cuda":
         torch.cuda.synchronize()
@@ -60,12 +65,34 @@ def forget_peak() -> int:
 
 
 def peak() -> int:
-    """Most bytes held since `forget_peak`."""
+    """The most bytes held since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device().type == "cuda" else _resident("VmHWM")
 
 
-def children() -> multiprocessing.context.BaseContext:
-    """Fresh processes, forked from one that has imported PyTorch and computed nothing: they start in a moment and share no heap."""
+# ---- child processes --------------------------------------------------------------------------------------------------------------------
+
+Job = TypeVar("Job", bound=Hashable)
+PROCESS_DIED = "the process died (out of memory?)"
+
+
+@dataclass
+class Child:
+    """A process and the pipe to it."""
+
+    process: ForkServerProcess
+    pipe: Connection
+    first: Any = None  # its first answer
+
+    def answer(self) -> Any:
+        """The next object that the process sends, or {"failed": why} if it has died."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return {"failed": PROCESS_DIED}
+
+
+def _context() -> ForkServerContext:
+    """Children are forked from a process that has imported PyTorch and computed nothing: they start quickly and share no heap."""
     if sys.platform != "linux":
         raise RuntimeError(f"peak memory is read from /proc, which {sys.platform} does not have; run the benchmarks on Linux")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile workers in every child
@@ -74,95 +101,114 @@ def children() -> multiprocessing.context.BaseContext:
     return context
 
 
-DIED = "the process died (out of memory?)"
+@contextlib.contextmanager
+def fresh_processes(function: Callable, jobs: dict[Job, tuple], at_once: int, tick: Callable) -> Iterator[dict[Job, Child]]:
+    """Run function(pipe, *arguments) of each job in a fresh process, and yield {job: child} when all have sent their first answer.
 
-
-def _call(pipe, function: Callable, job: tuple) -> None:
+    No more than `at_once` processes work on their first answer at the same time. At the end each process is sent None and joined."""
+    context, waiting, starting = _context(), list(jobs), []
+    children: dict[Job, Child] = {}
     try:
-        pipe.send(function(*job))
-    except Exception as error:
-        pipe.send({"failed": in_a_line(error)})
+        while waiting or starting:
+            while waiting and len(starting) < at_once:
+                job = waiting.pop(0)
+                ours, theirs = context.Pipe()
+                process = context.Process(target=function, args=(theirs, *jobs[job]), daemon=True)
+                process.start()
+                theirs.close()
+                children[job] = Child(process, ours)
+                starting.append(job)
+            ready = wait([children[job].pipe for job in starting])
+            for job in [job for job in starting if children[job].pipe in ready]:
+                starting.remove(job)
+                children[job].first = children[job].answer()
+                tick()
+        yield children
+    finally:
+        for child in children.values():
+            with contextlib.suppress(OSError):
+                child.pipe.send(None)
+            child.process.join(30)
+            if child.process.is_alive():
+                child.process.terminate()
 
 
-def in_a_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def each_in_a_fresh_process(function: Callable, jobs: list[tuple], at_once: int, tick: Callable) -> dict[tuple, object]:
+def _call(pipe: Connection, function: Callable, *arguments) -> None:
+    try:
+        pipe.send(function(*arguments))
+    except Exception as error:
+        pipe.send({"failed": first_line(error)})
+
+
+def each_in_a_fresh_process(function: Callable, jobs: list[tuple], at_once: int, tick: Callable) -> dict[tuple, Any]:
     """{job: function(*job)}, each computed by a process that does nothing else; {"failed": why} for one that raises or dies."""
-    context, waiting, running, results = children(), list(jobs), {}, {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            job = waiting.pop(0)
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_call, args=(theirs, function, job), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = job, process
-        for pipe in wait(list(running)):
-            job, process = running.pop(pipe)
-            try:
-                results[job] = pipe.recv()
-            except EOFError:
-                results[job] = {"failed": DIED}
-            process.join()
-            tick()
-    return results
+    with fresh_processes(_call, {job: (function, *job) for job in jobs}, at_once, tick) as children:
+        return {job: children[job].first for job in jobs}
 
 
 # ---- time -------------------------------------------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Times on the device: events in its queue on a GPU, the wall clock on a CPU."""
+    """Times on the device: CUDA events on a GPU, the wall clock on a CPU."""
 
     def __init__(self):
-        self.is_cuda = device().type == "cuda"
-        # Larger than any L2 cache; written before each GPU round, so that no round finds its inputs there, as Triton's do_bench does.
-        self.flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda") if self.is_cuda else None
+        # Larger than any L2 cache. Overwritten before each round, so that no round finds its inputs there, as in Triton's do_bench.
+        self.flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda") if device().type == "cuda" else None
 
-    def mark(self) -> "torch.cuda.Event | float":
-        if not self.is_cuda:
+    def mark(self) -> Any:
+        """A point in time: an event on a GPU, seconds on a CPU."""
+        if self.flush is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start, end) -> float:
-        if not self.is_cuda:
+        if self.flush is None:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
     def cold(self) -> None:
-        if self.is_cuda:
+        """Empty the caches of a GPU, and let the kernels queue up behind a wait, so that their launches are not timed."""
+        if self.flush is not None:
             self.flush.zero_()
-            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the kernels queue up: they are timed, not their launches
+            torch.cuda._sleep(2_000_000)  # about a millisecond
+
+
+def as_list(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 Times = dict[str, list[float]]  # {"forward": seconds of each round, "backward": …, "both": …}
+Call = tuple[Callable, list[Tensor], list[Tensor]]  # function, inputs, gradients of the outputs
 
 
-def one_round(watch: Stopwatch, function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list]:
+def one_round(watch: Stopwatch, call: Call) -> tuple[list[Tensor], list[Tensor], list]:
     """(outputs, gradients of the inputs that need one, marks before forward, between, after backward) of one call."""
+    function, inputs, grads = call
     leaves = [t for t in inputs if t.requires_grad]
     watch.cold()
     start = watch.mark()
     outputs = function(*inputs)
     middle = watch.mark()
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs = as_list(outputs)
     found = torch.autograd.grad(outputs, leaves, grads)
     return outputs, list(found), [start, middle, watch.mark()]
 
 
-def interleaved(calls: dict[str, tuple], rounds: int, tick: Callable = lambda: None) -> dict[str, Times]:
-    """Times of the calls (function, inputs, gradients of the outputs) in turns, A B C A B C …, so that whatever else the machine does hurts
-    all alike."""
+def interleaved(calls: dict[str, Call], rounds: int, tick: Callable = lambda: None) -> dict[str, Times]:
+    """Times of the calls, taken in turns (A B C A B C …), so that other load on the machine affects all alike."""
     watch = Stopwatch()
     marks = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            marks[name].append(one_round(watch, *call)[2])
+            marks[name].append(one_round(watch, call)[2])
             tick()
     times = {}
     for name, triples in marks.items():
@@ -172,8 +218,8 @@ def interleaved(calls: dict[str, tuple], rounds: int, tick: Callable = lambda: N
     return times
 
 
-def spread(values: list[float]) -> dict[str, float | int]:
-    """Median, fastest and slowest of the rounds."""
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median, fastest and slowest round."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
 
 
@@ -191,7 +237,7 @@ def _best(function: Callable, rounds: int = 7) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes/s read and written by a copy of a tensor that no cache holds: 256 MiB on a CPU, 1 GiB on a GPU."""
+    """Bytes/s, read and written, of a copy of a tensor too large for any cache: 256 MiB on a CPU, 1 GiB on a GPU."""
     source = torch.ones(2**30 if device().type == "cuda" else 2**28, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     return 2 * source.numel() / _best(lambda: target.copy_(source))
@@ -218,18 +264,17 @@ def _git(*arguments: str) -> str:
 
 
 def describe_machine() -> dict:
-    """Name, versions, commit and date, for the head of a results file; "slug" names the file."""
+    """Name, versions, commit and date for the head of a results file. "slug" names the file."""
     is_gpu = device().type == "cuda"
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if is_gpu else f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
-    simd = torch.backends.cpu.get_cpu_capability()
     is_changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
     return {
         "name": name,
         "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "device": device().type,
         "threads": threads,
-        "simd": simd,
+        "simd": torch.backends.cpu.get_cpu_capability(),
         "half_precision": half_precision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -239,7 +284,9 @@ def describe_machine() -> dict:
 
 
 def write_results(file: Path, machine: dict, rows: list[dict]) -> None:
-    """One row a line, so that two files can be compared line by line; written aside, synced, renamed."""
+    """One row a line, so that diff can compare two files."""
     body = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    with atomic_file(file) as aside:
-        aside.write_text(f'{{"machine": {json.dumps(machine, indent=1, ensure_ascii=False)},\n"rows": [\n{body}\n]}}\n', encoding="utf-8")
+    with atomic_file(file) as temporary:
+        temporary.write_text(
+            f'{{"machine": {json.dumps(machine, indent=1, ensure_ascii=False)},\n"rows": [\n{body}\n]}}\n', encoding="utf-8"
+        )

@@ -1,7 +1,7 @@
-"""A results file → tables in Markdown and charts: python -m bench.report bench/results/MACHINE.json
+"""Turn a results file into Markdown tables and charts: python -m bench.report bench/results/MACHINE.json
 
-Writes docs/bench/MACHINE.md and docs/bench/MACHINE-{speed,memory,training-step,scaling}.png, and with --pages also puts the
-training-step table and what is slower than a peer between the markers of docs/bench.md and of the README's section.
+Writes docs/bench/MACHINE.md and docs/bench/MACHINE-{speed,memory,training-step,scaling}.png. With --pages, also writes a summary between
+the markers of docs/bench.md, and a short table between those of README.md and README.zh.md.
 """
 
 import argparse
@@ -13,12 +13,10 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 ROOT = Path(__file__).parents[1]
-# Pages with a place for the summary, and the folder of their pictures as seen from README.md's place or from docs/.
-PAGES = {"docs/bench.md": "bench", "docs/bench-readme.md": "docs/bench", "README.md": "docs/bench", "README.zh.md": "docs/bench"}
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
-LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis"}
+LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒词元数"}
 PASSES = ("forward", "backward", "both")
-# Okabe and Ito's colours, told apart by colour-blind readers; ours is the one warm and dark.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Ours is the dark warm one.
 GREY, SKY, BLUE, GREEN, YELLOW, PURPLE, ORANGE, RED = "#9a9a9a #56b4e9 #0072b2 #009e73 #e0c000 #cc79a7 #e69f00 #d55e00".split()
 COLORS = {
     "reference": GREY, "reference, eager": GREY, "reference, compiled": SKY, "ours": RED, "ours, recompute": ORANGE, "SDPA": BLUE,
@@ -49,7 +47,7 @@ class Table:
     def markdown(self) -> str:
         rules = ["---" if c in LEFT else "---:" for c in self.columns]
         body = "".join(f"| {' | '.join(line)} |\n" for line in (self.columns, rules, *self.lines))
-        return f"### {self.title}\n\n{body}" + (f"\n{self.note}\n" if self.note else "")
+        return (f"### {self.title}\n\n" if self.title else "") + body + (f"\n{self.note}\n" if self.note else "")
 
 
 # ---- numbers as text --------------------------------------------------------------------------------------------------------------------
@@ -65,7 +63,7 @@ def milliseconds(seconds: dict) -> str:
 
 
 def spread_of(seconds: dict) -> str:
-    """How far the rounds lie from their median: −fastest +slowest."""
+    """The fastest and the slowest round, relative to the median."""
     m = seconds["median"]
     return f"−{1 - seconds['low'] / m:.0%} +{seconds['high'] / m - 1:.0%} of {seconds['rounds']}"
 
@@ -88,8 +86,13 @@ def note(row: dict) -> str:
     return {"wrong": "WRONG: ", "failed": "FAILED: "}.get(row["status"], "") + row["note"]
 
 
+def per_token(row: dict) -> float:
+    """Seconds, for each token if the row counts tokens."""
+    return row["seconds"]["median"] / row.get("tokens", 1)
+
+
 def tokens_per_second(row: dict) -> float:
-    return row["tokens"] / row["seconds"]["median"]
+    return 1 / per_token(row)
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------------------------
@@ -105,45 +108,32 @@ def distinct(rows: list[dict], *keys: str) -> list[tuple]:
 
 def op_tables(rows: list[dict]) -> list[Table]:
     result = []
-    columns = [
-        "model",
-        "shape",
-        "implementation",
-        "forward ms",
-        "backward ms",
-        "both ms",
-        "rounds",
-        "speed",
-        "of the machine",
-        "peak MiB",
-        "memory",
-    ]
+    columns = ["model", "shape", "implementation", "forward ms", "backward ms", "both ms", "rounds", "speed", "of the machine", "peak MiB"]
     for (op,) in distinct(of_suite(rows, "ops"), "case"):
-        table = Table(f"{op}", [*columns, "note"])
+        table = Table(op, [*columns, "memory", "note"])
         mine = [r for r in of_suite(rows, "ops") if r["case"] == op]
-        for model, dtype, contender in distinct(mine, "model", "dtype", "contender"):
-            found = {r["pass"]: r for r in mine if (r["model"], r["dtype"], r["contender"]) == (model, dtype, contender)}
-            any_row = next(iter(found.values()))
-            if any_row["status"] != "ok":
-                table.lines.append([model, any_row.get("sizes", ""), contender, *[""] * (len(columns) - 3), note(any_row)])
+        by_key: dict[tuple, dict[str, dict]] = {}
+        for r in mine:
+            by_key.setdefault((r["model"], r["dtype"], r["contender"]), {})[r["pass"]] = r
+        for (model, dtype, contender), found in by_key.items():
+            row = next(iter(found.values()))
+            if row["status"] != "ok":
+                table.lines.append([model, row.get("sizes", ""), contender, *[""] * 8, note(row)])
                 continue
-            base = {
-                r["pass"]: r
-                for r in mine
-                if (r["model"], r["dtype"], r["contender"]) == (model, dtype, "reference") and r["status"] == "ok"
-            }
+            base = by_key.get((model, dtype, "reference"), {}).get("both", {"status": "none"})
             both, ms = found.get("both"), [milliseconds(found[p]["seconds"]) if p in found else "" for p in PASSES]
             rest = [""] * 5
             if both:
-                speed = times(base["both"]["seconds"]["median"] / both["seconds"]["median"]) if "both" in base else ""
-                memory = ratio(both["bytes"], base["both"]["bytes"]) if "both" in base else ""
+                has_base = base["status"] == "ok"
+                speed = times(base["seconds"]["median"] / both["seconds"]["median"]) if has_base else ""
+                memory = ratio(both["bytes"], base["bytes"]) if has_base else ""
                 rest = [spread_of(both["seconds"]), speed, rate_of(both), mebibytes(both["bytes"]), memory]
-            table.lines.append([model, f"{any_row['sizes']}, {dtype}", contender, *ms, *rest, note(any_row)])
+            table.lines.append([model, f"{row['sizes']}, {dtype}", contender, *ms, *rest, note(row)])
         result.append(table)
     if result:
         result[-1].note = (
-            "speed: of forward and backward, over the reference's; memory: peak beyond the inputs, over the reference's; rounds: spread "
-            "about the median; of the machine: beside the bytes/s of a plain copy or the FLOP/s of a matrix product."
+            "speed: forward and backward, relative to the reference; memory: peak beyond the inputs, relative to the reference; rounds: "
+            "fastest and slowest, relative to the median; of the machine: share of a plain copy's bytes/s or of a matrix product's FLOP/s."
         )
     return result
 
@@ -178,10 +168,10 @@ def step_tables(rows: list[dict]) -> list[Table]:
         if measured:
             trainers.note = (
                 f"{measured['tokens']:,} tokens a step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
-                "compiled where not eager; peak memory of the process, less what it held before it built the model; the first loss is "
-                "in fp32, of weights larger than those of a training."
+                "compiled unless eager; peak memory: of the process, minus what it held before it built the model; first loss: in fp32, "
+                "with larger weights than those of a real run."
             )
-        off.note = "ours with this one op as the reference, over ours timed in turns with it."
+        off.note = "Ours with this one op replaced by the reference, relative to ours; both take turns."
         result += [t for t in (trainers, off) if t.lines]
     return result
 
@@ -215,10 +205,7 @@ def generation_tables(rows: list[dict]) -> list[Table]:
             ours = next((o for o in mine if (o["contender"], o["dtype"], o["status"]) == ("ours", r["dtype"], "ok")), r)
             faster = times(tokens_per_second(ours) / tokens_per_second(r)) if r is not ours else ""
             table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note(r)])
-        table.note = (
-            "microstories-44m with random weights, greedy, 100 new tokens for each prompt, on the CPU; "
-            "ours multiplies bf16 weights in fp32."
-        )
+        table.note = "microstories-44m, random weights, greedy, 100 new tokens a prompt, on the CPU; ours multiplies bf16 weights in fp32."
         result.append(table)
     return result
 
@@ -228,8 +215,9 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
-    """One line for every case in which another implementation is faster or smaller than ours, by more than `margin`, after one that says
-    what was compared. An op that on a CPU is its definition has that one said once: it is what "reference, compiled" compiles."""
+    """The number of comparisons, then a line for each case in which another implementation is faster or smaller than ours by `margin`.
+
+    If an op of ours is the reference itself (on a CPU), one line for all its cases says how much torch.compile gains."""
     lines, compiled, n_compared = [], {}, 0
     ok = [r for r in rows if r["status"] == "ok" and r.get("pass", "both") == "both"]
     keys = "suite", "case", "model", "value", "dtype"
@@ -240,14 +228,14 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
         if ours is None:
             continue
         n_compared += len(others)
-        per_token = lambda r: r["seconds"]["median"] / r.get("tokens", 1)
         faster = {n: per_token(ours) / per_token(r) for n, r in others.items()}
         smaller = {n: r["bytes"] / ours["bytes"] for n, r in others.items() if ours["bytes"]}
         if ours.get("is_definition"):
             if "reference, compiled" in faster:
                 compiled.setdefault(op, []).append(faster["reference, compiled"])
             for n in ("reference", "reference, compiled"):
-                faster.pop(n, None), smaller.pop(n, None)
+                faster.pop(n, None)
+                smaller.pop(n, None)
         parts = [f"{n} is {x:.2f} × as fast" for n, x in faster.items() if x > 1 + margin]
         parts += [f"{n} needs {x:.2f} × the memory" for n, x in smaller.items() if x < 1 - margin]
         if parts:
@@ -256,48 +244,70 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
     if compiled:
         spans = ", ".join(f"{op} {min(v):.1f}–{max(v):.1f} ×" for op, v in compiled.items())
         lines.append(
-            "- On a CPU these ops of ours are their definition, meant to be compiled with the model around them; alone and uncompiled they "
-            f"take this many times as long as compiled: {spans}."
+            "- On a CPU these ops of ours are their definition and are compiled together with the model. Alone and uncompiled they take "
+            f"this many times as long as compiled: {spans}."
         )
     missing = len(distinct([r for r in rows if r["status"] != "ok"], *keys, "contender"))
-    head = f"{n_compared} times another was compared with ours, {missing} times it was not (its line in the tables says why). "
-    return [f"{head}By more than {margin:.0%}:\n", *(lines or ["- nothing is faster or smaller than ours."])]
+    head = f"Ours was compared {n_compared} times with another; {missing} cases were not compared (the tables say why). "
+    return [f"{head}Differences above {margin:.0%}:\n", *(lines or ["- nothing is faster or smaller than ours."])]
+
+
+def about(machine: dict) -> str:
+    return f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`"
 
 
 def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
-    about = f"{machine['name']} ({machine['simd']}, 16-bit products: {machine['half_precision'] or 'none, so fp32'}), "
-    about += f"PyTorch {machine['torch']}, "
-    about += f"commit {machine['commit']}, {machine['date']}, {machine['seconds'] / 60:.0f} minutes: `pytest bench --benchmark`."
+    head = f"{about(machine)}: {machine['seconds'] / 60:.0f} minutes, {machine['simd']}, 16-bit products: "
+    head += f"{machine['half_precision'] or 'none, so fp32'}."
     if machine["device"] == "cpu":
-        about += " On a CPU *ours* is what `tritale.kernels` runs there, PyTorch code and not the Triton kernels, and the tokens are cut."
+        head += " On a CPU *ours* is what `tritale.kernels` runs there: PyTorch code, not the Triton kernels. There are fewer tokens."
     pictures = "\n".join(f"![{name}]({name})\n" for name in images)
     slower = "\n".join(slower_than_peers(rows))
-    parts = [f"# Benchmarks: {machine['name']}\n\n{about}\n\n{pictures}", f"## Where another is faster or smaller than ours\n\n{slower}\n"]
-    parts += ["## Ops\n", *(t.markdown() for t in op_tables(rows))]
-    parts += ["## Training step\n", *(t.markdown() for t in step_tables(rows))]
-    parts += ["## Scaling\n", *(t.markdown() for t in scaling_tables(rows))]
-    parts += ["## Generation\n", *(t.markdown() for t in generation_tables(rows))]
+    parts = [f"# Benchmarks: {machine['name']}\n\n{head}\n\n{pictures}", f"## Where another is faster or smaller than ours\n\n{slower}\n"]
+    for title, make in (("Ops", op_tables), ("Training step", step_tables), ("Scaling", scaling_tables), ("Generation", generation_tables)):
+        parts += [f"## {title}\n", *(t.markdown() for t in make(rows))]
     return "\n".join(parts)
 
 
-def summary(machine: dict, rows: list[dict], folder: str, is_short: bool) -> str:
-    """The training step, generation, and where another is faster or smaller than ours; `is_short`: without the other ops."""
-    head = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}, {machine['date']}, `pytest bench --benchmark`."
-    picture = f"![Tokens per second and memory of a training step]({folder}/{machine['slug']}-training-step.png)"
-    slower = slower_than_peers(rows)
-    if is_short:
-        shown = ("- training step", "- linear_cross_entropy", "- generation")
-        lines = [line for line in slower if line.startswith(shown)]
-        slower = lines or ["- nothing in the training step, the fused loss or generation; the rest is in the full tables."]
-    shown = step_tables(rows) + generation_tables(rows)
-    steps = "\n".join(t.markdown() for t in shown if not (is_short and t.title.startswith("Ablation")))
-    return "\n\n".join([head, picture, steps, "### Where another is faster or smaller than ours", "\n".join(slower)]) + "\n"
+def summary(machine: dict, rows: list[dict]) -> str:
+    """For docs/bench.md: the training step, generation, and where another is faster or smaller than ours."""
+    picture = f"![Tokens per second and memory of a training step](bench/{machine['slug']}-training-step.png)"
+    shown = "\n".join(t.markdown() for t in step_tables(rows) + generation_tables(rows))
+    slower = "\n".join(slower_than_peers(rows))
+    return "\n\n".join([f"{about(machine)}.", picture, shown, "### Where another is faster or smaller than ours", slower]) + "\n"
+
+
+COLUMNS = ["tokens per second", "ours", "fastest other", "speed ratio", "memory ratio"]
+CHINESE = {
+    ", ": "，", "tokens per second": "每秒词元数", "ours": "tritale", "fastest other": "其他库中最快的", "speed ratio": "速度比",
+    "memory ratio": "内存比", "training step": "训练", "generation": "生成", "one prompt": "一个开头", "6 k vocabulary": "词表 6 k",
+    "32 prompts of 1 to 40 characters": "32 个开头（1–40 字）",
+}  # fmt: skip
+
+
+def short_table(rows: list[dict], words: dict[str, str]) -> str:
+    """For the README: ours and the fastest other library in the training step and in generation; `words` translates."""
+    table = Table("", [words.get(column, column) for column in COLUMNS])
+    ok = [r for r in rows if r["status"] == "ok" and r["suite"] in ("training step", "generation")]
+    for suite, model, dtype in sorted(distinct(ok, "suite", "model", "dtype"), key=lambda key: key[0] != "training step"):
+        group = {r["contender"]: r for r in ok if (r["suite"], r["model"], r["dtype"]) == (suite, model, dtype)}
+        others = [r for n, r in group.items() if not n.startswith(("ours", "reference"))]
+        if "ours" not in group or not others:
+            continue
+        ours, best = group["ours"], min(others, key=per_token)
+        parts = (suite, *model.split(", "), dtype)
+        case = words.get(", ", ", ").join(words.get(part) or part for part in parts)
+        speeds = f"{tokens_per_second(ours):,.0f}", f"{tokens_per_second(best):,.0f} ({best['contender']})"
+        memory = ratio(ours["bytes"], best["bytes"]) if ours["bytes"] else ""
+        table.lines.append([case, *speeds, times(per_token(best) / per_token(ours)), memory])
+    return table.markdown()
 
 
 # ---- charts -----------------------------------------------------------------------------------------------------------------------------
 
 
-def style():
+def new_figure(n_rows: int, n_columns: int, size: tuple[float, float], **options):
+    """A matplotlib figure and its axes, a list of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,35 +318,29 @@ def style():
         "axes.titlesize": 11, "figure.facecolor": "white", "savefig.dpi": 150, "axes.edgecolor": "#888888", "xtick.color": "#444444",
         "ytick.color": "#222222", "legend.frameon": False,
     })  # fmt: skip
-    return plt
+    return plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def bars(axis, names: list[str], values: list[float], labels: list[str], colors: list[str], is_reference: bool = True) -> None:
-    """Horizontal bars with their values beside them, and a line at 1 where they are over the reference's."""
-    positions = range(len(names))
-    axis.barh(positions, values, color=colors, height=0.72)
-    top = max([*values, 1.0] if is_reference else values)
+def bars(axis, title: str, names: list[str], values: list[float], labels: list[str], colors: list[str], base: float | None = None) -> None:
+    """Horizontal bars with their labels, and a dashed line at `base`."""
+    top = max([*values, base or 0.0])
+    axis.set_title(title)
+    axis.barh(range(len(names)), values, color=colors, height=0.72)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     for y, (value, label) in enumerate(zip(values, labels, strict=True)):
-        axis.text(
-            value + 0.015 * top,
-            y,
-            label,
-            va="center",
-            fontsize=8.5,
-            color="#222222",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        )
-    axis.set_yticks(positions, names)
+        axis.text(value + 0.015 * top, y, label, va="center", fontsize=8.5, color="#222222", bbox=box)
+    axis.set_yticks(range(len(names)), names)
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
-    axis.set_xlim(0, top * 1.22)
-    if is_reference:
-        axis.axvline(1, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=0)
+    axis.set_xlim(0, top * (1.55 if base else 1.32))
+    axis.set_xticks([])
+    axis.spines["bottom"].set_visible(False)
+    if base:
+        axis.axvline(base, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=0)
 
 
-def chart_ops(rows: list[dict], what: str, file: Path, about: str) -> None:
-    """A row of panels for each op, a panel for each model; speed or memory over the reference's."""
-    plt = style()
+def chart_ops(rows: list[dict], what: str):
+    """A row of panels for each op and a panel for each model: speed or memory, relative to the reference."""
     ok = [r for r in of_suite(rows, "ops") if r["status"] == "ok" and r["pass"] == "both"]
     dtype = ok[0]["dtype"]
     ok = [r for r in ok if r["dtype"] == dtype]
@@ -345,72 +349,55 @@ def chart_ops(rows: list[dict], what: str, file: Path, about: str) -> None:
     groups = {key: [r for r in ok if (r["case"], r["model"]) == key] for key in ((c, m) for c in cases for m in models)}
     heights = [max(len(groups[c, m]) for m in models) for c in cases]
     size = (4.1 * len(models) + 1.6, 0.27 * sum(heights) + 0.62 * len(cases) + 0.9)
-    figure, axes = plt.subplots(len(cases), len(models), figsize=size, squeeze=False, height_ratios=heights, layout="constrained")
+    figure, axes = new_figure(len(cases), len(models), size, height_ratios=heights)
     for line, case in zip(axes, cases, strict=True):
         for axis, model in zip(line, models, strict=True):
-            group = groups[case, model]
+            group, is_first = groups[case, model], model == models[0]
             base = next((r for r in group if r["contender"] == "reference"), None)
             if base is None or not base["bytes"]:
                 axis.set_axis_off()
                 continue
-            value = {
-                "speed": lambda r, base=base: base["seconds"]["median"] / r["seconds"]["median"],
-                "memory": lambda r, base=base: r["bytes"] / base["bytes"],
-            }[what]
-            values = [value(r) for r in group]
-            suffix = lambda r: f"{milliseconds(r['seconds'])} ms" if what == "speed" else f"{mebibytes(r['bytes'])} MiB"
-            labels = [f"{times(v)}   {suffix(r)}" for v, r in zip(values, group, strict=True)]
-            names = [r["contender"].replace("F.linear_cross_entropy, ", "F.linear_c._e., ") for r in group]
-            bars(axis, names if model == models[0] else [""] * len(group), values, labels, [COLORS[r["contender"]] for r in group])
-            axis.set_xlim(0, max([*values, 1.0]) * 1.55)
-            axis.set_title(f"{case} · {model}" if model == models[0] else model)
-            axis.set_xticks([])
-            axis.spines["bottom"].set_visible(False)
-    title = {"speed": "Speed over the reference (longer is faster)", "memory": "Peak memory over the reference (shorter is smaller)"}[what]
-    figure.suptitle(f"{title}, forward and backward, {dtype}\n{about}", x=0.01, ha="left", fontsize=12)
-    figure.savefig(file)
-    plt.close(figure)
+            if what == "speed":
+                values = [base["seconds"]["median"] / r["seconds"]["median"] for r in group]
+                sizes = [f"{milliseconds(r['seconds'])} ms" for r in group]
+            else:
+                values = [r["bytes"] / base["bytes"] for r in group]
+                sizes = [f"{mebibytes(r['bytes'])} MiB" for r in group]
+            labels = [f"{times(v)}   {size}" for v, size in zip(values, sizes, strict=True)]
+            names = [r["contender"].replace("F.linear_cross_entropy, ", "F.linear_c._e., ") if is_first else "" for r in group]
+            bars(axis, f"{case} · {model}" if is_first else model, names, values, labels, [COLORS[r["contender"]] for r in group], base=1)
+    title = {
+        "speed": "Speed relative to the reference (longer is faster)",
+        "memory": "Peak memory relative to the reference (shorter is smaller)",
+    }
+    return figure, f"{title[what]}, forward and backward, {dtype}"
 
 
-def chart_training_step(rows: list[dict], file: Path, about: str) -> None:
-    plt = style()
+def chart_training_step(rows: list[dict]):
     ok = [r for r in of_suite(rows, "training step") if r["status"] == "ok" and not r["contender"].startswith("ours without")]
     models = [m for (m,) in distinct(ok, "model")]
     count = max(sum(r["model"] == m for r in ok) for m in models)
-    figure, axes = plt.subplots(
-        len(models), 2, figsize=(11, (0.36 * count + 0.75) * len(models) + 0.7), squeeze=False, layout="constrained"
-    )
-    for line, model in zip(axes, models, strict=True):
+    figure, axes = new_figure(len(models), 2, (11, (0.36 * count + 0.75) * len(models) + 0.7))
+    for (left, right), model in zip(axes, models, strict=True):
         group = [r for r in ok if r["model"] == model]
         base = next((r for r in group if r["contender"] == "reference, eager"), group[0])
         names = [r["contender"] if r["contender"].endswith("eager") else f"{r['contender']}, compiled" for r in group]
         colors = [COLORS[r["contender"]] if r["contender"] != "reference" else SKY for r in group]
         speeds, sizes = [tokens_per_second(r) for r in group], [r["bytes"] / 2**20 for r in group]
         labels = [f"{s:,.0f}   {times(s / tokens_per_second(base))}" for s in speeds]
-        bars(line[0], names, speeds, labels, colors, is_reference=False)
-        line[0].set_title(f"{model}: tokens/s")
-        bars(
-            line[1], [""] * len(group), sizes, [f"{s:,.0f}   {times(s * 2**20 / base['bytes'])}" for s in sizes], colors, is_reference=False
-        )
-        line[1].set_title("peak MiB")
-        for axis in line:
-            axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
-            axis.set_xticks([])
-            axis.spines["bottom"].set_visible(False)
-    tokens = ok[0]["tokens"]
-    figure.suptitle(f"A whole training step of {tokens:,} tokens, {ok[0]['dtype']}\n{about}", x=0.01, ha="left", fontsize=12)
-    figure.savefig(file)
-    plt.close(figure)
+        bars(left, f"{model}: tokens/s", names, speeds, labels, colors)
+        labels = [f"{s:,.0f}   {times(s * 2**20 / base['bytes'])}" for s in sizes]
+        bars(right, "peak MiB", [""] * len(group), sizes, labels, colors)
+    return figure, f"A complete training step of {ok[0]['tokens']:,} tokens, {ok[0]['dtype']}"
 
 
-def chart_scaling(rows: list[dict], file: Path, about: str) -> None:
-    plt = style()
+def chart_scaling(rows: list[dict]):
     ok = [r for r in of_suite(rows, "scaling") if r["status"] == "ok"]
-    axes_names = [a for (a,) in distinct(ok, "case")]
+    cases = [c for (c,) in distinct(ok, "case")]
     names = [n for (n,) in distinct(ok, "contender")]
-    figure, axes = plt.subplots(2, len(axes_names), figsize=(max(8.0, 3.9 * len(axes_names)), 6.4), squeeze=False, layout="constrained")
-    for column, name in enumerate(axes_names):
-        mine = [r for r in ok if r["case"] == name]
+    figure, axes = new_figure(2, len(cases), (max(8.0, 3.9 * len(cases)), 6.4))
+    for column, case in enumerate(cases):
+        mine = [r for r in ok if r["case"] == case]
         values = [v for (v,) in distinct(mine, "value")]
         for line, (what, of) in enumerate({"tokens/s": tokens_per_second, "peak MiB": lambda r: r["bytes"] / 2**20}.items()):
             axis = axes[line][column]
@@ -425,47 +412,56 @@ def chart_scaling(rows: list[dict], file: Path, about: str) -> None:
             axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
             axis.grid(axis="y", color="#e6e6e6", lw=0.8)
             axis.set_axisbelow(True)
-            axis.set_title(f"{what} over the {name}")
+            axis.set_title(f"{what} over the {case}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(f"Training steps, not compiled\n{about}", x=0.01, ha="left", fontsize=12)
-    figure.savefig(file)
-    plt.close(figure)
+    return figure, "Training steps, not compiled"
 
 
 def charts(machine: dict, rows: list[dict], folder: Path) -> list[str]:
-    """Names of the PNGs drawn: those that the results have figures for."""
-    about = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}"
+    """Draw the charts that the results have figures for, and return the names of the PNG files."""
     drawn = []
     for suite, name, draw in (
         ("training step", "training-step", chart_training_step),
-        ("ops", "speed", lambda rows, file, about: chart_ops(rows, "speed", file, about)),
-        ("ops", "memory", lambda rows, file, about: chart_ops(rows, "memory", file, about)),
+        ("ops", "speed", lambda rows: chart_ops(rows, "speed")),
+        ("ops", "memory", lambda rows: chart_ops(rows, "memory")),
         ("scaling", "scaling", chart_scaling),
     ):
         if any(r["status"] == "ok" and r.get("pass", "both") == "both" for r in of_suite(rows, suite)):
             drawn.append(f"{machine['slug']}-{name}.png")
-            draw(rows, folder / drawn[-1], about)
+            figure, title = draw(rows)
+            where = f"{machine['name']}, PyTorch {machine['torch']}, commit {machine['commit']}"
+            figure.suptitle(f"{title}\n{where}", x=0.01, ha="left", fontsize=12)
+            figure.savefig(folder / drawn[-1])
+            figure.clear()
     return drawn
 
 
 def read_results(file: Path) -> tuple[dict, list[dict]]:
-    """Raises FileNotFoundError or ValueError where the file is none of `pytest bench --benchmark`."""
+    """Raises FileNotFoundError, or ValueError if the file is not from `pytest bench --benchmark`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; measure with: pytest bench --benchmark")
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
         return read["machine"], read["rows"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no results file of pytest bench --benchmark ({error}); choose one of bench/results/") from error
+        raise ValueError(f"{file} is not a results file of pytest bench --benchmark ({error}); choose one in bench/results/") from error
+
+
+def write_between_markers(page: Path, body: str) -> None:
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
+    page.write_text(f"{before}{begin}\n{body}{end}{after}", encoding="utf-8")
+    print(f"written: {page}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__, formatter_class=style)
     parser.add_argument("results", type=Path, help="bench/results/MACHINE.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/bench")
-    parser.add_argument("--pages", action="store_true", help="also write the summary between the markers of docs/bench.md and the README")
+    parser.add_argument("--pages", action="store_true", help="also write the summaries into docs/bench.md, README.md and README.zh.md")
     a = parser.parse_args()
     try:
         machine, rows = read_results(a.results)
@@ -477,12 +473,9 @@ def main() -> None:
     page.write_text(markdown(machine, rows, images), encoding="utf-8")
     print("\n".join(f"written: {a.out / name}" for name in [page.name, *images]))
     if a.pages:
-        for name, folder in PAGES.items():
-            before, marker, rest = (ROOT / name).read_text(encoding="utf-8").partition(BEGIN) if (ROOT / name).is_file() else ("", "", "")
-            if marker:
-                body = summary(machine, rows, folder, is_short=name != "docs/bench.md")
-                (ROOT / name).write_text(f"{before}{BEGIN}\n{body}{END}{rest.partition(END)[2]}", encoding="utf-8")
-                print(f"written: {ROOT / name}")
+        write_between_markers(ROOT / "docs/bench.md", summary(machine, rows))
+        for name, words in (("README.md", {}), ("README.zh.md", CHINESE)):
+            write_between_markers(ROOT / name, f"{about(machine)}\n\n{short_table(rows, words)}")
 
 
 if __name__ == "__main__":

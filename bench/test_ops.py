@@ -1,22 +1,22 @@
-"""Every op against the reference, torch.compile of it, and the peers: time, rate and memory of forward, backward and both.
+"""Time, rate and memory of every op: ours, the reference, torch.compile of the reference, and the peers.
 
-*forward* is a training forward (it keeps what backward needs; the fused losses already make their gradients there), *both* its sum with the
-backward of the same round.
+*forward* is a training forward: it saves what backward needs, and the fused losses already compute their gradients in it. *both* is the sum
+of forward and backward of the same round.
 """
 
 import pytest
 import torch
 
 from bench import ops
-from bench.conftest import selected
-from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, half_precision, in_a_line, interleaved, one_round, spread
+from bench.conftest import parameters, selected
+from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, first_line, half_precision, interleaved, one_round, spread
 from bench.ops import CONTENDERS, DEFINITION_ON_CPU, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
 
 PASSES = ("forward", "backward", "both")
 MODELS = ("44m", "124m", "1b")
-MOST_ROUNDS = 50  # on a GPU always
-PATIENCE = 1.0  # seconds of timing for a contender on a CPU, but at least 3 rounds
-SLOW = {TORCH_LCE} if device().type == "cpu" else set()  # measured once, at 44m alone
+MAX_ROUNDS = 50  # a GPU always takes this many
+SECONDS = 1.0  # of timing for a contender on a CPU, with at least 3 rounds
+SLOW = {TORCH_LCE} if device().type == "cpu" else set()  # measured once, and only at 44m
 
 
 def pytest_generate_tests(metafunc):
@@ -33,42 +33,34 @@ def pytest_generate_tests(metafunc):
 def cannot_run(op: str, model: str, dtype: str, contender: str) -> str | None:
     """Why a contender is not measured here, or None."""
     is_left_out = (op in DEFINITION_ON_CPU and model == "124m") or (contender in SLOW and model != "44m")
-    return missing(contender, dtype) or ("on a CPU left out, to end in time" if is_left_out and device().type == "cpu" else None)
+    return missing(contender, dtype) or ("left out on a CPU, to save time" if is_left_out and device().type == "cpu" else None)
 
 
 @pytest.fixture(scope="session")
-def peaks(request, progress) -> dict[tuple, dict[str, int]]:
-    """{(op, model, dtype, contender): peak bytes by pass} of all the tests of this session: two fresh processes at a time on a CPU, which
-    also fill torch.compile's cache for the timing."""
-    params = [item.callspec.params for item in request.session.items if getattr(item, "originalname", "") == "test_op"]
-    keys = dict.fromkeys((p["op"], p["model"], p["dtype"], p["contender"]) for p in params)
+def peaks(request, progress) -> dict[tuple, dict]:
+    """{(op, model, dtype, contender): peak bytes by pass} of all tests of this session. On a CPU each is measured in a fresh process, which
+    also fills torch.compile's cache for the timing."""
+    keys = dict.fromkeys((p["op"], p["model"], p["dtype"], p["contender"]) for p in parameters(request.session, "test_op"))
     jobs = [key for key in keys if cannot_run(*key) is None]
-    found: dict[tuple, dict[str, int]] = {}
+    found: dict[tuple, dict] = {}
     with progress("memory of the ops", len(jobs)) as tick:
-        if device().type == "cuda":
-            for job in jobs:
-                try:
-                    found[job] = ops.memory(*job, threads=0)
-                except Exception as error:
-                    found[job] = {"failed": in_a_line(error)}
-                torch._dynamo.reset()
-                tick()
-        else:
+        if device().type == "cpu":
             threads = torch.get_num_threads()
             results = each_in_a_fresh_process(ops.memory, [(*job, threads) for job in jobs], threads, tick)
-            found = {tuple(job): value for (*job, _), value in results.items()}
+            return {job[:-1]: value for job, value in results.items()}
+        for job in jobs:
+            try:
+                found[job] = ops.memory(*job, threads=0)
+            except Exception as error:
+                found[job] = {"failed": first_line(error)}
+            torch._dynamo.reset()
+            tick()
     return found
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict:
-    """{(op, model, dtype): what `measure` found}, filled by the first test of each."""
-    return {}
-
-
 def measure(op: str, model: str, dtype: str, contenders: list[str], progress) -> dict:
-    """Compare the contenders with float64, then time them in turns: {"case", "bytes" that must move, "errors", "times" by contender,
-    "failed": {contender: why}}."""
+    """Compare the contenders with float64, then time them in turns. Returns {"case", "bytes" that must move, "errors" and "times" by
+    contender, "failed": {contender: why}}."""
     torch._dynamo.reset()
     case = ops.case(op, model, dtype)
     grads = ops.output_gradients(case.functions[REFERENCE], case.inputs)
@@ -77,13 +69,13 @@ def measure(op: str, model: str, dtype: str, contenders: list[str], progress) ->
     with progress(f"{op} {model} {dtype}: compare", len(contenders)) as tick:
         for name in contenders:
             inputs = case.inputs, grads
-            if name == LIGER:  # its kernels write over what they are given
+            if name == LIGER:  # its kernels overwrite their inputs
                 inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in case.inputs], [g.clone() for g in grads]
             calls[name] = case.functions[name], *inputs
             try:
-                outputs, found, marks = one_round(watch, *calls[name])
+                outputs, found, marks = one_round(watch, calls[name])
             except Exception as error:
-                failed[name] = in_a_line(error)
+                failed[name] = first_line(error)
                 del calls[name]
             else:
                 errors[name] = ops.error([*outputs, *found], want)
@@ -94,10 +86,10 @@ def measure(op: str, model: str, dtype: str, contenders: list[str], progress) ->
                     del calls[name]
             tick()
     del want
-    rounds = MOST_ROUNDS
+    rounds = MAX_ROUNDS
     if calls and device().type == "cpu":
         once = interleaved(calls, 1)
-        rounds = max(3, min(MOST_ROUNDS, int(PATIENCE * len(calls) / sum(t["both"][0] for t in once.values()))))
+        rounds = max(3, min(MAX_ROUNDS, int(SECONDS * len(calls) / sum(t["both"][0] for t in once.values()))))
     with progress(f"{op} {model} {dtype}: {rounds} rounds", rounds * len(calls)) as tick:
         times |= interleaved(calls, rounds, tick)
     return {"case": case, "bytes": ops.ideal_bytes(case.inputs, grads), "errors": errors, "times": times, "failed": failed}
@@ -105,33 +97,28 @@ def measure(op: str, model: str, dtype: str, contenders: list[str], progress) ->
 
 def test_op(op, model, dtype, which, contender, request, benchmarking, progress, peaks, measured, rates, report):
     row = {"suite": "ops", "case": op, "model": model, "dtype": dtype, "pass": which, "contender": contender}
-    key = {"op": op, "model": model, "dtype": dtype}
-    reason = cannot_run(*key.values(), contender)
-    if reason:
-        return report(row | {"status": "cannot run", "note": reason}, None)
-    if tuple(key.values()) not in measured:
-        measured.clear()  # the tensors of the op before
-        able = [c for c in selected(request, **key) if cannot_run(*key.values(), c) is None and "failed" not in peaks[op, model, dtype, c]]
-        measured[tuple(key.values())] = measure(*key.values(), able, progress)
-    found = measured[tuple(key.values())]
-    reason = peaks[op, model, dtype, contender].get("failed") or found["failed"].get(contender)
-    if reason:
-        return report(row | {"status": "failed", "note": reason}, None)
+    key = (op, model, dtype)
+    if reason := cannot_run(*key, contender):
+        return report(row | {"status": "cannot run", "note": reason})
+    if key not in measured:
+        measured.clear()  # frees the tensors of the previous op
+        names = selected(request, op=op, model=model, dtype=dtype)
+        able = [name for name in names if cannot_run(*key, name) is None and "failed" not in peaks[(*key, name)]]
+        measured[key] = measure(*key, able, progress)
+    found = measured[key]
+    if reason := peaks[(*key, contender)].get("failed") or found["failed"].get(contender):
+        return report(row | {"status": "failed", "note": reason})
     seconds, error = found["times"][contender][which], found["errors"][contender]
-    median = spread(seconds)["median"]
-    row |= {"sizes": found["case"].sizes, "seconds": spread(seconds), "bytes": peaks[op, model, dtype, contender].get(which)}
-    row |= {
-        "error": error,
-        "status": "ok",
-        "note": "",
-        "is_definition": contender == OURS and op in DEFINITION_ON_CPU and device().type == "cpu",
-    }
+    row |= {"sizes": found["case"].sizes, "seconds": spread(seconds), "bytes": peaks[(*key, contender)].get(which), "error": error}
+    is_definition = contender == OURS and op in DEFINITION_ON_CPU and device().type == "cpu"
+    row |= {"status": "ok", "note": "", "is_definition": is_definition}
+    median = row["seconds"]["median"]
     if found["case"].flops is None:
         rate, best = found["bytes"][which] / median, "copy"
-    else:  # the fused losses shift work from backward to forward: only their sum has a rate
+    else:  # the fused losses do work of backward in forward, so only the sum has a rate
         rate, best = (found["case"].flops / median if which == "both" else None), "product"
     if rate and benchmarking:
         row |= {"rate": rate, "unit": "B/s" if best == "copy" else "FLOP/s", "share": rate / rates(DTYPES[dtype])[best]}
     if not error < TOLERANCE[dtype]:
-        row |= {"status": "wrong", "note": f"differs from float64 by {error:.1e} of it (allowed: {TOLERANCE[dtype]:.0e})"}
+        row |= {"status": "wrong", "note": f"relative error against float64 {error:.1e} (allowed: {TOLERANCE[dtype]:.0e})"}
     report(row, seconds)

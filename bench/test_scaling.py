@@ -1,8 +1,7 @@
-"""Training steps over the batch, the context and the vocabulary: ours, the reference and transformers, not compiled (a moment a point)."""
+"""Uncompiled training steps of ours, the reference and transformers, over the batch, the context and the vocabulary."""
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from bench import trainers
@@ -11,13 +10,13 @@ from bench.measure import device, half_precision, spread
 from bench.trainers import MISTRAL, OURS, REFERENCE, Job, missing, status
 from tritale.model.gpt import GPTConfig
 
-# On a CPU the quick start's shape with Mistral's norms (0.8 M parameters beside the embedding), on a GPU microstories-44m.
+# On a CPU the quick start's shape without QK-norm (0.8 M parameters without the embedding), on a GPU microstories-44m.
 SHAPES = {
     "cpu": GPTConfig.preset("quickstart", qk_norm=False, vocab_size=4096),
     "cuda": GPTConfig.preset("microstories-44m"),
     "tiny": GPTConfig.preset("tiny"),
 }
-# {axis: [(value, batch, context, vocabulary), …]}; a vocabulary of None is the shape's own.
+# {axis: [(value, batch, context, vocabulary), …]}; None: the vocabulary of the shape.
 POINTS = {
     "cpu": {
         "batch": [(b, b, 256, None) for b in (1, 4, 16)],
@@ -43,21 +42,14 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("size", "axis", "point", "contender"), keys, ids=ids)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[tuple, dict[str, dict]]:
-    """{(axis, value): what `trainers.measure` found}, filled by the first test of each point."""
-    return {}
-
-
 def test_scaling(size, axis, point, contender, request, benchmarking, progress, measured, report):
     value, batch, context, vocab = point
     config = replace(SHAPES[size], context=max(context, SHAPES[size].context))
     config = replace(config, vocab_size=vocab or config.vocab_size)
     row = {"suite": "scaling", "case": axis, "value": value, "contender": contender, "dtype": half_precision() or "fp32"}
     row |= {"tokens": batch * context, "batch": batch, "context": context, "vocabulary": config.vocab_size}
-    reason = missing(contender)
-    if reason:
-        return report(row | {"status": "cannot run", "note": reason}, None)
+    if reason := missing(contender):
+        return report(row | {"status": "cannot run", "note": reason})
     if (axis, value) not in measured:
         names = dict.fromkeys([REFERENCE, *(n for n in selected(request, axis=axis, point=point) if missing(n) is None)])
         jobs = [Job(name, config, batch, context, False, torch.get_num_threads(), name) for name in names]
@@ -67,5 +59,5 @@ def test_scaling(size, axis, point, contender, request, benchmarking, progress, 
     found, base = measured[axis, value][contender], measured[axis, value][REFERENCE]
     row |= status(found, base)
     if row["status"] in ("cannot run", "failed"):
-        return report(row, None)
+        return report(row)
     report(row | {"seconds": spread(found["seconds"]), "bytes": found["bytes"]}, found["seconds"])

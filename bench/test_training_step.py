@@ -1,9 +1,8 @@
-"""A whole training step: ours, ours with every op as the reference, transformers' Mistral, litgpt's GPT, and each fused op switched off.
+"""A complete training step (forward, backward, clipping, AdamW) of ours, the reference, transformers' Mistral and litgpt, and the ablation.
 
-The shape is microstories-44m, with its borrowed vocabulary of 65,024 and with one of 6,000. Forward, backward, clipping and AdamW.
+The shape is microstories-44m, with its own vocabulary of 65,024 and with one of 6,000.
 """
 
-import pytest
 import torch
 
 from bench import trainers
@@ -34,12 +33,12 @@ def pytest_generate_tests(metafunc):
 def cannot_run(model: str, name: str) -> str | None:
     """Why a trainer is not measured here, or None."""
     if device().type == "cpu" and name.startswith("ours without") and model != "microstories-44m" and not missing(name):
-        return "on a CPU left out, to end in time; see the full vocabulary"
+        return "left out on a CPU, to save time; see the full vocabulary"
     return missing(name.removesuffix(EAGER))
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """The trainers in turns: those of the main table, and the ablations beside ours and the reference. No more live at once than must."""
+    """The trainers that take turns with each other: those of the main table, and the ablations with ours."""
     ablations = [n for n in names if n.startswith("ours without")]
     main = [n for n in names if n not in ablations]
     return [main] + ([[OURS, *ablations]] if ablations else [])
@@ -59,25 +58,18 @@ def measure(model: str, names: list[str], progress, rounds: int) -> dict[str, di
     return found
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, dict]:
-    """{model: what `measure` found}, filled by the first test of each model."""
-    return {}
-
-
 def test_training_step(model, contender, request, benchmarking, progress, measured, report):
     row = {"suite": "training step", "case": "training step", "model": model, "contender": contender}
-    reason = cannot_run(model, contender)
-    if reason:
-        return report(row | {"status": "cannot run", "note": reason}, None)
+    if reason := cannot_run(model, contender):
+        return report(row | {"status": "cannot run", "note": reason})
     if model not in measured:
         names = [n for n in selected(request, model=model) if cannot_run(model, n) is None]
-        names = list(dict.fromkeys([REFERENCE + EAGER, *names]))  # what the others are compared with
+        names = list(dict.fromkeys([REFERENCE + EAGER, *names]))  # the base of the comparison
         measured[model] = measure(model, names, progress, ROUNDS[device().type] if benchmarking else 1)
     found, base = measured[model][contender], measured[model][REFERENCE + EAGER]
     row |= status(found, base)
     if row["status"] in ("cannot run", "failed"):
-        return report(row, None)
+        return report(row)
     tokens = BATCH[device().type] * min(512, MODELS[model].context)
     row |= {"dtype": half_precision() or "fp32", "tokens": tokens, "parameters": found["parameters"]}
     row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "loss": found["fp32"][0]}

@@ -1,21 +1,22 @@
-"""Whole training steps by trainer, each in a process of its own that waits for orders, so that steps can be taken in turns.
+"""Training steps of different trainers. Each trainer has its own process and takes a step on request, so that the trainers take turns.
 
-All trainers start from the same weights and see the same batch, with the same AdamW, gradient clipping, autocast, threads and heap settings
-(`keep_heap`, which our trainer uses, for all). The losses and gradient norms of the first steps say whether they compute the same thing.
+All trainers start from the same weights and see the same batch. AdamW, gradient clipping, autocast, threads and heap settings (`keep_heap`,
+which our trainer uses) are the same for all. The losses and gradient norms of the first steps show whether they compute the same thing.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure import DIED, DTYPES, children, device, forget_peak, half_precision, in_a_line, peak
+from bench.measure import DTYPES, device, first_line, fresh_processes, half_precision, peak, reset_peak
 from tritale.kernels import reference
 from tritale.model import GPT
 from tritale.model import gpt as gpt_module
@@ -26,8 +27,8 @@ from tritale.training.processes import keep_heap
 
 REFERENCE, OURS = "reference", "ours"
 MISTRAL, LITGPT = "transformers Mistral", "litgpt"
-# Ops of the model that an ablation switches off, each alone. Attention on a CPU is PyTorch's kernel, the head's loss goes in chunks; the
-# rest is on a CPU the definition itself, so that switching it off changes nothing.
+# The ops that an ablation replaces by the reference, one at a time. On a CPU only the last two differ from the reference: attention is
+# PyTorch's kernel and the loss is computed in chunks.
 ABLATIONS = {
     "RMSNorm": ("rms_norm", "add_rms_norm"),
     "RoPE": ("rope",),
@@ -56,12 +57,12 @@ def missing(trainer: str) -> str | None:
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of (B, T) tokens and targets
 CHECKED_STEPS = 2
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}  # of their losses and gradient norms
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}  # relative, for the losses and gradient norms of the checked steps
 
 
 def _weights(config: GPTConfig) -> GPT:
-    """The weights all start from: matrices four times as large as at the start of a training, so that attention and the softmax are far
-    from uniform, and the losses depend on every part of the model."""
+    """The initial weights of all trainers. The matrices are four times as large as those of a real run, so that attention and the softmax
+    are far from uniform and the losses depend on every part of the model."""
     torch.manual_seed(0)
     model = GPT(config)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def _weights(config: GPTConfig) -> GPT:
 
 
 def _our_model(config: GPTConfig, replaced: tuple[str, ...], is_compiled: bool) -> tuple[nn.Module, Loss]:
-    """Our model, with the named ops replaced by the reference's for the rest of this process."""
+    """Our model. The named ops are replaced by the reference's for the rest of this process."""
     for name in replaced:
         setattr(gpt_module, name, getattr(reference, name))
     model = _weights(config)
@@ -83,7 +84,7 @@ def _mistral(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
     from transformers import MistralConfig, MistralForCausalLM
 
     state = hf_state(_weights(config))
-    fair = {"use_cache": False, "pad_token_id": None}  # a padding token's embedding would get no gradient
+    fair = {"use_cache": False, "pad_token_id": None}  # with a padding token, its embedding would get no gradient
     model = MistralForCausalLM(MistralConfig(**hf_config(config, eos_token_id=0, pad_token_id=0) | fair))
     model.load_state_dict(state, strict=False)  # the tied head is not in it
     run = torch.compile(model, dynamic=False) if is_compiled else model
@@ -91,15 +92,12 @@ def _mistral(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
 
 
 def _litgpt(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
-    from litgpt.model import GPT as LitGPT
-    from litgpt.model import Config
-    from litgpt.utils import chunked_cross_entropy
-
-    model = LitGPT(Config(**litgpt_config(config)))
+    litgpt, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
+    model = litgpt.GPT(litgpt.Config(**litgpt_config(config)))
     model.load_state_dict(litgpt_state(_weights(config)))
     model.lm_head.weight = model.transformer.wte.weight  # its tie_embeddings
     run = torch.compile(model) if is_compiled else model  # as its pretrain.py: the model compiled, the loss on the logits outside
-    return model, lambda tokens, targets: chunked_cross_entropy(run(tokens), targets)
+    return model, lambda tokens, targets: utils.chunked_cross_entropy(run(tokens), targets)
 
 
 def build(trainer: str, config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
@@ -122,29 +120,29 @@ class Job:
     context: int
     is_compiled: bool
     threads: int
-    name: str  # what the results are filed under
+    name: str  # the key of its results
 
 
-def serve(pipe, job: Job) -> None:
-    """What the fresh process does: build, take the steps that are checked, send {"loss", …}, then a step for each message until None comes.
+def serve(pipe: Connection, job: Job) -> None:
+    """The child process: build the trainer, check its first steps, send {"parameters", dtype: checked values}, then take a step for each
+    message until None comes.
 
-    Checked are the first steps on two of the sequences, in fp32 and, where training has autocast, in that too. Then the whole batch
-    warms up."""
-    first = {}
+    The checked steps use two of the sequences, in fp32 and also under autocast if training uses it. The whole batch then warms up."""
+    first: dict = {}
     try:
         warnings.filterwarnings("ignore")
         on, precision = device(), half_precision()
         if on.type == "cpu":
             torch.set_num_threads(job.threads)
             keep_heap()
-        before = forget_peak()
+        before = reset_peak()
         model, loss_of = build(job.trainer, job.config, job.is_compiled)
         model.to(on).train()
         parameters = list(dict.fromkeys(model.parameters()))
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         random = torch.Generator().manual_seed(1)
-        text = torch.randint(job.config.vocab_size, (job.batch, job.context + 1), generator=random).to(on)
-        tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        ids = torch.randint(job.config.vocab_size, (job.batch, job.context + 1), generator=random).to(on)
+        tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         scaler = torch.amp.GradScaler(on.type, enabled=precision == "fp16")
 
         def step(rows: int = job.batch, precision: str | None = precision) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def serve(pipe, job: Job) -> None:
             steps = [step(min(2, job.batch), dtype) for _ in range(CHECKED_STEPS)]
             first[dtype or "fp32"] = [x.item() for pair in steps for x in pair]
         step()
-        forget_peak()  # compilation is over: what is measured from here on is training
+        reset_peak()  # compilation is over; the peak from here on is that of training
         pipe.send(first)
         while pipe.recv():
             start = time.perf_counter()
@@ -174,67 +172,28 @@ def serve(pipe, job: Job) -> None:
     except EOFError:  # the parent is gone
         pass
     except Exception as error:
-        pipe.send(first | {"failed": in_a_line(error)})
-
-
-@contextlib.contextmanager
-def _started(jobs: list[Job], at_once: int, tick: Callable) -> Iterator[tuple[dict[str, tuple], dict[str, dict]]]:
-    """({name: (process, pipe)}, {name: what it sent, or {"failed": …}}): all jobs built and warm, `at_once` starting together."""
-    context = children()
-    running: dict[str, tuple] = {}
-    first: dict[str, dict] = {}
-    try:
-        waiting, starting = list(jobs), []
-        while waiting or starting:
-            while waiting and len(starting) < at_once:
-                job = waiting.pop(0)
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs, job), daemon=True)
-                process.start()
-                theirs.close()
-                running[job.name] = process, ours
-                starting.append(job.name)
-            ready = wait([running[trainer][1] for trainer in starting])
-            for trainer in [t for t in starting if running[t][1] in ready]:
-                starting.remove(trainer)
-                first[trainer] = answer(running[trainer][1])
-                tick()
-        yield running, first
-    finally:
-        for process, pipe in running.values():
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-            process.join(30)
-            if process.is_alive():
-                process.terminate()
-
-
-def answer(pipe) -> dict:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return {"failed": DIED}
+        pipe.send(first | {"failed": first_line(error)})
 
 
 def measure(jobs: list[Job], rounds: int, tick: Callable = lambda: None) -> dict[str, dict]:
-    """{name: {"parameters", dtype: what is checked, "seconds": […], "bytes"}} of the jobs, steps taken in turns; with "failed": why for one
-    that did not run to its end. On a CPU as many start (and compile) together as there are threads; when the timing begins all are done."""
+    """{name: {"parameters", dtype: checked values, "seconds": […], "bytes"}} of the jobs, with steps taken in turns. A trainer that failed
+    also has {"failed": why}. On a CPU, as many trainers start (and compile) together as there are threads; all are ready before timing."""
     at_once = 1 if device().type == "cuda" else torch.get_num_threads()
-    with _started(jobs, at_once, tick) as (running, found):
-        seconds = {t: [] for t in found}
+    with fresh_processes(serve, {job.name: (job,) for job in jobs}, at_once, tick) as children:
+        found = {name: {**child.first, "seconds": []} for name, child in children.items()}
         for _ in range(rounds):
-            for trainer in found:
-                if "failed" not in found[trainer]:
-                    pipe = running[trainer][1]
-                    pipe.send(True)
-                    found[trainer] |= answer(pipe)
-                    seconds[trainer].append(found[trainer].get("seconds"))
+            for name, child in children.items():
+                if "failed" not in found[name]:
+                    child.pipe.send(True)
+                    answer = child.answer()
+                    found[name]["seconds"].append(answer.pop("seconds", None))
+                    found[name] |= answer
                 tick()
-    return {t: {**value, "seconds": seconds[t]} for t, value in found.items()}
+    return found
 
 
 def status(found: dict, reference: dict) -> dict[str, str]:
-    """{"status", "note"} of a trainer, by how far the losses and gradient norms of the first steps lie from the reference's."""
+    """{"status", "note"} of a trainer: how far its first losses and gradient norms are from the reference's."""
     if "failed" in found:
         return {"status": "failed", "note": found["failed"]}
     compared = [dtype for dtype in TOLERANCE if dtype in found and dtype in reference]

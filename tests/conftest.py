@@ -1,10 +1,10 @@
-"""Shared by all tests: the kernels decorated for the interpreter, a printed seed, and a finished tiny run.
+"""Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
-Whether Triton interprets a kernel is decided when it is decorated. So, without a GPU, the kernels (and Triton's own) are imported here,
-before any test module imports them, under TRITON_INTERPRET=1, and the variable is taken away again: all other tests, and the processes
-they start, see the plain environment and the PyTorch path. A kernel test asks for the fixture `device` (tests/kernels/conftest.py), which
-sets the variable for that test alone, since `dispatch.interprets` reads it at each call. With a GPU nothing of this happens and the same
-tests run natively. What must not be interpreted, the compile checks, runs in a process of its own (harness/compile_matrix.py).
+Triton decides whether to interpret a kernel when the kernel is decorated. So, without a GPU, this file imports the kernels under
+TRITON_INTERPRET=1 before any test module does, and then removes the variable: all other tests, and the processes they start, use the
+PyTorch path. A kernel test uses the fixture `device` (tests/kernels/conftest.py), which sets the variable for that test;
+`dispatch.interprets` reads it at each call. With a GPU the same tests run natively. The compile checks must not be interpreted and run in
+their own process.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import os
 import pkgutil
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores; before torch counts its threads
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -20,7 +20,7 @@ import torch
 from hypothesis import Phase, settings
 from runs import train
 
-# Without shrinking: in the interpreter a failing case would run some hundred times more, for minutes.
+# No shrinking: in the interpreter it would repeat a failing case some hundred times, for minutes.
 settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 settings.load_profile("tritale")
 
@@ -33,12 +33,12 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     del os.environ["TRITON_INTERPRET"]
 
 
-SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share what takes minutes to make
+SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under `pytest -n` each test goes to whichever worker is free, but those of a file of SHARED all go to one."""
+    """Under `pytest -n`, any worker may run any test, but one worker runs all tests of a file in SHARED."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -51,7 +51,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed, printed so that a failure can be repeated, and given to torch."""
+    """A fresh seed, set in torch and printed so that a failure can be reproduced."""
     value = torch.seed() % 2**32
     print(f"seed {value}")
     torch.manual_seed(value)

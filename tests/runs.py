@@ -1,4 +1,4 @@
-"""Tiny runs of train.py, for the tests."""
+"""Tiny runs of train.py for the tests."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ TINY = {
     "train.sample_every": 0,
     "train.checkpoint_every": 3,
     "train.compile": "false",
-    "train.precision": "fp32",  # the same on a processor with bf16 instructions
+    "train.precision": "fp32",  # the same on every CPU
     "optim.warmup_steps": 2,
     "log.every": 1,
     "log.sample_tokens": 20,
@@ -26,14 +26,14 @@ TINY = {
 
 
 def command(out_dir: Path, **options) -> list[str]:
-    """train.py with the tiny config in out_dir; options: data__stories=10 is --data.stories 10."""
+    """The command line of train.py with the tiny config; data__stories=10 means --data.stories 10."""
     options = TINY | {"out_dir": out_dir} | {k.replace("__", "."): v for k, v in options.items()}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return [str(REPOSITORY / "train.py"), *flags]
 
 
 def train(out_dir: Path, *, processes: int = 0, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run train.py in a process of its own, or under torchrun in several. Raises where it fails, unless `check` is off."""
+    """Run train.py in a new process, or in several under torchrun. Asserts success if `check`."""
     launcher = [sys.executable]
     if processes:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

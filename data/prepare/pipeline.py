@@ -231,13 +231,7 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
         part[(part == TRAIN) & (records["split_hash"] < np.uint64(threshold))] = VALIDATION
     near_across = near_leaks = None
     if options.dedup == "near":
-
-        def track(items: list) -> Iterator:
-            job.progress.update(task, total=len(items))
-            for item in items:
-                yield item
-                job.progress.advance(task)
-
+        track = lambda items: job.progress.track(items, task_id=task)
         near_across = deduplicate.near_duplicates(job.signatures, status, options.near_threshold, track)
         near_leaks = splitting.count_near_leaks(job.signatures, status, options.near_threshold)
     given, kept = splitting.count_exact_leaks(job.documents, n, status, threshold)

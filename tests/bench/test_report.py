@@ -1,4 +1,4 @@
-"""The benchmark's tables tell what is wrong, what cannot run and what is faster than ours; its charts are drawn from the same rows."""
+"""The benchmark: its tables show what is wrong, cannot run or is faster than ours, and its checks find wrong contenders."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import ops
-from bench.measure import DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
-from bench.report import COLORS, slower_than_peers, tables
+from bench.measure import PROCESS_DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
+from bench.report import CHINESE, COLORS, short_table, slower_than_peers, tables
 from bench.test_scaling import TRAINERS as SCALED
 from bench.test_training_step import TRAINERS
 from bench.trainers import status
@@ -40,8 +40,8 @@ def generation_row(contender: str, seconds: float, **changes) -> dict:
     return step_row(contender, seconds, **changes) | {"suite": "generation", "case": "generation", "bytes": None}
 
 
-def said(rows: list[dict]) -> list[str]:
-    """What is said to be faster or smaller than ours."""
+def listed(rows: list[dict]) -> list[str]:
+    """The lines about what is faster or smaller than ours."""
     return [line for line in slower_than_peers(rows)[1:] if line != "- nothing is faster or smaller than ours."]
 
 
@@ -65,7 +65,7 @@ def fails(n: int) -> int:
 
 def test_a_contender_that_raises_or_dies_leaves_the_others_their_results():
     found = each_in_a_fresh_process(fails, [(1,), (2,), (3,)], 2, lambda: None)
-    assert found == {(1,): 1, (2,): {"failed": "ValueError: two"}, (3,): {"failed": DIED}}
+    assert found == {(1,): 1, (2,): {"failed": "ValueError: two"}, (3,): {"failed": PROCESS_DIED}}
 
 
 def test_every_contender_has_a_colour():
@@ -89,22 +89,22 @@ def test_what_is_wrong_or_cannot_run_is_listed_without_figures():
     assert lines["flash-attn"][3:] == [""] * 8 + ["FAILED: RuntimeError: no"]
     assert steps.lines[-1] == ["litgpt", *[""] * 6, "WRONG: differs by 4"]
     assert generation.lines[-1] == ["litgpt", "fp32", "", "", "", "WRONG: differs by 5"]
-    assert not list(said(rows))
+    assert not list(listed(rows))
 
 
-def test_a_faster_or_smaller_peer_is_said_plainly():
+def test_a_faster_or_smaller_peer_is_listed():
     rows = op_rows("reference", 2.0, 2**20) + op_rows("ours", 1.0, 2**20) + op_rows("SDPA", 0.5, 2**19)
-    assert said(rows) == ["- swiglu, 44m, fp32: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
-    assert slower_than_peers(rows)[0].startswith("2 times another was compared with ours, 0 times it was not")
+    assert listed(rows) == ["- swiglu, 44m, fp32: SDPA is 2.00 × as fast; SDPA needs 0.50 × the memory."]
+    assert slower_than_peers(rows)[0].startswith("Ours was compared 2 times with another; 0 cases were not compared")
     rows = [step_row("reference, eager", 2.0), step_row("ours", 1.0), step_row("litgpt", 0.8)]
-    assert said(rows) == ["- training step, small, fp32: litgpt is 1.25 × as fast."]
+    assert listed(rows) == ["- training step, small, fp32: litgpt is 1.25 × as fast."]
     rows = [scaling_row("ours", 4), scaling_row("transformers Mistral", 4) | {"bytes": 2**19}]
-    assert said(rows) == ["- scaling, batch 4, fp32: transformers Mistral needs 0.50 × the memory."]
+    assert listed(rows) == ["- scaling, batch 4, fp32: transformers Mistral needs 0.50 × the memory."]
 
 
-def test_an_op_that_is_its_definition_on_a_cpu_says_what_compiling_gains():
+def test_for_an_op_that_is_its_definition_on_a_cpu_the_gain_of_compiling_is_listed():
     rows = op_rows("reference, compiled", 0.25, 2**18) + op_rows("ours", 1.0, 2**20, is_definition=True)
-    (line,) = said(rows)
+    (line,) = listed(rows)
     assert "swiglu 4.0–4.0 ×" in line
 
 
@@ -114,6 +114,20 @@ def test_training_step_table_has_tokens_per_second_and_the_ablation_its_own():
     trainers, ablation = tables(rows)
     assert trainers.lines[1][:2] == ["ours", "200"] and trainers.lines[1][3] == "4.00 ×"
     assert ablation.lines[0][:2] == ["attention", "0.50 ×"]
+
+
+def test_readme_table_compares_ours_with_the_fastest_other_library_in_both_languages():
+    rows = [generation_row("ours", 1.0), generation_row("litgpt", 2.0), generation_row("transformers", 4.0)]
+    rows += [
+        step_row("reference, eager", 0.1),
+        step_row("ours", 1.0),
+        step_row("litgpt", 0.8),
+        step_row("transformers Mistral", 0.9, bytes=1),
+    ]
+    *_, steps, generation = short_table(rows, {}).splitlines()
+    assert steps == "| training step, small, fp32 | 100 | 125 (litgpt) | 0.80 × | 1.00 × |"
+    assert generation == "| generation, small, fp32 | 100 | 50 (litgpt) | 2.00 × |  |"
+    assert short_table(rows, CHINESE).splitlines()[-1] == "| 生成，small，fp32 | 100 | 50 (litgpt) | 2.00 × |  |"
 
 
 def test_report_writes_page_and_charts(tmp_path):
@@ -131,8 +145,8 @@ def test_report_writes_page_and_charts(tmp_path):
         assert (tmp_path / f"test-{part}.png").stat().st_size > 10_000 and f"(test-{part}.png)" in page
 
 
-def test_report_says_what_file_it_wants(tmp_path):
-    for name, content, complaint in (("none.json", None, "does not exist"), ("bad.json", '{"a": 1}', "no results file")):
+def test_report_rejects_other_files(tmp_path):
+    for name, content, complaint in (("none.json", None, "does not exist"), ("bad.json", '{"a": 1}', "not a results file")):
         if content:
             (tmp_path / name).write_text(content, encoding="utf-8")
         run = subprocess.run([sys.executable, "-m", "bench.report", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
@@ -140,7 +154,7 @@ def test_report_says_what_file_it_wants(tmp_path):
 
 
 @pytest.mark.parametrize("op", ops.CONTENDERS)
-def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, seed):
+def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_found(op, seed):
     case = ops.case(op, "tiny", "fp32")
     definition = case.functions[ops.REFERENCE]
     grads = ops.output_gradients(definition, case.inputs)
@@ -148,7 +162,7 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, 
     for name, function in case.functions.items():
         if name in (ops.COMPILED, ops.CUT):  # seconds of C++ compiler
             continue
-        outputs, found, _ = one_round(Stopwatch(), function, case.inputs, grads)
+        outputs, found, _ = one_round(Stopwatch(), (function, case.inputs, grads))
         assert ops.error([*outputs, *found], want) < ops.TOLERANCE["fp32"], name
         bad = [outputs[0] * 1.001, *outputs[1:], *found]
         assert ops.error(bad, want) > ops.TOLERANCE["fp32"]
@@ -157,7 +171,7 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_seen(op, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_fused_loss_without_the_softmax_in_its_gradient_is_seen(dtype, seed):
+def test_a_fused_loss_without_the_softmax_in_its_gradient_is_found(dtype, seed):
     case = ops.case("linear_cross_entropy", "tiny", dtype)
     grads = [torch.ones(())]
     want = ops.exact(case.functions[ops.REFERENCE], case.inputs, grads)
@@ -166,7 +180,7 @@ def test_a_fused_loss_without_the_softmax_in_its_gradient_is_seen(dtype, seed):
         return -(x.float() * weight.float()[targets]).sum(-1).mean()
 
     loss = want[0].float()
-    _, found, _ = one_round(Stopwatch(), without_softmax, case.inputs, grads)
+    _, found, _ = one_round(Stopwatch(), (without_softmax, case.inputs, grads))
     assert ops.error([loss, *want[1:]], want) < ops.TOLERANCE[dtype]
     assert ops.error([loss, found[0], want[2]], want) > 3 * ops.TOLERANCE[dtype]
     assert ops.error([loss, want[1], found[1]], want) > 3 * ops.TOLERANCE[dtype]

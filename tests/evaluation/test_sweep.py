@@ -320,11 +320,11 @@ def test_the_average_is_the_mean_of_the_weights_and_a_whole_checkpoint(run_dir, 
 
 
 def test_an_average_is_no_checkpoint_to_go_on_from(run_dir):
-    before = step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)
+    before = step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)
     main(["average", str(run_dir), "--last", "2"])
     state.remove_leftovers(run_dir)
     state.remove_old(run_dir, keep_last=2, best_step=None)
-    assert (step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)) == before
+    assert (step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)) == before
     assert list(TrainedRun.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):
         main(["average", str(run_dir), "--last", "2"])
