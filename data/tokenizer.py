@@ -149,7 +149,12 @@ class Tokenizer:
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
                     "train one on your text"
                 )
-        return cls(backend)
+        tokenizer = cls(backend)
+        if (highest := max(tokenizer._bytes)) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path} has id {highest} with {tokenizer.vocab_size} entries; ids must be consecutive from 0: restore the file"
+            )
+        return tokenizer
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from ..common.errors import UserError
 from ..common.sampling import Sampling, SamplingSettings
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import load_model
+from ..model.checkpoint import check_files, load_model
 from ..model.gpt import GPT
 from ..model.run_folder import check_is_final, step_folders
 from . import native, sequence
@@ -51,7 +51,9 @@ class LLM:
             raise UserError(f"device {device!r} is not available; choose cpu{', cuda' if torch.cuda.is_available() else ''}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
-        model, tokenizer = load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder)
+        model = load_model(folder, device=device, dtype=dtype)
+        check_files(folder, ["tokenizer.json"])
+        tokenizer = Tokenizer.load(folder)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "

@@ -1,6 +1,8 @@
 """Generation equals that of Hugging Face, alone and in a batch, with native.c and with PyTorch."""
 
+import json
 import math
+import os
 import platform
 import shutil
 import string
@@ -516,3 +518,98 @@ def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed)
     expected = llm.generate(prompts, **settings)
     monkeypatch.setattr(native, "_library", lambda: plain)
     assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts] == expected
+
+
+# --- The boundary of native.c --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("tokens", torch.tensor([3, 600])),
+        ("tokens", torch.tensor([-1, 3])),
+        ("tokens", torch.tensor([3.0, 4.0])),
+        ("tokens", torch.tensor([3, 4], dtype=torch.int32)),
+        ("rows", torch.tensor([0, 2])),
+        ("rows", torch.tensor([-1, 0])),
+        ("rows", torch.tensor([0])),
+        ("positions", torch.tensor([0, 16])),
+        ("positions", torch.tensor([0, -1])),
+        ("last", torch.tensor([2])),
+        ("last", torch.tensor([1, 0])),
+        ("last", torch.tensor([1, 1])),
+        ("last", torch.arange(6)[::3]),
+        ("cache", torch.zeros(2, 2, 2, 16, 2, 13)),
+        ("cache", torch.zeros(2, 2, 2, 16, 2, 14, dtype=torch.float64)),
+        ("cache", torch.zeros(2, 2, 2, 2, 16, 14).transpose(3, 4)),
+        ("cache", torch.zeros(2, 2, 2, 65, 2, 14)),
+    ],
+)
+def test_native_forward_refuses_what_is_out_of_range(name, value, tmp_path, tokenizer):
+    if problem := native.problem():
+        pytest.skip(problem)
+    forward = native.NativeForward(LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model)
+    arguments = {
+        "tokens": torch.tensor([3, 4]), "rows": torch.tensor([0, 0]), "positions": torch.tensor([0, 1]),
+        "cache": torch.zeros(2, 2, 2, 16, 2, 14), "last": torch.tensor([1]),
+    }  # fmt: skip
+    assert forward(**arguments).isfinite().all()
+    with pytest.raises(ValueError, match="capacity out of range" if value.shape[3:4] == (65,) else name):
+        forward(**arguments | {name: value})
+
+
+def test_native_forward_refuses_tensors_that_do_not_fit_the_config(tmp_path, tokenizer):
+    if problem := native.problem():
+        pytest.skip(problem)
+    model = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model
+    model.embedding = torch.nn.Parameter(model.embedding[:500])
+    with pytest.raises(ValueError, match=r"its config needs \(600, 48\)"):
+        native.NativeForward(model)
+    with pytest.raises(ValueError, match="2-d fp32"):
+        native.argmax(torch.zeros(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("token_id", [600, 5000, 2**31])
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(token_id, tmp_path, tokenizer):
+    folder = save(tmp_path / "m", tokenizer)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    longest = max(vocab, key=lambda entry: vocab[entry])
+    assert vocab[longest] == 599
+    vocab[longest] = token_id
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"id {token_id}.*600"):
+        LLM.load(folder, device="cpu")
+
+
+# --- The folder of the compiled library ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", ["folder", "parent", "file", "link", "relative"])
+def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path, monkeypatch):
+    if (problem := native.problem()) or not hasattr(os, "getuid"):
+        pytest.skip(problem or "no owners of files here")
+    tmp_path.chmod(0o755)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    native.load_library()
+    (kept,) = (cache / "tritale").iterdir()
+    if planted == "folder":
+        (cache / "tritale").chmod(0o777)
+    elif planted == "parent":
+        cache.chmod(0o777)
+    elif planted == "file":
+        kept.chmod(0o777)
+    elif planted == "link":
+        (cache / "tritale").rename(tmp_path / "elsewhere")
+        (cache / "tritale").symlink_to(tmp_path / "elsewhere")
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+        monkeypatch.setenv("HOME", "home")
+    compiled, compile = [], native._compile
+    monkeypatch.setattr(native, "_compile", lambda *args: compiled.append(args) or compile(*args))
+    assert not isinstance(native.load_library(), str)
+    assert compiled  # anew, elsewhere or in place of the file
+    if planted == "file":
+        assert not kept.stat().st_mode & 0o022
