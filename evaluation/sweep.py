@@ -80,7 +80,7 @@ class Sweep:
         for prompt in prompts:
             self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
         tokenizer = self.llm.tokenizer
-        train, validation = run.data(tokenizer, data)
+        train, validation = (run.split(name, tokenizer, data) for name in ("train", "validation"))
         self.validation = part(validation, tokenizer, validation_documents)
         n_documents = max(1, int(train.n_documents * min(1, OVERLAP_CHARACTERS / train.characters)))
         texts = [decode(train, i, tokenizer) for i in evenly(train.n_documents, n_documents)]
@@ -202,7 +202,7 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
     def from_step(step: int) -> str:
         if len(rows) == 1:
             return f"at step {step:,}"
-        return f"from step {step:,} on" if step != first["step"] else f"at every measured checkpoint (from step {step:,} on)"
+        return f"from step {step:,} on" if step != first["step"] else f"at every measured checkpoint, from step {step:,} on"
 
     best = min(rows, key=lambda row: row["val_bits_per_char"])
     validation = f"Validation: {first['val_bits_per_char']:.3f} bits per character at step {first['step']:,}"

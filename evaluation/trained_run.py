@@ -76,18 +76,17 @@ class TrainedRun:
         """Whether the run trained on the built-in stories, whose characters and things are known."""
         return self.config["data.source"] == "built-in"
 
-    def data(self, tokenizer: Tokenizer, folder: Path | None = None) -> tuple[Split, Split]:
-        """The splits train and validation of the run, or of another data `folder`.
+    def split(self, name: str, tokenizer: Tokenizer, data: Path | None = None) -> Split:
+        """The split train or validation of the run, or of the folder `data`.
 
-        Raises FileNotFoundError or UserError if one is missing, damaged, or made with another tokenizer."""
-        folder = folder or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
+        Raises FileNotFoundError or UserError if it is missing, damaged, or made with another tokenizer."""
+        folder = data or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}, the data of {self.folder}, is missing; start where train.py was started, or give --data")
-        splits = Split.open(folder / "train"), Split.open(folder / "validation")
-        for split in splits:
-            if split.tokenizer_hash != tokenizer.hash:
-                raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
-        return splits
+        split = Split.open(folder / name)
+        if split.tokenizer_hash != tokenizer.hash:
+            raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
+        return split
 
     def validation_settings(self, context: int) -> dict:
         """The arguments that the run itself gave to `validate`, for a model with this context."""

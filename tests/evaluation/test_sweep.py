@@ -176,7 +176,7 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
 
 def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
     sweep = Sweep(TrainedRun.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
-    real = sweep.run.data(sweep.llm.tokenizer)[0]
+    real = sweep.run.split("train", sweep.llm.tokenizer)
     text = sweep.llm.tokenizer.decode(real.document(5).tolist())
     loop = sweep._story("", 0, "他们有了新朋友。" * 20, 100, is_complete=True)
     assert loop["repeated_4grams"] > 0.9 and loop["loop"] == [0, 160, "他们有了新朋友。"] and not loop["is_coherent"]
