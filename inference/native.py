@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.gpt import GPT
+from ..model.gpt import GPT, GPTConfig
 
 SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract=off: GCC fuses a · b + c in some loops only, and a sequence would depend on the others in the batch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
+THREAD_WORK = 1 << 23  # multiply-adds of a pass that are worth a thread: with fewer, waiting for each other takes longer than the work
 
 
 class _Layer(ctypes.Structure):
@@ -145,6 +146,18 @@ def can_run(model: GPT) -> bool:
     return p.device.type == "cpu" and p.dtype in DTYPES and problem() is None
 
 
+def count_threads(config: GPTConfig, n: int, n_last: int) -> int:
+    """Threads for a pass over n tokens with the logits of n_last."""
+    head = config.vocab_size * config.width
+    return max(1, min(torch.get_num_threads(), (n * (config.n_matrix - head) + n_last * head) // THREAD_WORK))
+
+
+def limit_threads(model: GPT, n: int) -> None:
+    """Let PyTorch use one thread too if a step of n sequences is too small for two. It applies to the process: for commands only."""
+    if can_run(model) and count_threads(model.config, n, n) == 1:
+        torch.set_num_threads(1)
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The index of the first maximum of each row of logits (B, V), fp32 on the CPU, with any row stride: (B,) int64."""
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.ndim != 2 or logits.stride(1) != 1:
@@ -184,6 +197,7 @@ class NativeForward:
         tables = [self._pointer(t, fp32, c.context, c.head_dim // 2) for t in (model.cos, model.sin)]
         tables = [self._pointer(model.norm, fp32, c.width), *tables]
         self._model = _Model(*sizes, dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
+        self._config = c
         self._cache_shape = (c.n_layer, 2, c.n_kv_head, c.head_dim)
         self._vocab_size, self._scratch, self._logits = c.vocab_size, torch.empty(0), torch.empty(0)
 
@@ -200,7 +214,8 @@ class NativeForward:
         and return the logits (len(last), V) of the tokens at the ascending indices `last`. The next call overwrites the result.
 
         The index tensors are int64 on the CPU. Raises ValueError if one is out of range or a tensor has another form."""
-        n, n_last, n_thread = len(tokens), len(last), torch.get_num_threads()
+        n, n_last = len(tokens), len(last)
+        n_thread = count_threads(self._config, n, n_last)
         for name, t in {"tokens": tokens, "rows": rows, "positions": positions, "last": last}.items():
             if t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (n_last if name == "last" else n,) or not t.is_contiguous():
                 raise ValueError(f"{name} is {_describe(t)}; it must be contiguous int64 on the CPU, one number per token")

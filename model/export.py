@@ -16,7 +16,7 @@ from .gpt import GPT, GPTConfig
 
 def _refuse_existing(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; give another --out, or remove it")
+        raise UserError(f"{out} exists and is not overwritten; give another --out")
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------

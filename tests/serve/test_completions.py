@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_does_not_affect_the_others(tmp_path, tokenizer, mo
         ({"max_tokens": 0}, 400, "max_tokens", "at least 1"),
         ({"max_tokens": "5"}, 400, "max_tokens", "integer"),
         ({"temperature": -0.1}, 400, "temperature", "-0.1"),
-        ({"top_p": 0}, 400, "top_p", "temperature=0"),
+        ({"top_p": -0.1}, 400, "top_p", "-0.1"),
         ({"top_p": 1.5}, 400, "top_p", "1.5"),
         ({"top_k": -2}, 400, "top_k", "-2"),
         ({"n": 17}, 400, "n", "limit of 16"),
@@ -425,5 +425,6 @@ def test_openais_client_works(server, run):
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected and chunks[-1].usage.completion_tokens > 0
     with pytest.raises(openai.NotFoundError, match="step-7"):
         client.completions.create(model="step-7", prompt="")
-    with pytest.raises(openai.BadRequestError, match="top_p is 0"):
-        client.completions.create(**body | {"top_p": 0})
+    assert client.completions.create(**body | {"top_p": 0, "temperature": 1}).choices[0].text == expected
+    with pytest.raises(openai.BadRequestError, match="top_p is 2"):
+        client.completions.create(**body | {"top_p": 2})
