@@ -1,4 +1,4 @@
-"""Writing files and folders that are complete or absent: written under a temporary name, synced, renamed."""
+"""Writing files and folders that are complete or absent: they are written under a temporary name, synced and renamed."""
 
 import json
 import os
@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import UserError
 
+LOCK = ".lock"
 _TEMPORARY_FOLDER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:tmp|old)")
 
 
@@ -28,12 +31,28 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = temporary_of(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _finish(temporary)
         temporary.replace(path)
         sync_entries(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, holder: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is created if needed. The operating system releases it when the process ends, however it ends.
+
+    Raises UserError if another process holds it; `holder` names that process, for example "another training process"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by {holder}; wait until it ends or stop it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -78,23 +97,33 @@ def _temporary_folder(folder: Path, suffix: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Ask the operating system to write every file below the folder, and the folder's own entries, to the disk."""
+    """Write a folder with all its files to the disk. The files get the permissions of new files; some libraries create them as 0600."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _finish(path)
 
 
 def sync_entries(folder: Path) -> None:
-    """Make renames and new names inside `folder` durable. Does nothing on Windows, which has no such call."""
+    """Write the names in a folder to the disk, so that new files and renames are durable. Does nothing on Windows, which cannot do it."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder, os.O_RDONLY)
+
+
+def _finish(path: Path) -> None:
+    if path.is_dir():
+        sync_entries(path)
+    else:
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+        _sync(path, os.O_RDWR)
+
+
+def _sync(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:

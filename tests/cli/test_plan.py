@@ -74,7 +74,7 @@ def test_data_that_train_could_not_read_is_reported(tmp_path, capsys):
         (["--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["--processes", "3"], r"processes \(3\) must divide"),
         (["--train.context", "100"], "longer than the model's"),
-        (["--train.max_stepz", "3"], "nearest is 'train.max_steps'"),
+        (["--train.max_stepz", "3"], "did you mean 'train.max_steps'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.vocab_size", "700", "--vocab-size", "600"], "set --model.vocab_size 600"),
     ],
