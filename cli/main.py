@@ -7,6 +7,7 @@ import argparse
 import difflib
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -73,6 +74,10 @@ def run(arguments: list[str] | None) -> None:
         return
     if unknown and not getattr(COMMANDS[args.command], "TAKES_CONFIG", False):
         args.parser.error(f"{unknown[0]} is not an option{hint(unknown[0], args.parser)}")
+    if name := getattr(args, "model_argument", None):
+        if getattr(args, name) is None:
+            args.parser.error("DIR, the folder of a checkpoint or run, is missing")
+        setattr(args, name, Path(getattr(args, name)))
     args.overrides = unknown
     try:
         args.run(args)

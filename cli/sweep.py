@@ -11,9 +11,7 @@ HELP = "compare the stories of a run's checkpoints: repetition, endings, consist
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "run_dir", metavar="OUT_DIR", help="folder of a run, such as out/quickstart; sweep.json and sweep.html are written there"
-    )
+    options.add_model(p, "run_dir", "folder of a run, such as out/quickstart; sweep.json and sweep.html are written there")
     p.add_argument("--every", type=int, default=1, metavar="N", help="measure each N-th checkpoint and the last")
     p.add_argument("--prompts", metavar="FILE", help="UTF-8 file with one prompt per line, or - for standard input (default: the run's)")
     p.add_argument("--samples", type=int, default=8, help="stories per prompt")
@@ -30,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from ..evaluation.sweep import Sweep, check_outputs, every_nth, read_prompts
+    from ..evaluation.sweep import Sweep, check_outputs, every_nth
     from ..evaluation.sweep_page import write_sweep
     from ..evaluation.trained_run import TrainedRun
 
@@ -38,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = every_nth(trained.checkpoints, args.every)
     if (existing := check_outputs(trained.folder)) and not args.overwrite:
         confirm_overwriting(existing)
-    prompts = read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
+    prompts = options.read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
     sampling = options.sampling(args)
     console = Console(highlight=False)
     if trained.being_written:

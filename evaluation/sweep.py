@@ -4,7 +4,6 @@ The model is built once, and the weights of each checkpoint are copied into it.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,23 +33,6 @@ def every_nth(checkpoints: dict[int, Path], every: int) -> dict[int, Path]:
         raise UserError(f"--every is {every}; it must be at least 1 (each checkpoint)")
     steps = list(checkpoints)
     return {step: checkpoints[step] for step in dict.fromkeys([*steps[every - 1 :: every], steps[-1]])}
-
-
-def read_prompts(source: str) -> list[str]:
-    """The prompts in a file, or in standard input if `source` is "-": one per line, without blank lines and duplicates.
-
-    Raises FileNotFoundError, or UserError if there is none or the text is not UTF-8."""
-    if source != "-" and not Path(source).is_file():
-        raise FileNotFoundError(f"--prompts {source} is not a file; write one prompt per line into it, or give - for standard input")
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {source} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UserError(f"--prompts {source} has no prompts; write one per line into it")
-    return prompts
 
 
 class Sweep:

@@ -1,5 +1,6 @@
 """The command itself: help, version, errors in one line, output in any terminal, and what runs without Unix modules."""
 
+import io
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def test_version(capsys):
         (["sweep", "x", "--evry", "3"], "--evry is not an option; did you mean --every?"),
         (["sweep", "x", "--validation_documents", "3"], "did you mean --validation-documents?"),
         (["average", "x", "--zzz"], "--zzz is not an option (see tritale average --help)"),
+        (["sweep"], "DIR, the folder of a checkpoint or run, is missing"),
         (["sweep", "x", "--every", "a"], "invalid int value: 'a'"),
         (["--zzz"], "--zzz is not an option; give a command first: prepare, plan, "),
         (["evaluate"], "invalid choice: 'evaluate'"),
@@ -50,9 +52,26 @@ def test_a_wrong_option_is_one_line_with_the_nearest_one(capsys, arguments, mess
     assert end.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("tritale")
 
 
+@pytest.mark.parametrize("arguments", [["RUN"], ["--model", "RUN"], ["--model", "RUN/step-00000006"]])
+def test_a_model_is_given_in_the_same_ways_to_each_command(tiny_run, tmp_path, capsys, arguments):
+    folder = [argument.replace("RUN", str(tiny_run)) for argument in arguments]
+    main(["generate", *folder, "--prompt", "小", "--max-new-tokens", "3", "--seed", "1"])
+    text = capsys.readouterr().out
+    main(["generate", str(tiny_run / "step-00000006"), "--prompt", "小", "--max-new-tokens", "3", "--seed", "1"])
+    assert capsys.readouterr().out == text
+    main(["export", *folder, "--to", "litgpt", "--out", str(tmp_path / "litgpt")])
+
+
+def test_generate_reads_prompts_from_standard_input(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("小\n大\n".encode())))
+    main(["generate", str(tiny_run), "--prompt", "-", "--max-new-tokens", "3", "--temperature", "0"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("小") and "\n大" in printed
+
+
 def test_train_passes_its_options_to_train_py():
     done = tritale("train", "--train.max_steps", 0)
-    assert done.returncode == 1 and done.stderr.decode() == "train.py: train.max_steps is 0; it must be at least 1\n"
+    assert done.returncode == 1 and done.stderr.decode().startswith("train.py: train.max_steps is 0; it must be")
     help_text = tritale("train", "--help").stdout.decode()
     assert "--train.max_steps" in help_text and "--optim.lr" in help_text
 
@@ -74,3 +93,11 @@ def test_help_and_errors_are_printed_in_any_encoding(tmp_path, encoding):
     assert done.returncode == 1 and "is not a folder" in message and "Traceback" not in message
     for name in COMMANDS:
         assert tritale(name, "--help", PYTHONIOENCODING=encoding).returncode == 0
+
+
+def test_commands_start_without_modules_that_only_unix_has(tmp_path):
+    for module in ("resource", "fcntl", "readline", "pwd", "grp", "termios", "tty"):
+        (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')\n")
+    for name in COMMANDS:
+        done = tritale(name, "--help", PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr.decode()

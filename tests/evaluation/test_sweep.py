@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tritale.cli.main import main
+from tritale.cli.options import read_prompts
 from tritale.cli.sweep import table
 from tritale.data.shards import Split
-from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts, read_prompts
+from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
@@ -106,9 +107,9 @@ def test_the_table_fits_into_80_columns_without_cut_words(tmp_path):
     }
     rows = [r | more for r in rows]
     reference = {k: v for k, v in rows[0].items() if k not in ("step", "val_bits_per_char")}
-    console = Console(width=80, file=io.StringIO())
+    console = Console(width=80, file=(output := io.StringIO()))
     console.print(table({"checkpoints": rows, "reference": reference, "checks_cast": True}))
-    printed = console.file.getvalue()
+    printed = output.getvalue()
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in printed and "-\n" not in printed
     assert all(word in printed for word in ("repeated", "distinct", "coherent", "copied", "held-out", "2,000,000", "0.10 0.20 0.30"))
@@ -284,7 +285,7 @@ def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
     for options, said in (
         (["--every", "0"], "at least 1"),
         (["--samples", "0"], "at least 1"),
-        (["--top-p", "0"], "temperature=0"),
+        (["--top-p", "2"], "top_p is 2.0"),
         (["--data", str(run_dir / "none")], "give --data"),
     ):
         with pytest.raises(SystemExit, match=re.escape(said)):
