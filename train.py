@@ -172,7 +172,8 @@ if __name__ == "__main__":
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # torchrun ends this process in the meantime if the main process reports the same error
+            time.sleep(3)  # torchrun ends this process in the meantime if the main process fails too: one message is enough
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped; run the same command again to resume from the last checkpoint")
+        message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)

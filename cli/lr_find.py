@@ -33,8 +33,10 @@ def run(args: argparse.Namespace) -> None:
     from ..training.step import TrainingStep
 
     at_least("--steps", args.steps, 20)
-    if not 0 < args.lowest < args.highest:
-        raise UserError(f"--lowest is {args.lowest} and --highest {args.highest}; both must be above 0, and --highest above --lowest")
+    if not 0 < args.lowest < args.highest < float("inf"):
+        raise UserError(
+            f"--lowest is {args.lowest} and --highest {args.highest}; both must be finite and above 0, and --highest above --lowest"
+        )
     if not find_spec("matplotlib"):  # before the work, not after
         raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'")
     config = parse(args.overrides, file=args.config, prog="tritale lr-find")

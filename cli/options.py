@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.errors import UserError
 from ..common.sampling import Sampling
 
-CHECKPOINT = "checkpoint folder, such as out/quickstart/step-00000800; for a run, its newest checkpoint"
+CHECKPOINT = "checkpoint folder, or a run for its newest checkpoint"
 
 
 def add_model(p: argparse.ArgumentParser, name: str, help: str) -> None:

@@ -58,12 +58,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
-    import uvicorn
 
     from ..inference import native
     from ..inference.engine import Engine
     from ..model.run_folder import find_checkpoints
     from ..serve.app import make_app
+    from ..serve.connections import make_server
 
     found = find_checkpoints(args.dir)
     engine = Engine(args.dir, slots=args.slots, queue=args.queue, device=args.device, dtype=getattr(torch, args.dtype))
@@ -79,8 +79,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     if args.device in (None, "cpu") and not torch.cuda.is_available() and (problem := native.problem()):
         print(problem, file=sys.stderr)
     app = make_app(engine, names=[args.host, *args.allow_host], max_tokens=args.max_tokens)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app).run(sockets=[listener])
     finally:
         engine.stop()

@@ -6,7 +6,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = temporary_of(path)
     try:
         yield temporary
-        _finish(temporary)
+        _sync(temporary, os.O_RDWR)
         temporary.replace(path)
         sync_entries(path.parent)
     finally:
@@ -46,7 +46,8 @@ def locked(folder: Path, holder: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, blocking=False)
     try:
-        lock.acquire()
+        with suppress(NotImplementedError):  # the file system has no locks
+            lock.acquire()
     except Timeout:
         raise UserError(f"{folder} is in use by {holder}; wait until it ends or stop it, or choose another folder") from None
     try:
@@ -97,25 +98,18 @@ def _temporary_folder(folder: Path, suffix: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder with all its files to the disk. The files get the permissions of new files; some libraries create them as 0600."""
+    """Write a folder with all its files to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        _finish(path)
+        if path.is_dir():
+            sync_entries(path)
+        else:
+            _sync(path, os.O_RDWR)
 
 
 def sync_entries(folder: Path) -> None:
     """Write the names in a folder to the disk, so that new files and renames are durable. Does nothing on Windows, which cannot do it."""
     if os.name == "posix":
         _sync(folder, os.O_RDONLY)
-
-
-def _finish(path: Path) -> None:
-    if path.is_dir():
-        sync_entries(path)
-    else:
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
-        _sync(path, os.O_RDWR)
 
 
 def _sync(path: Path, mode: int) -> None:

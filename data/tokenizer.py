@@ -146,8 +146,8 @@ class Tokenizer:
             raise UserError(f"{path} is damaged: of its {len(ids):,} ids, {wrong:,} is missing or repeated; restore it, or train it again")
         return cls(backend)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    def save(self, folder: str | Path, *, context: int | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. `context` is that of the model in the same folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -155,9 +155,13 @@ class Tokenizer:
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD,
-            "extra_special_tokens": list(SPECIAL_TOKENS[1:3]),
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:3]),  # transformers 4 and 5; the newer extra_special_tokens fails in 4
+            "model_input_names": ["input_ids", "attention_mask"],  # else `generate` refuses the tokenizer's token_type_ids
+            "padding_side": "left",  # for batches of prompts
             "clean_up_tokenization_spaces": False,
         }
+        if context is not None:
+            config["model_max_length"] = context
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling, SamplingSettings
+from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import check_files, load_model
+from ..model.checkpoint import check_files, load_model, read_json
 from ..model.gpt import GPT
 from ..model.run_folder import find_checkpoint
 from . import native, sequence
@@ -50,7 +51,8 @@ class LLM:
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
         gpt = load_model(folder, device=device, dtype=dtype)
         check_files(folder, ["tokenizer.json"])
-        tokenizer = Tokenizer.load(folder)
+        is_imported = "tritale_import" in read_json(folder, "config.json")
+        tokenizer = ForeignTokenizer.load(folder) if is_imported else Tokenizer.load(folder)
         if tokenizer.vocab_size > gpt.config.vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {gpt.config.vocab_size}; "
@@ -65,9 +67,9 @@ class LLM:
             raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten it to {context - 1} or fewer")
         return ids
 
-    def decoder(self, *, slots: int, capacity: int | None = None) -> Decoder:
+    def decoder(self, *, slots: int, capacity: int | None = None, limits_prefill: bool = False) -> Decoder:
         """A `Decoder` of this model."""
-        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size)
+        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size, limits_prefill=limits_prefill)
 
     def write(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
         """Run all prompts in one batch and yield (index of the prompt, new text, completion); the completion comes with the last piece.

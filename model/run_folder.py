@@ -73,9 +73,9 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
 
 def find_checkpoint(folder: Path) -> Path:
     """The checkpoint folder itself, or the newest checkpoint of a run. Raises FileNotFoundError or UserError if there is none."""
+    check_is_final(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a run such as out/quickstart, or one of its step-… folders")
-    check_is_final(folder)
     if not is_checkpoint(folder):
         check_is_not_foreign(folder)
         if steps := step_folders(folder):

@@ -35,7 +35,7 @@ class Log:
         self._path = out_dir / "metrics.jsonl"
         kept = []
         if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= start_step]
+            kept = [line for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= start_step]
         with atomic_file(self._path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
@@ -109,7 +109,13 @@ class Log:
     @contextmanager
     def progress(self, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
         """Yield `update(done, loss=…, speed=…)`, which moves the progress bar, or prints a line for a loss if there is no bar."""
-        columns = (MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         first = "compiling" if self.config.train.compile else "training"
         with Progress(*columns, console=self.console, disable=not self.has_bar, expand=True) as bar:
             task = bar.add_task(first, total=total, completed=completed)
@@ -127,6 +133,6 @@ class Log:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):  # an incomplete line of a killed process
         return float("inf")

@@ -11,12 +11,11 @@ from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import load_tensors, load_weights, read_json, save_model
+from ..model.checkpoint import check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
 from ..model.gpt import GPT
 from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
@@ -38,9 +37,11 @@ class Progress:
 
 
 def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files can all be opened. Reports each newer, damaged one to `warn` and leaves it unchanged."""
+    """The newest checkpoint whose files are undamaged. Reports each newer, damaged one to `warn` and leaves it unchanged."""
     for folder in reversed(step_folders(out_dir).values()):
         try:
+            for path in (folder, folder / "trainer"):
+                check_files(path)
             read_json(folder, "config.json")
             check_trainer(folder, read_json(folder / "trainer", "trainer.json"))
             for name in ("model.safetensors", "trainer/state.safetensors"):
@@ -92,8 +93,10 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
             save_model(temporary, step.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
             tokenizer.save(temporary)
             (temporary / "trainer").mkdir()
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "trainer" / "state.safetensors")
+            save_tensors(temporary / "trainer" / "state.safetensors", tensors)
             write_json(temporary / "trainer" / "trainer.json", trainer)
+            for path in (temporary, temporary / "trainer"):
+                write_checksums(path)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete. It needs about "

@@ -43,7 +43,8 @@ class TrainingStep:
             module = cast(nn.Module, torch.compile(module, dynamic=False))
         if here.world_size > 1:
             device_ids = [here.device] if here.device.type == "cuda" else None
-            module = DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+            module = DistributedDataParallel(module, device_ids=device_ids)
+            module.broadcast_buffers = False  # the rotary tables never change; torch 2.13 deprecates the argument of this name
         self.module = module
         # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel averages over the processes.
         self.normalizer = torch.tensor(planned.tokens_per_step / here.world_size, device=here.device)

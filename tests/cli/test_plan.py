@@ -105,7 +105,9 @@ def test_the_range_test_makes_a_curve_and_a_suggestion(tiny_run, tmp_path, capsy
     assert sorted(p.name for p in tiny_run.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "3"], ["--lowest", "0"], ["--lowest", "1", "--highest", "0.1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "3"], ["--lowest", "0"], ["--lowest", "1", "--highest", "0.1"], ["--lowest", "nan"], ["--highest", "inf"]]
+)
 def test_bad_ranges_are_refused(arguments, tmp_path):
     with pytest.raises(SystemExit, match="must be"):
         main(["lr-find", *overrides(tmp_path), *arguments])

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tritale.cli.main import main as tritale
 from tritale.common.errors import UserError
-from tritale.common.files import atomic_folder, locked, read_json_object
+from tritale.common.files import locked, read_json_object
+from tritale.model.checkpoint import write_checksums
 from tritale.training import processes, state
 from tritale.training.step import TrainingStep
 
@@ -36,6 +37,7 @@ def alter_state(out_dir, change, step=6) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    write_checksums(path.parent)
 
 
 # ---- resuming ------------------------------------------------------------------------------------------------------------------------
@@ -90,6 +92,11 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     with locked(tmp_path / "run", "a rank that is still there"):
         pass
     assert "torchrun has ended, so this process ends" in torchrun.communicate()[1]
+
+
+def test_processes_report_a_common_error_once(copy):
+    result = train(copy, processes=2, check=False, train__max_steps=9)
+    assert result.returncode == 1 and result.stderr.count("train.max_steps: 6 → 9") == 1
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------------------------
@@ -168,15 +175,36 @@ def test_a_damaged_optimizer_state_is_refused(change, copy):
 def test_a_trainer_json_of_wrong_types_is_reported_and_the_checkpoint_before_it_used(values, copy, capsys):
     path = copy / "step-00000006" / "trainer" / "trainer.json"
     path.write_text(json.dumps(trainer_of(copy, 6) | values))
+    write_checksums(path.parent)
     run_here(copy)
     out = capsys.readouterr().out
     assert f"trainer.json: {next(iter(values))} missing or of a wrong type" in out and "step-00000003" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.safetensors", "trainer/trainer.json"]
+)
+def test_a_flipped_bit_is_reported_and_the_checkpoint_before_it_used(name, copy, capsys, seed):
+    path = copy / "step-00000006" / name
+    data = bytearray(path.read_bytes())
+    data[int(torch.randint(len(data), ()))] ^= 1 << int(torch.randint(8, ()))
+    path.write_bytes(data)
+    newest = state.newest_complete(copy, warn=print)
+    assert newest == copy / "step-00000003" and "step-00000006 is damaged" in capsys.readouterr().out
 
 
 def test_json_that_is_nested_too_deep_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
     with pytest.raises(UserError, match=r"deep\.json is not valid JSON"):
         read_json_object(tmp_path / "deep.json", remedy="")
+
+
+def test_damaged_lines_of_metrics_are_dropped(copy):
+    path = copy / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": "six"}\n[1]\n\xff\xfe\n{"step": null}\n' + b"[" * 100_000)
+    run_here(copy)
+    assert metrics(copy) == [json.loads(line) for line in whole.splitlines()]
 
 
 # ---- files and folders -------------------------------------------------------------------------------------------------------------------
@@ -195,15 +223,11 @@ def test_a_run_whose_folder_is_removed_ends_with_an_error(tmp_path, monkeypatch)
     assert not out_dir.exists()
 
 
-def test_files_have_the_permissions_of_the_umask(copy, tmp_path):
-    before = os.umask(0o027)
-    try:
-        with atomic_folder(tmp_path / "folder") as temporary:
-            save_file({"a": torch.zeros(3)}, temporary / "a.safetensors")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "folder" / "a.safetensors").stat().st_mode) == 0o640
-    assert {stat.S_IMODE(p.stat().st_mode) for p in (copy / "step-00000006").rglob("*.safetensors")} == {0o666 & ~before}
+def test_checkpoints_have_the_permissions_of_the_umask(tiny_run):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [p for p in (tiny_run / "step-00000006").rglob("*") if p.is_file()]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o666 & ~umask}
 
 
 def test_metrics_are_written_to_the_disk_at_the_end(tmp_path, monkeypatch):
