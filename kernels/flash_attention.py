@@ -727,8 +727,8 @@ def flash_attention(
 
     Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
     `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
-    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other. A query that sees no key
-    gives 0. `attention_backend` chooses what computes it.
+    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other, though a NaN in one may reach others.
+    A query that sees no key gives 0. `attention_backend` chooses what computes it.
 
     Raises ValueError if shapes or dtypes do not match, a window or soft cap is not positive, or `cu_seqlens` do not run from 0 to T
     (their values are checked on the CPU only: on a GPU that would synchronise)."""

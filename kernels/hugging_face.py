@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,10 +37,6 @@ class Plan(NamedTuple):
 
     window: int | None = None
     cu_seqlens: Tensor | None = None
-
-
-def _is_traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
 
 
 def _documents(starts: Tensor) -> Tensor:
@@ -67,7 +64,9 @@ def _plan(mask_of: Callable, **options) -> Any:
         rows, index = torch.arange(n_batch, device=options["device"])[:, None], torch.arange(1, n_tokens, device=options["device"])[None]
         starts = ~options["mask_function"](rows, 0, index, index - 1).expand(n_batch, -1)
         return Plan(window, _documents(F.pad(starts, (1, 0), value=True)))
-    if _is_traced(padding):  # its values are unknown, and with holes between tokens it is no row of documents
+    if (
+        torch.compiler.is_compiling() or type(padding) is not Tensor
+    ):  # its values are unknown, and with holes between tokens it is no row of documents
         return mask_of(**options)
     if padding.all():
         return Plan(window)
@@ -88,7 +87,7 @@ def _check_call(options: dict, config) -> None:
         )
 
 
-def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Plan, options: dict) -> Tensor:
+def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None, plan: Plan, options: dict) -> Tensor:
     """(B, T, H, D), (B, S, H_kv, D) → (B, T, H, D)."""
     _check_call(options, module.config)
     cu_seqlens = options.get("cu_seq_lens_q")  # padding-free batches, in the form of transformers' flash-attention
@@ -132,7 +131,7 @@ class _MLP(_Patched):
 
 
 class _Attention(_Patched):
-    def forward(self: Any, hidden_states: Tensor, position_embeddings=None, attention_mask=None, *args, **kwargs):
+    def forward(self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask=None, *args, **kwargs):
         if not isinstance(attention_mask, Plan) or args:
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # pyright: ignore
         n_batch, n_tokens, _ = hidden_states.shape
@@ -205,9 +204,10 @@ PARTS = {"RMSNorm": _Norm, "MLP": _MLP, "Attention": _Attention, "ForCausalLM": 
 def _patched_class(prefix: str, part: str) -> type:
     """The subclass of a stock class that runs the kernels. It has the stock name, and a qualified name by which pickle finds it."""
     stock = getattr(import_module(f"transformers.models.{prefix.lower()}.modeling_{prefix.lower()}"), prefix + part)
-    forward = functools.wraps(stock.forward)(PARTS[part].forward)
-    forward.__signature__ = inspect.signature(stock.forward)
-    names = {"__module__": __name__, "__qualname__": f"Patched{prefix}{part}"}
+    ours = PARTS[part].forward
+    forward = FunctionType(ours.__code__, ours.__globals__, "forward", ours.__defaults__, ours.__closure__)
+    forward = functools.wraps(stock.forward)(forward)  # with the stock signature, from which trainers take the names of the inputs
+    names = {"__module__": __name__, "__qualname__": f"Patched{prefix}{part}", "forward": forward}
     return type(prefix + part, (PARTS[part], stock), names)
 
 
@@ -268,6 +268,10 @@ def patch_transformers(model: Model) -> Model:
         raise ValueError(f"config.hidden_act is {config.hidden_act!r}; the kernel of the MLP is SwiGLU, so it must be 'silu'")
     if config.attention_dropout:
         raise ValueError(f"config.attention_dropout is {config.attention_dropout}; the kernels have no dropout, set it to 0")
+    from transformers.masking_utils import sdpa_mask
+
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ValueError("patch_transformers needs a newer transformers, whose mask functions take q_length: pip install -U transformers")
     _refuse_sharded(model, "call patch_transformers before fully_shard")
     if any(isinstance(m, _Patched) for m in model.modules()):
         raise ValueError("the model was already replaced by patch_transformers; call unpatch(model) first")

@@ -424,7 +424,8 @@ def _recompute_backward(
     if x.shape[0] == 0:
         return dx, dw.zero_()
     x, weight = unit_stride(x), unit_stride(weight.to(x.dtype))
-    row_args = (targets.contiguous(), top, log_total, grad.contiguous())
+    unit = _unit(grad, x.dtype)
+    row_args = (targets.contiguous(), top, log_total, grad.contiguous() if unit is None else grad / unit)
     options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
 
     def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
@@ -440,9 +441,12 @@ def _recompute_backward(
         n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, sm_count(x))
         sums = top.new_empty(n_slices, *x.shape)
         launch(x, weight, sums, n_slices, slice_size, True)
-        torch.sum(sums, dim=0, out=dx) if dx.dtype == sums.dtype else dx.copy_(sums.sum(0))
+        total = sums.sum(0)
+        dx = (total if unit is None else total * unit).to(dx.dtype)
     if needs_dw:
         launch(weight, x, dw, 1, x.shape[0], False)
+        if unit is not None:
+            dw *= unit
     return dx, dw
 
 

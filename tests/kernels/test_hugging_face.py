@@ -1,6 +1,7 @@
 """patch_transformers: the kernels inside Hugging Face models give the models' own losses, gradients and texts."""
 
 import copy
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,16 @@ def test_every_part_runs_its_kernel(kind, device):
     with Recorder() as recorder:
         model(**batch(model)).loss.backward()
     assert not recorder.launches
+
+
+def test_names_and_signatures_stay(model):
+    """Trainers take the inputs' names from the signature, and save_pretrained the architecture from the class's name."""
+    before = {n: (type(m).__name__, inspect.signature(m.forward)) for n, m in model.named_modules()}
+    patch_transformers(model)
+    assert {n: (type(m).__name__, inspect.signature(m.forward)) for n, m in model.named_modules()} == before
+    assert "tritale" not in model.config.to_json_string()
+    inputs = batch(model)
+    assert torch.equal(model(inputs["input_ids"], None, None, None, None, inputs["labels"]).loss, model(**inputs).loss)
 
 
 def test_unpatch_leaves_nothing_behind(model):

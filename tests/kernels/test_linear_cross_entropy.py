@@ -319,7 +319,7 @@ def test_wrong_arguments_say_what_is_allowed(device, name):
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_fp16_gradients_are_rounded_after_the_loss_scale(device, strategy, name, is_weighted):
     """Divided by the tokens of a large step, the gradients are too small for fp16; a GradScaler's factor makes up for that."""
-    n_tokens, loss_scale = 2**19, 2.0**16
+    n_tokens, loss_scale = 2**19, 2.0 ** (26 if is_weighted else 16)
     x, weight, targets = draw(128, 16, 300, device, torch.float16)
     weight = (weight.detach() * 0.05).requires_grad_()
     options: dict[str, Any] = {"normalizer": torch.tensor(n_tokens, device=device)}
@@ -328,10 +328,10 @@ def test_fp16_gradients_are_rounded_after_the_loss_scale(device, strategy, name,
     with backend(name):
         loss = linear_cross_entropy(x, weight, targets, strategy=strategy, **options)
     grads = torch.autograd.grad(loss * loss_scale, (x, weight))
-    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wide = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     exact = torch.autograd.grad(reference.linear_cross_entropy(*wide, targets, **options) * loss_scale, wide)
     for g, e in zip(grads, exact, strict=True):
-        assert g.dtype == torch.float16 and (g - e).norm() <= (5e-2 if is_weighted and strategy == "recompute" else 2e-3) * e.norm()
+        assert g.dtype == torch.float16 and (g - e).norm() <= 2e-3 * e.norm()
 
 
 def test_fp16_sums_of_many_rows_do_not_overflow(device):
