@@ -20,6 +20,7 @@ else:
     from .reference import document_positions
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import rope
+    from .rotary import rotary_tables
     from .swiglu import geglu, swiglu
 
     __all__ = [
@@ -40,6 +41,7 @@ else:
         "qk_norm_rope",
         "rms_norm",
         "rope",
+        "rotary_tables",
         "swiglu",
         "unpatch",
     ]

@@ -5,6 +5,8 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from .triton_compat import jit, tl
 
@@ -52,6 +54,20 @@ def unit_stride(x: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """x as (M, N) with one row stride and adjacent columns: a view if x's strides allow it."""
     return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if a tensor is inside a transform that custom ops do not support: forward-mode AD, torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    instead = f"use its definition, tritale.kernels.reference.{op}"
+    for t in tensors:
+        if t is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(f"{op} has no forward-mode derivative; {instead}")
+        if functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t):
+            raise RuntimeError(f"{op} does not support torch.func transforms (grad, vmap, …); use torch.autograd.grad, or {instead}")
 
 
 def no_second_derivative(op: str) -> Callable[..., NoReturn]:

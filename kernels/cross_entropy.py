@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
+from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options
 from .triton_compat import jit, tl
@@ -341,6 +341,7 @@ def cross_entropy(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             token_weight=token_weight, reduction=reduction, normalizer=normalizer, return_stats=return_stats,
         )  # fmt: skip
+    refuse_transforms("cross_entropy", logits, token_weight)
     shape, logits, targets = targets.shape, logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     loss, nll, top, log_total, correct = _cross_entropy(
         logits, targets, ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
+from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .dispatch import autocast, check_documents
 from .launch import architecture, cdiv, launch_options, power_of_two
 from .triton_compat import jit, tl
@@ -201,15 +201,23 @@ def _fwd_step(
 
 
 @jit
+def _long(stride):
+    """A stride in 64 bits; Triton knows a stride of 1 at compile time."""
+    return tl.cast(stride, tl.int64)
+
+
+@jit
 def _flash_attention_fwd(
     p_q, p_k, p_v, p_o, p_lse, p_start, p_end,
     n_query, n_key, n_head, window,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if IS_LONG:
+        stride_qt, stride_kt, stride_vt = _long(stride_qt), _long(stride_kt), _long(stride_vt)
     stride_qt, stride_kt, stride_vt = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN
     n_blocks = tl.cdiv(n_query, BLOCK_M)
     o_bh = tl.program_id(0) // n_blocks
@@ -284,9 +292,12 @@ def _flash_attention_bwd_dq(
     stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh,
     SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if IS_LONG:
+        stride_qt, stride_kt, stride_vt = _long(stride_qt), _long(stride_kt), _long(stride_vt)
+        stride_ot, stride_dot = _long(stride_ot), _long(stride_dot)
     stride_qt, stride_kt, stride_vt = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN
     stride_ot, stride_dot = stride_ot * ALIGN, stride_dot * ALIGN
     n_blocks = tl.cdiv(n_query, BLOCK_M)
@@ -374,9 +385,11 @@ def _flash_attention_bwd_dkv(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_dob, stride_dot, stride_doh,
     SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if IS_LONG:
+        stride_qt, stride_kt, stride_vt, stride_dot = _long(stride_qt), _long(stride_kt), _long(stride_vt), _long(stride_dot)
     stride_qt, stride_kt, stride_vt, stride_dot = stride_qt * ALIGN, stride_kt * ALIGN, stride_vt * ALIGN, stride_dot * ALIGN
     n_blocks = tl.cdiv(n_key, BLOCK_N)
     o_bh = tl.program_id(0) // n_blocks
@@ -439,11 +452,12 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     return (d0, d1) if d1 < d0 else (2 * d0, 0)
 
 
-def _strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """(batch, token, head) strides of each tensor in units of ALIGN elements, and ALIGN."""
+def _strides(*tensors: Tensor) -> tuple[list[int], dict]:
+    """(batch, token, head) strides of each tensor in units of ALIGN elements, and the constants ALIGN and IS_LONG: whether offsets within
+    a tile of up to 256 tokens pass 32 bits."""
     strides = [t.stride(i) if t.shape[i] > 1 else 0 for t in tensors for i in (0, 1, 2)]
     align = math.gcd(*strides, 16)
-    return [s // align for s in strides], align
+    return [s // align for s in strides], {"ALIGN": align, "IS_LONG": max(strides[1::3]) * 256 >= 2**31}
 
 
 def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, window: int, softcap: float, scale: float) -> dict:
@@ -476,7 +490,7 @@ def _flash_attention(
     with torch.cuda.device_of(q):
         _flash_attention_fwd[grid](
             q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
-            **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
+            **_constants(q, k, start, is_causal, window, softcap, scale), **align, **options,
         )  # fmt: skip
     return out, lse
 
@@ -504,7 +518,7 @@ def _flash_attention_backward(
         with torch.cuda.device_of(q):
             _flash_attention_bwd_dq[grid](
                 q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
-                **constants, ALIGN=align, **options,
+                **constants, **align, **options,
             )  # fmt: skip
     if dk.numel():
         options = launch_options("flash_attention_bwd_dkv", q, **sizes)
@@ -513,7 +527,7 @@ def _flash_attention_backward(
         with torch.cuda.device_of(q):
             _flash_attention_bwd_dkv[grid](
                 q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
-                **constants, ALIGN=align, **options,
+                **constants, **align, **options,
             )  # fmt: skip
     return dq, dk, dv
 
@@ -616,6 +630,7 @@ def _attend_triton(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, sof
         raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
     window = 0 if window is None else min(window, q.shape[1] + k.shape[1])  # there are no keys further back, and this fits 32 bits
     start, end = (None, None) if cu_seqlens is None else _document_bounds(cu_seqlens, q.shape[1])
+    refuse_transforms("flash_attention", q, k, v)
     return _flash_attention(q, k, v, start, end, is_causal, window, softcap or 0.0, scale)[0]
 
 
@@ -640,6 +655,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
     if cu_seqlens is not None and is_causal and window is None and q.device.type == "cpu":
         if group > 1:
             k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+        refuse_transforms("flash_attention", q, k, v)
         return _document_attention(q, k, v, cu_seqlens, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
     is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
@@ -647,9 +663,10 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
     mask = None
     if needs_mask:
         mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
+    needs_group = True if group > 1 else False
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     is_causal = is_causal and mask is None and is_square
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=needs_group).transpose(1, 2)
 
 
 # --- The public function -------------------------------------------------------------------------------------------------------------
@@ -710,8 +727,8 @@ def flash_attention(
 
     Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
     `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
-    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other. A query that sees no key
-    gives 0. `attention_backend` chooses what computes it.
+    documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other, though a NaN in one may reach others.
+    A query that sees no key gives 0. `attention_backend` chooses what computes it.
 
     Raises ValueError if shapes or dtypes do not match, a window or soft cap is not positive, or `cu_seqlens` do not run from 0 to T
     (their values are checked on the CPU only: on a GPU that would synchronise)."""

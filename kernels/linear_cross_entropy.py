@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
+from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .cross_entropy import (
     check_options,
     empty_rows,
@@ -59,21 +59,26 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
     if softcap:
         s.div_(softcap).tanh_().mul_(softcap)
         slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
-    s_target = s.gather(1, index)
     top, arg = s.max(dim=1, keepdim=True)
-    mean = s.mean(1) if label_smoothing else None
-    p = s.sub_(top).exp_()  # in place: s is the softmax's numerator from here on
+    top.masked_fill_(top.isinf(), 0)
+    s.sub_(top)  # so that an offset common to a row costs no digits
+    s_target = s.gather(1, index).squeeze(1)
+    mean = s.mean(1) if label_smoothing else 0.0
+    p = s.exp_()  # in place: s is the softmax's numerator from here on
     total = p.sum(dim=1, keepdim=True)
-    lse.copy_((top + total.log()).squeeze(1))
-    nll.copy_(lse - s_target.squeeze(1))
+    log_total = total.log()
+    lse.copy_((top + log_total).squeeze(1))
+    nll.copy_(log_total.squeeze(1) - s_target)
     correct.copy_(arg.squeeze(1) == targets)
-    loss.copy_(nll + z_loss * lse.square())
+    loss.copy_(nll)
+    if z_loss:  # 0 · inf is NaN
+        loss += z_loss * lse.square()
     if label_smoothing:
-        loss += label_smoothing * (s_target.squeeze(1) - mean)
+        loss += label_smoothing * (s_target - mean)
     if needs_gradient:
         # d loss / d s_j = (1 + 2 z lse) p_j − (1 − ε) [j = target] − ε / V, subtracted in fp32 before any rounding.
         scale = row_scale.unsqueeze(1)
-        p.mul_((1 + 2 * z_loss * lse.unsqueeze(1)) / total * scale)
+        p.mul_((1 + 2 * z_loss * lse.unsqueeze(1) if z_loss else 1) / total * scale)
         p.scatter_add_(1, index, (label_smoothing - 1) * scale)
         if label_smoothing:
             p.sub_(label_smoothing / vocab_size * scale)
@@ -105,7 +110,8 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
         else:
             torch.addmm(dw, d.T, x, out_dtype=dw.dtype, out=dw)
     else:
-        dw.copy_(d.T @ x) if is_first else dw.add_(d.T @ x)
+        part = d.T.float() @ x.float() if d.dtype == torch.float16 else d.T @ x  # a sum of fp16 may overflow
+        dw.copy_(part) if is_first else dw.add_(part)
 
 
 def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -115,19 +121,29 @@ def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) ->
     return loss, nll, lse, correct, dx, dw
 
 
+def _unit(row_scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the gradients of an fp16 op are divided by while they are fp16, so that the largest entry of d is 16; None for other dtypes.
+
+    A row's scale is 1 / tokens of a step, which fp16 cannot hold times a probability; the loss scale that lifts it comes in backward."""
+    if dtype != torch.float16:
+        return None
+    largest = row_scale.abs().amax() if row_scale.numel() else row_scale.new_ones(())
+    return torch.where(largest > 0, largest, 1) / 16
+
+
 def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
     loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0:
         dw.zero_()
-    head, targets, row_scale = weight.to(x.dtype), targets.contiguous(), row_scale.contiguous()  # an incoming gradient may be expanded
+    unit = _unit(row_scale, x.dtype)
+    scale = row_scale.contiguous() if unit is None else row_scale / unit  # contiguous: an incoming gradient may be expanded
+    head, targets = weight.to(x.dtype), targets.contiguous()
     buffer = x.new_empty(min(rows, n), weight.shape[0]) if step is _triton_step else None  # the gradient takes the logits' place
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
         logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
-        d = step(
-            logits, targets[c], row_scale[c], [t[c] for t in (loss, nll, lse, correct)], label_smoothing, z_loss, softcap, needs_gradient
-        )
+        d = step(logits, targets[c], scale[c], [t[c] for t in (loss, nll, lse, correct)], label_smoothing, z_loss, softcap, needs_gradient)
         if needs_dx:
             torch.mm(d, head, out=dx[c])
         if needs_dw:
@@ -159,7 +175,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         softcap: float,  # 0: none
         rows: int, needs_dx: bool, needs_dw: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, empty where not needed."""
+        """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, over `_unit`, or empty."""
         return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
 
     @op.register_fake
@@ -168,10 +184,10 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         return results[0].new_empty(()), *results, dx, dw
 
     def save(ctx, inputs, output):
-        x, weight, targets, _, *ctx.options, needs_dx, needs_dw = inputs
+        x, weight, targets, row_scale, *ctx.options, needs_dx, needs_dw = inputs
         ctx.has_gradients = needs_dx or needs_dw
-        ctx.save_for_backward(*((output[1], *output[5:]) if ctx.has_gradients else (x, weight, targets)))
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(*((output[1], *output[5:], row_scale) if ctx.has_gradients else (x, weight, targets)))
+        ctx.dtypes = x.dtype, weight.dtype
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
@@ -181,18 +197,22 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         d_scale = None
         needs_dx, needs_dw, _, needs_d_scale, *_ = ctx.needs_input_grad
         if ctx.has_gradients:  # of the sum, computed in the forward pass
-            loss, dx, dw = ctx.saved_tensors
-            dx, dw = (g * grad_sum if is_needed else None for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
-            d_scale = loss * grad_sum if needs_d_scale else None
-            if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
-                dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
-        else:  # of each row (reduction "none", strategy "recompute"): the logits are made once more
+            loss, dx, dw, row_scale = ctx.saved_tensors
+            factor, d_scale = grad_sum, loss * grad_sum if needs_d_scale else None
+        else:  # of each row (reduction "none", strategy "recompute"): the logits are computed once more
             x, weight, targets = ctx.saved_tensors
-            *_, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw)
-            dx, dw = (g if is_needed else None for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
-            if torch.is_grad_enabled():
-                dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
-        return dx, None if dw is None else dw.to(ctx.dtype), None, d_scale, *(None,) * 6
+            _, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw)
+            row_scale, factor = grad_loss, None
+        unit = _unit(row_scale.detach(), dx.dtype)
+        if unit is not None:
+            factor = unit if factor is None else factor * unit
+            dx = dx.float()  # a 0-dimensional factor would be rounded to dx's fp16 first
+        if factor is not None:
+            dx, dw = (g * factor if is_needed else g for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
+        dx, dw = dx.to(ctx.dtypes[0]) if needs_dx else None, dw.to(ctx.dtypes[1]) if needs_dw else None
+        if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
+            dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
+        return dx, dw, None, d_scale, *(None,) * 6
 
     op.register_autograd(backward, setup_context=save)
     return op
@@ -404,7 +424,8 @@ def _recompute_backward(
     if x.shape[0] == 0:
         return dx, dw.zero_()
     x, weight = unit_stride(x), unit_stride(weight.to(x.dtype))
-    row_args = (targets.contiguous(), top, log_total, grad.contiguous())
+    unit = _unit(grad, x.dtype)
+    row_args = (targets.contiguous(), top, log_total, grad.contiguous() if unit is None else grad / unit)
     options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
 
     def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
@@ -420,9 +441,12 @@ def _recompute_backward(
         n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, sm_count(x))
         sums = top.new_empty(n_slices, *x.shape)
         launch(x, weight, sums, n_slices, slice_size, True)
-        torch.sum(sums, dim=0, out=dx) if dx.dtype == sums.dtype else dx.copy_(sums.sum(0))
+        total = sums.sum(0)
+        dx = (total if unit is None else total * unit).to(dx.dtype)
     if needs_dw:
         launch(weight, x, dw, 1, x.shape[0], False)
+        if unit is not None:
+            dw *= unit
     return dx, dw
 
 
@@ -445,9 +469,9 @@ def _backward_recompute(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 6
     needs = ctx.needs_input_grad[:2]
-    grads = _recompute_backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
-    dx, dw = (g if is_needed else None for g, is_needed in zip(grads, needs, strict=True))
-    return dx, None if dw is None else dw.to(ctx.saved_tensors[1].dtype), *(None,) * 4
+    saved = ctx.saved_tensors  # read once, as non-reentrant checkpointing requires
+    dx, dw = _recompute_backward(grad_loss, *saved, *ctx.options, *needs)
+    return dx if needs[0] else None, dw.to(saved[1].dtype) if needs[1] else None, *(None,) * 4
 
 
 _recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
@@ -512,6 +536,7 @@ def linear_cross_entropy(
     row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
     is_triton, needs_dx, needs_dw, total = uses_triton(x), False, False, None
+    refuse_transforms("linear_cross_entropy", x, weight, token_weight)
     if strategy == "recompute" and is_triton and architecture(x) != "sm_75":
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total

@@ -51,10 +51,21 @@ class RotaryEmbedding(nn.Module):
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim is {rotary_dim}; it must be even and at most head_dim ({head_dim})")
-        self.interleaved = interleaved
-        cos, sin = rotary_tables(context, rotary_dim, theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.interleaved, self.sizes = interleaved, (context, rotary_dim, theta)
+        self.register_buffer("cos", torch.empty(context, rotary_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(context, rotary_dim // 2), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the tables again, in fp32 on their device; needed after `to_empty` on a device other than meta."""
+        self.cos, self.sin = rotary_tables(*self.sizes, device=self.cos.device)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.cos.is_meta
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32 or (was_meta and not self.cos.is_meta):  # the tables stay fp32 in a 16-bit model
+            self.reset_parameters()
+        return self
 
     def forward(self, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
         """q: (B, T, H, D), k: (B, T, H_kv, D), rotated; `positions`, `cu_seqlens` and `inplace` are `rope`'s."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, unit_stride, wide_dtype
+from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, unit_stride, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two, sm_count
 from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
@@ -298,4 +298,5 @@ def qk_norm_rope(
     if not uses_triton(qkv):
         cos, sin = cos.detach(), sin.detach()
         return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, n_head=n_head, n_kv_head=n_kv_head, eps=eps, positions=positions)
+    refuse_transforms("qk_norm_rope", qkv, q_weight, k_weight)
     return _qk_norm_rope_op(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)

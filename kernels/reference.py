@@ -142,12 +142,16 @@ def cross_entropy(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     index = torch.where(is_valid, targets, 0).long()
-    lse = torch.logsumexp(s, dim=-1)
-    nll = lse - s.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    top = s.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top.isinf(), 0.0)
+    s = s - top  # so that an offset common to a row costs no digits
+    log_total = torch.logsumexp(s, dim=-1)
+    lse = top.squeeze(-1) + log_total
+    nll = log_total - s.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     loss = nll
     if label_smoothing:
-        loss = (1 - label_smoothing) * nll + label_smoothing * (lse - s.mean(-1))
-    penalty = z_loss * lse.square()
+        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - s.mean(-1))
+    penalty = z_loss * lse.square() if z_loss else torch.zeros_like(lse)  # 0 · inf is NaN
     loss = loss + penalty
     if token_weight is not None:
         loss = loss * token_weight

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, as_rows, contiguous_like, no_second_derivative, wide_dtype
+from .common import accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, sm_count
 from .triton_compat import jit, tl
@@ -265,6 +265,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     _check(x, weight)
     if not uses_triton(x):
         return reference.rms_norm(x, weight, eps, offset=offset)
+    refuse_transforms("rms_norm", x, weight)
     return _rms_norm_op(x, weight, eps, offset)
 
 
@@ -279,4 +280,5 @@ def add_rms_norm(
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     if not uses_triton(x):
         return reference.add_rms_norm(x, residual, weight, eps, offset=offset)
+    refuse_transforms("add_rms_norm", x, residual, weight)
     return _add_rms_norm_op(x, residual, weight, eps, offset)

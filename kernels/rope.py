@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, unit_stride
+from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, unit_stride
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two
 from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
@@ -191,6 +191,7 @@ def rope(
         _check_inplace(q, k)
     if not uses_triton(q):
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)
+    refuse_transforms("rope", q, k)
     if inplace and q.stride(-1) == k.stride(-1) == 1:
         _rope_inplace_op(q, k, cos, sin, positions, interleaved)
         return q, k

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, as_rows, contiguous_like, no_second_derivative
+from .common import accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options
 from .triton_compat import jit, tl
@@ -124,6 +124,7 @@ def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
     if up is not None and up.shape != gate_up.shape:
         raise ValueError(f"gate {tuple(gate_up.shape)} and up {tuple(up.shape)} must have one shape")
     if uses_triton(gate_up):
+        refuse_transforms("swiglu" if activation == "silu" else "geglu", gate_up, up)
         return _glu_op(gate_up, up, activation)
     return (reference.swiglu if activation == "silu" else reference.geglu)(gate_up, up)
 

@@ -211,3 +211,28 @@ def test_custom_ops_pass_opcheck():
 def test_wrong_arguments_say_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6, 1e8, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+def test_an_offset_of_all_logits_costs_no_digits(offset, options):
+    """At the dtype's minimum the logits of a row are equal, as in a row that is masked everywhere."""
+    logits, target = torch.tensor([[2.0, -1.0, 0.5]]) + offset, torch.tensor([0])
+    wide = logits.double().requires_grad_()
+    right = F.cross_entropy(wide, target, **options)
+    (gradient,) = torch.autograd.grad(right, wide)
+    narrow, column = logits.clone().requires_grad_(), logits.T.clone().requires_grad_()
+    for loss, t in (
+        (kernels.cross_entropy(narrow, target, **options), narrow),
+        (kernels.linear_cross_entropy(torch.ones(1, 1), column, target, **options), column),
+    ):
+        torch.testing.assert_close(loss.double(), right.detach(), rtol=1e-6, atol=1e-6)
+        (g,) = torch.autograd.grad(loss, t)
+        torch.testing.assert_close(g.reshape(1, 3).double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_infinite_logits_are_those_of_pytorch():
+    inf = float("inf")
+    logits, targets = torch.tensor([[0.0, -inf, 1.0], [inf, 0.0, 1.0], [-inf, -inf, -inf]]), torch.tensor([0, 1, 2])
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(kernels.cross_entropy(logits, targets, reduction="none"), expected, equal_nan=True)

@@ -1,8 +1,11 @@
 """Attention: numbers, gradients, memory, integration, traffic, and the choice of the backend."""
 
+import os
+import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -438,3 +441,35 @@ def test_flash_attn_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr(MODULE.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tritale\[flash\]"):
         attention_backend("flash_attn").__enter__()
+
+
+def test_compiled_with_dynamic_shapes_on_pytorchs_path():
+    torch._dynamo.reset()
+    step = torch.compile(lambda q, k, v: flash_attention(q, k, v), dynamic=True, fullgraph=True, backend="eager")
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    for n_query, n_key in ((5, 5), (1, 5), (1, 1)):
+        inputs = q[:, :n_query], k[:, :n_key], v[:, :n_key]
+        torch.testing.assert_close(step(*inputs), reference.flash_attention(*inputs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in a process of its own, in the interpreter")
+def test_tokens_far_apart_in_memory(device):
+    """Offsets within a tile of tokens pass 2³¹: tokens are 70 million elements apart. Only the pages that are touched are real."""
+    code = """if True:
+        import torch
+        from tritale.kernels import attention_backend, flash_attention, reference
+        stride, n = 70_000_000, 33
+        leaves = [torch.empty(stride * (n - 1) + 32, dtype=torch.float16).as_strided((1, n, 2, 16), (1, stride, 16, 1)) for _ in range(2)]
+        for t in leaves:
+            t.copy_(torch.randn(1, n, 2, 16))
+        q, grad = leaves
+        q.requires_grad_()
+        k, v = (torch.randn(1, n, 1, 16).half().requires_grad_() for _ in range(2))
+        with attention_backend("triton"):
+            out = flash_attention(q, k, v)
+        results = [(o, *torch.autograd.grad(o, (q, k, v), grad)) for o in (out, reference.flash_attention(q, k, v))]
+        torch.testing.assert_close(*results, atol=3e-2, rtol=1e-2)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

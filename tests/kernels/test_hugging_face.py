@@ -1,8 +1,10 @@
 """patch_transformers: the kernels inside Hugging Face models give the models' own losses, gradients and texts."""
 
 import copy
+import inspect
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -98,6 +100,16 @@ def test_every_part_runs_its_kernel(kind, device):
     assert not recorder.launches
 
 
+def test_names_and_signatures_stay(model):
+    """Trainers take the inputs' names from the signature, and save_pretrained the architecture from the class's name."""
+    before = {n: (type(m).__name__, inspect.signature(m.forward)) for n, m in model.named_modules()}
+    patch_transformers(model)
+    assert {n: (type(m).__name__, inspect.signature(m.forward)) for n, m in model.named_modules()} == before
+    assert "tritale" not in model.config.to_json_string()
+    inputs = batch(model)
+    assert torch.equal(model(inputs["input_ids"], None, None, None, None, inputs["labels"]).loss, model(**inputs).loss)
+
+
 def test_unpatch_leaves_nothing_behind(model):
     inputs = batch(model)
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
@@ -174,11 +186,146 @@ def test_masks_that_the_kernels_cannot_express_run_the_models_own_attention(mode
     assert_same(loss_and_gradients(patch_transformers(model), **inputs, attention_mask=mask), plain)
 
 
-def test_gradient_checkpointing_changes_nothing(model):
-    inputs = batch(model)
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gradient_checkpointing_changes_nothing(model, use_cache, is_packed):
+    """transformers turns use_cache off while it checkpoints, and only then looks for packed positions."""
+    inputs = batch(model, rows=1)
+    if is_packed:
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1]], device=model.device)
+    model.config.use_cache = use_cache
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     plain = loss_and_gradients(model, **inputs)
-    patch_transformers(model).gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(loss_and_gradients(model, **inputs), plain)
+    assert_same(loss_and_gradients(patch_transformers(model), **inputs), plain)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("case", ["padded", "holes", "packed", "bidirectional"])
+def test_compiled_masks_are_those_of_the_model(kind, case):
+    model = make(kind, "cpu", n_layer=1)
+    inputs = batch(model)
+    if case in ("padded", "holes"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, : 3 if case == "padded" else 0] = 0
+        inputs["attention_mask"][1, 5] = case == "padded"
+        inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
+        inputs["labels"][0, 3] = -100  # its prediction is made on padding
+    elif case == "packed":
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1]]).expand(2, -1)
+    more = {"is_causal": False} if case == "bidirectional" else {}
+    plain = model(**inputs, **more).loss
+    patch_transformers(model)
+    assert_same(model(**inputs, **more).loss.double(), plain.double())
+    compiled = torch.compile(model, backend="eager")
+    assert_same(compiled(**inputs, **more).loss.double(), plain.double())
+
+
+def test_the_window_is_the_one_that_transformers_applies():
+    """Llama ignores a sliding_window in its config, Qwen3 applies it to some layers only."""
+    llama = transformers.LlamaConfig(**SHAPE, hidden_size=32, head_dim=8, sliding_window=3)
+    layers = {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}
+    for config in (llama, transformers.Qwen3Config(**SHAPE, hidden_size=24, head_dim=8, **layers)):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).train()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        inputs = batch(model)
+        plain = loss_and_gradients(model, **inputs)
+        assert_same(loss_and_gradients(patch_transformers(model), **inputs), plain)
+
+
+def _bias(model):
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 60, dtype=torch.float64)
+
+
+def _subclass(module, **methods):
+    module.__class__ = type("Changed", (type(module),), methods)
+
+
+def _norm_forward(self, hidden_states):
+    return hidden_states * self.weight
+
+
+CHANGES = {
+    "bias": _bias,
+    "hook": lambda model: model.lm_head.register_forward_hook(lambda module, args, logits: logits / 8),
+    "pre-hook": lambda model: model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] / 2,)),
+    "loss": lambda model: setattr(model, "loss_function", lambda logits, labels, vocab_size, **_: logits[labels != -100].square().mean()),
+    "activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.GELU()),
+    "activation's hook": lambda model: model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, out: out / 2),
+    "norm": lambda model: _subclass(model.model.norm, forward=_norm_forward),
+    "norm's hook": lambda model: model.model.norm.register_forward_hook(lambda module, args, out: out / 2),
+    "scaling": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1),
+    "attention of a subclass": lambda model: _subclass(model.model.layers[0].self_attn),
+    "layer of a subclass": lambda model: _subclass(model.model.layers[0]),
+    "model of a subclass": lambda model: _subclass(model.model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_modules_that_are_not_stock_run_as_they_are(change):
+    model = make("llama", "cpu", n_layer=1)
+    CHANGES[change](model)
+    inputs = batch(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :3], inputs["labels"][1, :4] = 0, -100
+    plain = loss_and_gradients(model, **inputs, attention_mask=mask)
+    assert_same(loss_and_gradients(patch_transformers(model), **inputs, attention_mask=mask), plain)
+
+
+def test_a_layer_alone_is_the_models_own():
+    model = make("llama", "cpu", n_layer=1).eval()
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64)
+    embeddings = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    plain = model.model.layers[0](hidden, position_embeddings=embeddings)
+    assert_same(patch_transformers(model).model.layers[0](hidden, position_embeddings=embeddings), plain)
+
+
+def test_pickles_and_replicas_compute_with_their_own_weights():
+    model = patch_transformers(make("qwen3", "cpu", n_layer=1))
+    inputs = batch(model)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((model, inputs, model(**inputs).loss), Path(folder, "model.pt"))
+        code = """if True:
+            import sys, torch
+            model, inputs, loss = torch.load(sys.argv[1], weights_only=False)
+            assert torch.equal(model(**inputs).loss, loss) and model(**inputs).logits is None
+        """
+        command = [sys.executable, "-c", code, str(Path(folder, "model.pt"))]
+        result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    replica = model.model.norm._replicate_for_data_parallel()
+    replica.weight = torch.zeros(24, dtype=torch.float64)
+    assert not replica(torch.ones(1, 24, dtype=torch.float64)).any()
+
+
+def test_unpatch_refuses_to_undo_half():
+    model = patch_transformers(make("llama", "cpu", n_layer=1))
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(ValueError, match="replaced after patch_transformers"):
+        unpatch(model)
+    assert model(**batch(model)).logits is None  # still patched
+    del model.forward
+    assert unpatch(model)(**batch(model)).logits is not None
+
+
+def test_sharded_models_are_refused(tmp_path):
+    """fully_shard changes the classes of the modules, so that none would be found to be stock."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make("llama", "cpu", n_layer=1)
+        inputs = batch(model)
+        plain = model(**inputs).loss
+        fully_shard(patch_transformers(model))
+        assert_same(model(**inputs).loss.double(), plain.double())
+        with pytest.raises(ValueError, match="cannot be unpatched"):
+            unpatch(model)
+        with pytest.raises(ValueError, match="before fully_shard"):
+            patch_transformers(fully_shard(make("llama", "cpu", n_layer=1)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -210,9 +357,8 @@ def test_what_cannot_be_patched_says_why():
     model = patch_transformers(make("llama", "cpu"))
     with pytest.raises(ValueError, match="already replaced by patch_transformers"):
         patch_transformers(model)
-    for options, message in (({"output_attentions": True}, "attention matrix"), ({"is_causal": False}, "is causal")):
-        with pytest.raises(ValueError, match=message):
-            model(torch.ones(1, 2, dtype=torch.long), **options)
+    with pytest.raises(ValueError, match="attention matrix"):
+        model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)
     model = make("llama", "cpu")
     with mock.patch.object(model.model.norm, "forward", lambda x: x), pytest.raises(ValueError, match="something else"):
         patch_transformers(model)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.harness import check_memory, check_numbers
 from tritale.kernels import backend, launch, reference
@@ -311,3 +312,44 @@ def test_wrong_arguments_say_what_is_allowed(device, name):
             linear_cross_entropy(x, weight[:, :3], targets)
         with pytest.raises(ValueError, match=r"token_weight \(1,\) must have the targets' shape, \(3,\)"):
             linear_cross_entropy(x, weight, targets, token_weight=torch.ones(1, device=device))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_fp16_gradients_are_rounded_after_the_loss_scale(device, strategy, name, is_weighted):
+    """Divided by the tokens of a large step, the gradients are too small for fp16; a GradScaler's factor makes up for that."""
+    n_tokens, loss_scale = 2**19, 2.0 ** (26 if is_weighted else 16)
+    x, weight, targets = draw(128, 16, 300, device, torch.float16)
+    weight = (weight.detach() * 0.05).requires_grad_()
+    options: dict[str, Any] = {"normalizer": torch.tensor(n_tokens, device=device)}
+    if is_weighted:
+        options["token_weight"] = torch.rand(128, device=device) * 1e-3
+    with backend(name):
+        loss = linear_cross_entropy(x, weight, targets, strategy=strategy, **options)
+    grads = torch.autograd.grad(loss * loss_scale, (x, weight))
+    wide = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = torch.autograd.grad(reference.linear_cross_entropy(*wide, targets, **options) * loss_scale, wide)
+    for g, e in zip(grads, exact, strict=True):
+        assert g.dtype == torch.float16 and (g - e).norm() <= 2e-3 * e.norm()
+
+
+def test_fp16_sums_of_many_rows_do_not_overflow(device):
+    """A feature that is large in every token: the chunk's part of dW passes the range of fp16, dW divided by the tokens does not."""
+    x = torch.full((1024, 4), 60.0, device=device, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(8, 4, device=device, requires_grad=True)
+    targets = torch.zeros(1024, dtype=torch.long, device=device)
+    for name in ("auto", "torch"):
+        with backend(name):
+            (dw,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), weight)
+        torch.testing.assert_close(dw[0], torch.full((4,), -60.0 * 7 / 8, device=device), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_inside_non_reentrant_checkpointing(device, strategy, name):
+    x, weight, targets = draw(6, 8, 20, device)
+    expected = torch.autograd.grad(reference.linear_cross_entropy(x, weight, targets), (x, weight))
+    with backend(name):
+        loss = checkpoint(lambda x, w: linear_cross_entropy(x, w, targets, strategy=strategy), x, weight, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), expected)

@@ -1,5 +1,6 @@
 """The nn.Module forms: each is its op, under torch.compile too."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -106,3 +107,19 @@ def test_compiled_whole_equals_eager(where, request):
 def test_wrong_settings_say_what_is_allowed(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_rotary_tables_are_right_in_fp32_after_meta_and_casts():
+    right = RotaryEmbedding(16, 64, theta=500.0)
+    with torch.device("meta"):
+        made = RotaryEmbedding(16, 64, theta=500.0)
+    for rotate in (
+        made.to_empty(device="cpu"),
+        copy.deepcopy(right).bfloat16(),
+        copy.deepcopy(right).half().float(),
+        copy.deepcopy(right).double(),
+    ):
+        assert torch.equal(rotate.cos, right.cos) and torch.equal(rotate.sin, right.sin)
+    emptied = copy.deepcopy(right).to_empty(device="cpu")
+    emptied.reset_parameters()
+    assert torch.equal(emptied.cos, right.cos)
