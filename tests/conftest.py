@@ -3,8 +3,9 @@
 Triton decides whether to interpret a kernel when the kernel is decorated. So, without a GPU, this file imports the kernels under
 TRITON_INTERPRET=1 before any test module does, and then removes the variable: all other tests, and the processes they start, use the
 PyTorch path. A kernel test uses the fixture `device` (tests/kernels/conftest.py), which sets the variable for that test;
-`dispatch.interprets` reads it at each call. With a GPU the same tests run natively. The compile checks must not be interpreted and run in
-their own process.
+`dispatch.interprets` reads it at each call. The compile checks must not be interpreted and run in their own process.
+
+With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
 """
 
 import importlib
@@ -33,6 +34,13 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     del os.environ["TRITON_INTERPRET"]
 
 
+if torch.cuda.is_available():
+    torch.cuda.init()
+    torch.cuda.device_count()  # cached from here on, so that this process keeps its GPU when the variable changes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
@@ -47,6 +55,18 @@ def pytest_xdist_make_scheduler(config, log):
             return path if path.endswith(SHARED) else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def isolated(request, monkeypatch):
+    """Restores torch's global settings after each test, and hides the GPU from all but the kernel tests."""
+    if KERNEL_TESTS not in request.path.parents:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    precision, dtype, threads = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)  # "high" is TF32
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
