@@ -1,6 +1,6 @@
-"""A corpus of any size out of the built-in stories: python -m bench.make_stories OUT --megabytes 2000 --files 8
+"""Write a corpus of built-in stories: python -m bench.make_stories OUT --megabytes 2000 --files 8
 
-Each file holds the stories of a seed of its own, as JSON lines with the keys id and story_zh.
+Each file holds stories of a different seed, as JSON lines with the keys id and story_zh.
 """
 
 import argparse
@@ -12,16 +12,16 @@ from tritale.stories.generator import story
 
 
 def write(path: Path, seed: int, size: int) -> None:
-    """Stories of `seed` into `path` until it has `size` bytes; a file that is there already is kept."""
+    """Write at least `size` bytes of stories of `seed` to `path`. An existing file is kept."""
     if path.exists():
         return
-    aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as file:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
         i = 0
         while file.tell() < size:
             file.write((json.dumps({"id": i, "story_zh": story(seed, i).text}, ensure_ascii=False) + "\n").encode())
             i += 1
-    aside.rename(path)
+    temporary.rename(path)
 
 
 if __name__ == "__main__":

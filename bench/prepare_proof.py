@@ -1,10 +1,10 @@
-"""What `tritale prepare` holds in memory, and that a killed run ends with the same bytes:
+"""The memory of `tritale prepare`, and a check that a killed run resumes to the same bytes:
 
     python -m bench.make_stories out/corpus --megabytes 2000
     python -m bench.prepare_proof 'out/corpus/*.jsonl' out/proof --text-key story_zh --kills 3
 
-Runs it undisturbed, then again with SIGKILL at random moments of its time, and compares the sha256 of every file. The memory is the
-largest sum of the resident sets of all its processes, looked at ten times a second (pages that they share count for each).
+Runs it without interruption, then again with SIGKILL at random moments, and compares the sha256 of every file. The memory is the largest
+sum of the resident sets of all its processes, measured ten times a second (shared pages count once for each process).
 """
 
 import argparse
@@ -68,23 +68,13 @@ def main() -> None:
     p.add_argument("--dedup", default="exact")
     args = p.parse_args()
     if args.out.exists():
-        sys.exit(f"{args.out} exists, and data that is there already is not made again; choose a new folder, or delete it")
+        sys.exit(f"{args.out} exists, and existing data would not be made again; choose a new folder, or delete it")
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     draw = random.Random(seed)
-    prepare = [
-        sys.executable,
-        "-m",
-        "tritale.cli.main",
-        "prepare",
-        "--input",
-        args.input,
-        "--text-key",
-        args.text_key,
-        "--dedup",
-        args.dedup,
-    ]
+    options = ["--input", args.input, "--text-key", args.text_key, "--dedup", args.dedup]
+    prepare = [sys.executable, "-m", "tritale.cli.main", "prepare", *options]
     seconds, peak = run([*prepare, "--out", str(args.out / "whole")])
-    print(f"seed {seed}; undisturbed: {seconds:.0f} s, peak {peak / 2**20:.0f} MiB of all processes together", flush=True)
+    print(f"seed {seed}; without interruption: {seconds:.0f} s, peak {peak / 2**20:.0f} MiB of all processes together", flush=True)
     for i in range(args.kills):
         after, most = run([*prepare, "--out", str(args.out / "killed")], kill_after=draw.uniform(0, seconds / args.kills))
         print(f"kill {i + 1} after {after:.0f} s, peak {most / 2**20:.0f} MiB", flush=True)

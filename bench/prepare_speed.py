@@ -3,11 +3,10 @@
     python -m bench.make_stories out/corpus --megabytes 250 --files 1
     python -m bench.prepare_speed 'out/corpus/*.jsonl' --text-key story_zh
 
-Both start from the same files in a process of their own, with two processes for the tokenizing, and end with token ids on the disk:
-`load_dataset("json")` and a batched `map` that keeps only the ids, against all of `prepare` with a given tokenizer. The report's table
-of vocabularies takes the same seconds for any amount of data, so on little of it `prepare` looks slower than it is. They take turns;
-medians, of the time on the clock and of the CPU time of all processes, which other work on the machine disturbs less. `datasets`
-neither removes duplicates nor splits.
+Both read the same files in a new process, tokenize with two worker processes, and write token ids to the disk: `load_dataset("json")` and a
+batched `map` that keeps only the ids, against all of `prepare` with a given tokenizer. `datasets` neither removes duplicates nor splits.
+The report's table of vocabularies takes the same time for any amount of data, so small inputs understate the speed of `prepare`. The jobs
+alternate. Printed are the medians of the elapsed time and of the CPU time of all processes, which other work on the machine affects less.
 """
 
 import argparse
@@ -25,14 +24,15 @@ from pathlib import Path
 
 OURS = """
 import sys, time
+from tritale.cli.prepare import preset_sizes
+from tritale.data.prepare.documents import Fields
 from tritale.data.prepare.pipeline import Options, prepare
-from tritale.data.prepare.read import Fields
 if __name__ == "__main__":
     began = time.perf_counter()
     files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:]
-    prepare(files, out, Options(Fields(key), tokenizer=tokenizer), workers=2)
-    print("whole", time.perf_counter() - began)
-"""  # the CPU time of workers counts once they have ended, so only the whole has it
+    prepare(files, out, Options(Fields(key), tokenizer=tokenizer), preset_sizes=preset_sizes, workers=2)
+    print("seconds", time.perf_counter() - began)
+"""
 THEIRS = """
 import sys, time, datasets, tokenizers
 from transformers import AutoTokenizer
@@ -48,13 +48,13 @@ if __name__ == "__main__":
         encode = lambda batch: {"ids": backend(batch[key], return_attention_mask=False)["input_ids"]}
     data = datasets.load_dataset("json", data_files=files, split="train", cache_dir=out)
     data.map(encode, batched=True, num_proc=2, remove_columns=data.column_names)
-    print("whole", time.perf_counter() - began)
+    print("seconds", time.perf_counter() - began)
 """
 
 
 def timed(code: str, *arguments: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.py"  # a file, as the processes it starts read it again
+        path = Path(folder) / "job.py"  # a file, since its worker processes import it
         path.write_text(code, encoding="utf-8")
         out = str(Path(folder) / "out")
         files, key, tokenizer, *more = arguments
@@ -65,7 +65,7 @@ def timed(code: str, *arguments: str) -> dict[str, float]:
         if done.returncode:
             sys.exit(done.stderr)
         shutil.rmtree(out, ignore_errors=True)
-    seconds = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith(("whole ", "cut "))}
+    seconds = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds ")}
     return seconds | {"cpu": cpu_seconds() - before}
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", help="glob of jsonl files")
     p.add_argument("--text-key", default="text")
-    p.add_argument("--tokenizer", help="folder; trained on the first 5 MB where not given")
+    p.add_argument("--tokenizer", help="folder (default: trained on the first 5 MB)")
     p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args()
     files = sorted(glob(args.files))
@@ -103,7 +103,7 @@ def main() -> None:
                 print(f"round {i + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print(f"{megabytes:.0f} MB of jsonl, {platform.machine()}, {os.cpu_count()} cores, medians of {args.rounds}")
     for name, rounds in found.items():
-        wall, cpu = (statistics.median(r[kind] for r in rounds) for kind in ("whole", "cpu"))
+        wall, cpu = (statistics.median(r[kind] for r in rounds) for kind in ("seconds", "cpu"))
         print(f"{name:30} {megabytes / wall:6.2f} MB/s   {megabytes / cpu:6.2f} MB per CPU second")
 
 

@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-HELP = "average the weights of a run's last checkpoints into one"
+HELP = "average the weights of a run's last checkpoints"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("run_dir", metavar="OUT_DIR", help="folder of a run, such as out/quickstart; average-… is written there")
-    p.add_argument("--last", type=int, default=5, metavar="N", help="how many of the newest checkpoints")
+    p.add_argument("--last", type=int, default=5, metavar="N", help="number of the newest checkpoints")
     p.add_argument("--validation-documents", type=int, default=1000, metavar="N", help="held-out documents, evenly spread, to validate on")
-    p.add_argument("--data", type=Path, default=None, metavar="DIR", help="the run's data, where it is not at its old place")
+    p.add_argument("--data", type=Path, default=None, metavar="DIR", help="the run's data, if it was moved")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,23 +18,19 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from ..evaluation.average import average
-    from ..evaluation.sweep import Run
+    from ..evaluation.trained_run import TrainedRun
 
     console = Console()
+    trained = TrainedRun.open(args.run_dir)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("averaging", total=None)
-
-        def advance(what: str, total: int) -> None:
-            bar.update(task, description=what, total=total, advance=1)
-
-        out, about = average(
-            Run.open(args.run_dir), last=args.last, validation_documents=args.validation_documents, data=args.data, advance=advance
-        )
+        advance = lambda total: bar.update(task, total=total, advance=1)
+        out, about = average(trained, last=args.last, validation_documents=args.validation_documents, data=args.data, advance=advance)
     steps, validation = about["steps"], about["validation"]
     console.print(
         f"{out}: the mean of steps {', '.join(map(str, steps))}\n"
-        f"validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents: "
-        f"{about['val_bits_per_char']:.4f} bits per character; "
-        f"the last checkpoint alone, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f}",
-        highlight=False, soft_wrap=True,
+        f"Validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents: "
+        f"{about['val_bits_per_char']:.4f} bits per character. "
+        f"The last checkpoint, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f}.",
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""tritale export: a checkpoint in the form of another program."""
+"""tritale export: write a checkpoint in the format of another program."""
 
 import argparse
 from pathlib import Path
 
 from ..common.errors import UserError
 
-HELP = "write a checkpoint for litgpt or llama.cpp (for Hugging Face it needs none)"
+HELP = "write a checkpoint for litgpt or llama.cpp (Hugging Face reads it as it is)"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -13,7 +13,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--to", required=True, choices=("litgpt", "gguf"), help="litgpt: a folder for litgpt.LLM.load; gguf: a file for llama.cpp"
     )
-    p.add_argument("--out", required=True, metavar="PATH", help="folder or file to write; it must not exist yet")
+    p.add_argument("--out", required=True, metavar="PATH", help="folder or file to write; it must not exist")
 
 
 def run(args: argparse.Namespace) -> None:

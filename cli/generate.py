@@ -1,45 +1,46 @@
-"""tritale generate: write stories with a checkpoint."""
+"""tritale generate: generate stories with a checkpoint."""
 
 import argparse
 import resource
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.errors import UserError
+from ..common.sampling import Sampling
+from . import options
 
-HELP = "write stories with a checkpoint"
+if TYPE_CHECKING:
+    from ..inference import LLM, Completion
+
+HELP = "generate stories with a checkpoint"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, such as out/quickstart/step-00000800")
-    p.add_argument("--prompt", default=None, help="beginning of the story; without one the terminal asks for prompts, or the model begins")
-    p.add_argument("--samples", type=int, default=1, help="how many stories, written side by side")
-    p.add_argument("--max-new-tokens", type=int, default=500, help="longest continuation")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    p.add_argument("--top-k", type=int, default=30, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=float, default=0.9, help="keep the likeliest tokens that reach this probability together")
-    p.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest one's probability")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens that were there become less likely")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the story before this text; may be given several times")
+    p.add_argument("--prompt", default=None, help="beginning of the story; without it a terminal is interactive, otherwise it is empty")
+    p.add_argument("--samples", type=int, default=1, help="how many stories, in one batch")
+    options.add_sampling(p)
     p.add_argument("--seed", type=int, default=None, help="repeats the same stories")
-    p.add_argument("--device", default=None, help="cuda, cpu; chosen by itself where not given")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights in memory")
+    options.add_device(p)
 
 
 def resident_mib() -> tuple[float, float]:
-    """(now, highest so far) of this process's memory, in MiB."""
+    """(current, peak) resident memory of this process in MiB."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         values = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
-        return tuple(int(values[key][0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):  # not Linux: only the highest is known, in kilobytes, on macOS in bytes
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
-        return highest, highest
+        return int(values["VmRSS"][0]) / 1024, int(values["VmHWM"][0]) / 1024
+    except (OSError, KeyError):  # not Linux: only the peak is available, in kilobytes, on macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
+        return peak, peak
 
 
-def memory_report(llm, runtime_mib: float) -> str:
-    """Peak memory in a sentence: on a GPU the allocator's, on a CPU resident, the runtime's own share stated apart."""
+def memory_report(llm: "LLM", runtime_mib: float) -> str:
+    """Peak memory in a sentence: on a GPU that of the allocator, on a CPU the resident memory beyond `runtime_mib`."""
     import torch
 
     weights = sum(p.numel() * p.element_size() for p in llm.model.parameters()) / 2**20
@@ -56,18 +57,15 @@ def memory_report(llm, runtime_mib: float) -> str:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..inference import LLM, Sampling
-    from ..inference import native as native_code
+    from ..inference import LLM, native
 
     runtime_mib = resident_mib()[0]
-    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "min_p", "repetition_penalty")}
-    settings |= {"top_k": args.top_k or None, "stop": args.stop}
-    Sampling(**settings)  # settings out of range are named before the model is loaded
+    sampling = options.sampling(args)  # before the model is loaded
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it must be at least 1")
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    if not llm.model.embedding.is_cuda and isinstance(native_code.library(), str):
-        print(native_code.library(), file=sys.stderr)
+    if not llm.model.embedding.is_cuda and (problem := native.problem()):
+        print(problem, file=sys.stderr)
 
     n_tokens, seconds = 0, 0.0
 
@@ -75,12 +73,12 @@ def run(args: argparse.Namespace) -> None:
         nonlocal n_tokens, seconds
         seeds = [None if seed is None else seed + i for i in range(args.samples)]
         began = time.perf_counter()
-        for completion in write_stories(llm, prompt, [Sampling(**settings, seed=s) for s in seeds]):
+        for completion in write_stories(llm, prompt, [replace(sampling, seed=s) for s in seeds]):
             n_tokens += len(completion.tokens)
         seconds += time.perf_counter() - began
 
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
-        ask(write, args.seed)
+        interact(write, args.seed)
     else:
         write(args.prompt or "", args.seed)
     if n_tokens:
@@ -88,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{speed}; {memory_report(llm, runtime_mib)}", file=sys.stderr)
 
 
-def write_stories(llm, prompt: str, samplings: list) -> list:
-    """Print the prompt's stories, one that is alone as it is written, and give their completions."""
+def write_stories(llm: "LLM", prompt: str, samplings: list[Sampling]) -> "list[Completion]":
+    """Print the stories of the prompt and return their completions. A single story is printed as it is generated."""
     if len(samplings) == 1:
         completions, pieces = [], llm.write([prompt], samplings)
         print(prompt, end="", flush=True)
@@ -114,13 +112,13 @@ def write_stories(llm, prompt: str, samplings: list) -> list:
     return completions
 
 
-def ask(write, seed: int | None) -> None:
-    """Stories for the prompts that are typed, until the end of input. The n-th prompt draws with seed + n."""
+def interact(write: Callable[[str, int | None], None], seed: int | None) -> None:
+    """Generate a story for each prompt that is typed, until the end of input. The n-th prompt uses seed + n."""
     try:
         import readline  # noqa: F401  (line editing in input())
     except ImportError:
         pass
-    print("Type the beginning of a story, or nothing to let the model begin; Ctrl-D ends.", file=sys.stderr)
+    print("Type the beginning of a story, or press Enter for a story without a prompt; Ctrl-D ends.", file=sys.stderr)
     n = 0
     while True:
         try:
@@ -130,8 +128,8 @@ def ask(write, seed: int | None) -> None:
             return
         try:
             write(prompt, None if seed is None else seed + n)
-        except ValueError as error:  # a prompt that is too long: ask again
+        except UserError as error:  # a prompt that is too long
             print(error, file=sys.stderr)
-        except KeyboardInterrupt:  # ends this story, not the conversation
+        except KeyboardInterrupt:  # ends this story only
             print()
         n += 1

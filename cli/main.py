@@ -1,6 +1,6 @@
-"""The command `tritale`. Each subcommand is a module of this package, named after it, with HELP, add_arguments and run.
+"""The command `tritale`. Each subcommand is a module of this package with HELP, add_arguments and run.
 
-One with TAKES_CONFIG gets what it does not know itself, the keys of a run's config, as `args.overrides`.
+A module with TAKES_CONFIG gets the keys of a run's config, which it does not define, as `args.overrides`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand. Ends the process with a message and status 1 on input that cannot work."""
+    """Run one subcommand. A UserError or OSError ends the process with a one-line message and status 1."""
     parser = argparse.ArgumentParser(prog="tritale", description="Small story models, trained from scratch.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():

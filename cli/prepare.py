@@ -4,35 +4,53 @@ import argparse
 from pathlib import Path
 
 HELP = "turn raw text into training data: tokenizer, shards, report"
+PRESETS = ("quickstart", "microstories-44m")  # the models whose parameters the report compares
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders, globs ('raw/*.jsonl'), or a data set's name")
-    p.add_argument("--out", required=True, metavar="DIR", help="where tokenizer/, train/, validation/ and report.html go")
+    p.add_argument("--out", required=True, metavar="DIR", help="output folder, for tokenizer/, train/, validation/ and report.html")
     text = p.add_mutually_exclusive_group()
     text.add_argument("--text-key", default="text", metavar="KEY", help="the field that holds the text")
     text.add_argument("--template", metavar="TEXT", help="builds the text from several fields: '{genre}：{story}'")
-    p.add_argument("--txt-documents", choices=("blank-line", "file"), default="blank-line", help="what parts the documents of a txt file")
+    p.add_argument(
+        "--txt-documents",
+        choices=("blank-line", "file"),
+        default="blank-line",
+        help="what a document of a txt file is: a block between blank lines, or the file",
+    )
     kind = p.add_mutually_exclusive_group()
     kind.add_argument("--vocab-size", type=int, default=6400, metavar="N", help="entries of the tokenizer that is trained")
     kind.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer to use instead")
     held_out = p.add_mutually_exclusive_group()
     held_out.add_argument("--val-fraction", type=float, default=0.01, metavar="X", help="share of the documents held out, by hash")
     held_out.add_argument("--val-documents", type=int, metavar="N", help="number of documents held out")
-    p.add_argument("--group-key", metavar="KEY", help="documents with the same value here go to the same side")
-    p.add_argument("--dedup", choices=("exact", "near", "off"), default="exact", help="which duplicates are removed")
+    p.add_argument("--group-key", metavar="KEY", help="keep documents with the same value of this field in the same split")
+    p.add_argument("--dedup", choices=("exact", "near", "off"), default="exact", help="which duplicates to remove")
     p.add_argument(
-        "--near-threshold", type=float, default=0.8, metavar="X", help="share of common 5-character runs from which two are near"
+        "--near-threshold",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="share of common 5-character runs from which two documents are near duplicates",
     )
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a document that cannot be read")
-    p.add_argument("--workers", type=int, metavar="N", help="processes; the number of cores, at most 8, where not given")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do about a document that cannot be read")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core, at most 8)")
+
+
+def preset_sizes() -> dict[str, tuple[int, int]]:
+    """(matrix parameters without the embedding, width) of each preset. It runs in a worker, since it imports torch."""
+    from ..model.gpt import GPTConfig
+
+    configs = {name: GPTConfig.preset(name) for name in PRESETS}
+    return {name: (c.n_matrix - c.vocab_size * c.width, c.width) for name, c in configs.items()}
 
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from ..data.prepare.documents import Fields
     from ..data.prepare.pipeline import Options, prepare
-    from ..data.prepare.read import Fields
     from ..data.prepare.report import print_report
 
     fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
@@ -47,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         skip_errors=args.on_error == "skip",
     )
     console = Console(highlight=False)
-    report = prepare(args.input, args.out, options, workers=args.workers, console=console)
+    report = prepare(args.input, args.out, options, preset_sizes=preset_sizes, workers=args.workers, console=console)
     print_report(report, console)
     page = Path(args.out) / "report.html"
     console.print(f"\nreport  {page}\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)

@@ -1,12 +1,12 @@
-"""Batches whose order is a pure function of (seed, epoch, step): there is no loader state to save, to lose or to resume.
+"""Batches whose order is a pure function of (seed, epoch, step): there is no loader state to save or resume.
 
-A document longer than `context` is cut into pieces of at most `context` tokens. An epoch puts all pieces in a random order, one after
-another: its *stream*. With N = micro_batch × context, micro-batch m of the epoch is the stream's [m·N, m·N + N), so nothing is padded
-and each token is seen once an epoch, except for a tail shorter than one step. Step s takes the next global_batch / micro_batch of
-these, dealt to the processes in turn, so the step is the same on any number of them.
+A document longer than `context` is cut into pieces of at most `context` tokens. An epoch concatenates all pieces in a random order: its
+*stream*. With N = micro_batch × context, micro-batch m of the epoch is the stream's [m·N, m·N + N). So nothing is padded, and each token
+occurs once an epoch, except for a tail shorter than one step. A step takes the next global_batch / micro_batch micro-batches and assigns
+them to the processes in turn, so the step is the same on any number of processes.
 
-The target of a token is the token stored after it: within a document the next one, also where a long document was cut, and after the
-last one the `<|endoftext|>` that begins another document, so the end of a story is learnt.
+The target of a token is the token stored after it: the next one of the document, also at a cut. After the last token of a document it is
+the `<|endoftext|>` that begins the next one, so the model learns where a story ends.
 """
 
 from collections.abc import Iterator
@@ -27,25 +27,25 @@ IGNORED = -100  # the target of padding; the losses skip it
 class Batch:
     """One micro-batch. With a document mask it is flattened to one row of N = micro_batch × context tokens.
 
-    The length of `cu_seqlens` follows from the split and N alone, so that compiled code and CUDA graphs see one shape. (In training it
-    is exceeded, and then longer, with a probability below 1e-18 per micro-batch.)
+    The length of `cu_seqlens` depends only on the split and N, so that compiled code and CUDA graphs see one shape. (In training it is
+    longer with a probability below 1e-18 per micro-batch.)
     """
 
     tokens: Tensor  # (1, N), or (micro_batch, context) without a document mask; int64
-    targets: Tensor  # as tokens; int64, IGNORED where there is none
+    targets: Tensor  # as tokens; int64, IGNORED for padding
     cu_seqlens: Tensor | None  # (segments + 1,) int32: 0, the end of each segment, then N up to a fixed length
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(tokens, targets, cu_seqlens) on the device; a copy to a GPU does not wait."""
-        move = (lambda t: t) if device.type != "cuda" else lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)
-        return move(self.tokens), move(self.targets), move(self.cu_seqlens)
+        """(tokens, targets, cu_seqlens) on the device. A copy to a GPU does not synchronise."""
+        move = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else lambda t: t
+        return move(self.tokens), move(self.targets), None if self.cu_seqlens is None else move(self.cu_seqlens)
 
 
 class Batches:
     """The training batches of one process.
 
-    With `document_mask` attention is to stay within each segment of `cu_seqlens`: a document, or the part of it that is in the
-    micro-batch, of at most `context` tokens. Without it, the rows are plain stretches of the stream.
+    With `document_mask`, each segment of `cu_seqlens` is a document or the part of it in the micro-batch, at most `context` tokens, and
+    attention must stay within it. Without it, the rows are consecutive parts of the stream.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ):
-        """Raises ValueError for sizes that do not fit each other, or a split that holds less than one step."""
+        """Raises UserError for sizes that do not match, or a split that holds less than one step."""
         sizes = {"context": context, "micro_batch": micro_batch, "global_batch": global_batch, "world_size": world_size}
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name} ({value}) must be at least 1")
         if not 0 <= rank < world_size:
-            raise UserError(f"rank ({rank}) must be one of 0 … {world_size - 1}, as world_size is {world_size}")
+            raise UserError(f"rank ({rank}) must be from 0 to {world_size - 1}: world_size is {world_size}")
         if not 0 <= seed < 2**64:
-            raise UserError(f"seed ({seed}) must be one of 0 … 2**64 - 1")
+            raise UserError(f"seed ({seed}) must be from 0 to 2**64 - 1")
         together = micro_batch * world_size
         if global_batch % together:
             below = global_batch // together * together
@@ -90,22 +90,22 @@ class Batches:
 
         self._split, self._seed, self._document_mask = split, seed, document_mask
         self._shape = micro_batch, context
-        self._dealt = range(rank, global_batch // micro_batch, world_size)  # this process's micro-batches of a step
+        self._own = range(rank, global_batch // micro_batch, world_size)  # this process's micro-batches of a step
         self._micro_batches = global_batch // micro_batch  # of a step, all processes
         self._starts, self._lengths = _pieces(split, context)  # (pieces,)
         self._n_segments = _likely_segments(self._lengths, micro_batch * context)
         self._epoch = None  # the one that _order and _ends belong to
 
     def step(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of optimizer step `step` (0-based, counted on over the epochs); any step at any time."""
+        """This process's micro-batches of optimizer step `step`, which counts from 0 over all epochs."""
         if step < 0:
             raise UserError(f"step ({step}) must be at least 0")
         epoch, step = divmod(step, self.steps_per_epoch)
-        return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._dealt)
+        return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._own)
 
     def _micro_batch(self, epoch: int, m: int) -> Batch:
         if epoch != self._epoch:
-            # Sorted random words, not Generator.permutation: NumPy promises that the words stay the same in later versions.
+            # Sorted random words, not Generator.permutation: NumPy guarantees the same words in later versions.
             words = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(len(self._starts))
             self._order = np.argsort(words, kind="stable")  # (pieces,)
             self._ends = np.cumsum(self._lengths[self._order])  # (pieces,), in the stream
@@ -116,19 +116,19 @@ class Batches:
         last = np.searchsorted(self._ends, end, side="left")  # … and position `end - 1`
         pieces = self._order[first : last + 1]
         starts, lengths = self._starts[pieces], self._lengths[pieces]
-        cut = begin - (self._ends[first] - lengths[0])  # in the micro-batch before
+        cut = begin - (self._ends[first] - lengths[0])  # tokens in the previous micro-batch
         starts[0] += cut
         lengths[0] -= cut
-        lengths[-1] -= self._ends[last] - end  # in the micro-batch after
+        lengths[-1] -= self._ends[last] - end  # tokens in the next one
         return _batch(self._split, starts, lengths, self._shape, self._n_segments if self._document_mask else None)
 
 
 def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask: bool = True) -> Iterator[Batch]:
-    """Every document once, in stored order: each of the split's tokens is a target exactly once, the `<|endoftext|>` that ends the last
-    document in place of the one that begins the first.
+    """All documents in stored order. Each token of the split is a target exactly once; the `<|endoftext|>` that ends the last document
+    replaces the one that begins the first.
 
-    With `document_mask` no piece is cut at the border of a micro-batch; what is left over is padded (target IGNORED, in segments of
-    its own). So the loss does not depend on `micro_batch`. Raises ValueError if `context` or `micro_batch` is below 1.
+    With `document_mask` no piece is cut at the border of a micro-batch. The rest is padded (target IGNORED, in separate segments), so the
+    loss does not depend on `micro_batch`. Raises UserError if `context` or `micro_batch` is below 1.
     """
     if context < 1 or micro_batch < 1:
         raise UserError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
@@ -139,7 +139,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
         starts = np.arange(0, split.n_tokens, context)
         lengths = np.diff(starts, append=split.n_tokens)
     ends = np.cumsum(lengths)
-    cuts = [0]  # which pieces go together
+    cuts = [0]  # the first piece of each micro-batch
     while cuts[-1] < len(ends):
         cuts.append(int(np.searchsorted(ends, starts[cuts[-1]] + n, side="right")))
     n_segments = int(np.diff(cuts).max()) + micro_batch if document_mask else None  # padding is at most micro_batch segments
@@ -148,7 +148,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
 
 
 def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
-    # Where the pieces of at most `context` tokens start in the split, and their lengths: (pieces,) int64 each, in stored order.
+    # The starts of the pieces of at most `context` tokens, and their lengths: (pieces,) int64 each, in stored order.
     per_document = -(-split.lengths // context)
     first_piece = np.cumsum(per_document) - per_document
     nth_in_document = np.arange(per_document.sum()) - np.repeat(first_piece, per_document)
@@ -157,10 +157,10 @@ def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _likely_segments(lengths: np.ndarray, n: int) -> int:
-    # A number of segments that n tokens of pieces in random order exceed with a probability below 1e-18. The number that is never
-    # exceeded, n tokens of nothing but the shortest pieces, is a hundred times the usual one on real text, and attention pays for it.
+    # The number of segments that n tokens of pieces in random order exceed with a probability below 1e-18. The strict maximum (only the
+    # shortest pieces) is a hundred times the usual number on real text, and attention would take time for each.
     # Chernoff: for every t > 0, P(k pieces take ≤ n tokens) ≤ exp(t n) E[exp(-t length)]^k. Drawing without replacement only lowers
-    # it (Hoeffding 1963, theorem 4). Solved for k, and the best t of a grid taken; two more for the pieces cut at the borders.
+    # it (Hoeffding 1963, theorem 4). Solved for k with the best t of a grid, plus two for the pieces cut at the borders.
     counts = np.bincount(lengths)
     values = np.flatnonzero(counts)
     shares = counts[values] / len(lengths)
@@ -171,7 +171,7 @@ def _likely_segments(lengths: np.ndarray, n: int) -> int:
 
 
 def _batch(split: Split, starts, lengths, shape: tuple[int, int], n_segments: int | None) -> Batch:
-    # The stretches of the split that begin at `starts`, one after another, then padding.
+    # The parts of the split that begin at `starts`, one after another, then padding.
     n, context = shape[0] * shape[1], shape[1]
     ends = np.cumsum(lengths)
     filled = int(ends[-1])

@@ -1,16 +1,18 @@
-"""The quick start's data: built-in stories, a tokenizer trained on them, and token splits, made once and kept."""
+"""The data of the quick start: built-in stories, a tokenizer trained on them, and token splits."""
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
-from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
-from .shards import Split, write_split
+from ..common.files import read_json_object, write_json
+from ..stories.generator import TRAIN_START, VALIDATION_START, story
+from .shards import REMEDY, Split, write_split
 from .tokenizer import Tokenizer
 
-TOKENIZER_STORIES = 4000  # more change the entries little and take longer
+TOKENIZER_STORIES = 4000  # more stories hardly change the entries
+ESTIMATE_STORIES = 1000
 RECIPE = "recipe.json"
 
 
@@ -23,43 +25,58 @@ def write_built_in(
     vocab_size: int,
     track: Callable[[Iterable, str], Iterable] = lambda items, description: items,
 ) -> None:
-    """Write tokenizer/, train/ and validation/ into `folder`, unless the same ones are there. `track` may wrap the slow loops in a
-    progress bar. A validation story whose text is in the training stories would be left out; both sides come from ranges of the
-    generator that do not overlap.
+    """Write tokenizer/, train/ and validation/ into `folder`, unless it already holds the same data. `track` may wrap the slow loops in a
+    progress bar. The splits come from separate ranges of the generator. A validation story with the text of a training story is left out.
 
-    Raises ValueError if `folder` holds something else."""
+    Raises UserError if `folder` holds something else."""
     recipe = {"stories": stories, "validation_stories": validation_stories, "vocab_size": vocab_size, "seed": seed, "version": 1}
-    if (folder / RECIPE).is_file() and json.loads((folder / RECIPE).read_text(encoding="utf-8")) == recipe:
+    if (folder / RECIPE).is_file() and read_json_object(folder / RECIPE, remedy=REMEDY) == recipe:
         return
     if folder.exists() and not (folder / RECIPE).is_file():
         raise UserError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
     known = {s.text for s in train}
     validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]
-    for _ in track(range(1), "training the tokenizer"):
-        tokenizer = Tokenizer.train((s.text for s in train[:TOKENIZER_STORIES]), vocab_size)
-    tokenizer.save(aside / "tokenizer")
+    sample = [s.text for s in train[:TOKENIZER_STORIES]]
+    (tokenizer,) = [Tokenizer.train(sample, vocab_size) for _ in track(range(1), "training the tokenizer")]
+    tokenizer.save(temporary / "tokenizer")
     for name, part in (("train", train), ("validation", validation)):
-        write_split(aside / name, texts(track(part, f"tokenizing {name}")), tokenizer, entropy_bits=sum(s.bits for s in part))
-    (aside / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+        texts = (s.text for s in track(part, f"tokenizing {name}"))
+        write_split(temporary / name, texts, tokenizer, entropy_bits=sum(s.bits for s in part))
+    write_json(temporary / RECIPE, recipe)
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    temporary.rename(folder)
 
 
-def texts(stories: Iterable[Story]) -> Iterator[str]:
-    return (s.text for s in stories)
+@dataclass(frozen=True)
+class Estimate:
+    """The size of the built-in data before it is written."""
+
+    vocab_size: int
+    tokens: int
+    characters: int
+    sample: int  # stories from which the numbers were computed
+
+
+def estimate(*, seed: int, stories: int, vocab_size: int) -> Estimate:
+    """Estimate the training split of `write_built_in` from its first stories."""
+    n = min(ESTIMATE_STORIES, stories)
+    sample = [story(seed, TRAIN_START + i).text for i in range(n)]
+    tokenizer = Tokenizer.train(sample, vocab_size)
+    tokens = sum(map(len, tokenizer.encode_batch(sample, bos=True)))
+    return Estimate(tokenizer.vocab_size, round(tokens * stories / n), round(sum(map(len, sample)) * stories / n), n)
 
 
 def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, Split]:
     """The tokenizer and the splits train and validation of a data folder; `verify` as in `Split.open`.
 
-    Raises FileNotFoundError or ValueError where one is missing, damaged, or made with another tokenizer."""
+    Raises FileNotFoundError or UserError if one is missing, damaged, or made with another tokenizer."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    splits = [Split.open(folder / name, verify=verify) for name in ("train", "validation")]
-    for split in splits:
+    train, validation = (Split.open(folder / name, verify=verify) for name in ("train", "validation"))
+    for split in (train, validation):
         if split.tokenizer_hash != tokenizer.hash:
             raise UserError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")
-    return tokenizer, *splits
+    return tokenizer, train, validation

@@ -1,20 +1,20 @@
-"""Token ids on disk: raw little-endian arrays that are memory-mapped, beside a JSON index with their sizes and checksums.
+"""Token ids on disk: raw little-endian arrays, memory-mapped, and a JSON index with their sizes and checksums.
 
 A split (train, validation) is a folder:
 
-    tokens-00000.bin …   the documents one after another, uint16, or uint32 for a vocabulary above 65,536; no document is cut in two
-    starts.bin           int64, (documents + 1,): where each document begins, and last the number of tokens
-    index.json           counts, tokenizer hash, and for each file its sha256
+    tokens-00000.bin …   the documents one after another, uint16, or uint32 for a vocabulary above 65,536; no document is in two files
+    starts.bin           int64, (documents + 1,): where each document begins, and at the end the number of tokens
+    index.json           format version, counts, tokenizer hash, and the sha256 of each file
 
-Each document begins with `<|endoftext|>`. A split is written in a folder aside and moved into place when all of it is on the disk, so a
-writer that was killed leaves no split that looks whole.
+Each document begins with `<|endoftext|>`. A split is written into a temporary folder, which is renamed when all of it is on the disk. So a
+killed process leaves no incomplete split under its name.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import UserError
-from ..common.files import sync_entries
+from ..common.files import read_json_object, sync_entries, sync_folder, write_json
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
@@ -41,7 +41,7 @@ class Split:
     n_tokens: int
     n_documents: int
     characters: int
-    entropy_bits: float | None  # of the whole split, where the process that made the text knows it
+    entropy_bits: float | None  # of the split, if the process that made the text knows it
     vocab_size: int
     tokenizer_hash: str
     starts: np.ndarray  # (n_documents + 1,) int64, the last is n_tokens
@@ -49,10 +49,10 @@ class Split:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Split":
-        """Map the split in `folder`. Sizes are always checked; `verify` also reads every file once and compares its sha256.
+        """Map the split in `folder`. Sizes are always checked; `verify` also reads every file and compares its sha256.
 
-        Raises FileNotFoundError for a missing index or file; ValueError for a truncated or altered file, a split without documents, or
-        one written in another version of the format.
+        Raises FileNotFoundError for a missing index or file; UserError for a damaged file, a split without documents, or an index in
+        another version of the format.
         """
         folder = Path(folder)
         index = _read_index(folder / INDEX)
@@ -74,7 +74,7 @@ class Split:
             raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
         counts = {split.n_tokens, sum(map(len, shards)), int(starts[-1])}
         if len(counts) > 1:
-            raise UserError(f"{folder} disagrees with itself about the number of tokens: {sorted(counts)}; {REMEDY}")
+            raise UserError(f"{folder} has contradictory numbers of tokens: {sorted(counts)}; {REMEDY}")
         return split
 
     @property
@@ -89,7 +89,7 @@ class Split:
     def take(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at `positions`, (n,) with 0 ≤ position ≤ n_tokens and n ≥ 1: (n,) int64.
 
-        Position n_tokens stands for the `<|endoftext|>` that ends the last document, so `take(positions + 1)` are the targets of
+        Position n_tokens is the `<|endoftext|>` that ends the last document, so `take(positions + 1)` are the targets of
         `take(positions)`.
         """
         positions = positions % self.n_tokens  # position 0 is an `<|endoftext|>`
@@ -98,7 +98,7 @@ class Split:
         shard_starts = np.cumsum([0, *map(len, self.shards[:-1])])
         shard_of = np.searchsorted(shard_starts, positions, side="right") - 1
         tokens = np.empty(positions.shape, np.int64)
-        borders = np.flatnonzero(np.diff(shard_of)) + 1  # few: neighbours mostly lie in the same shard
+        borders = np.flatnonzero(np.diff(shard_of)) + 1  # few: neighbours are mostly in the same shard
         for i, j in pairwise([0, *borders, len(positions)]):
             shard = shard_of[i]
             tokens[i:j] = self.shards[shard][positions[i:j] - shard_starts[shard]]
@@ -110,16 +110,15 @@ def write_split(
     texts: Iterable[str],
     tokenizer: Tokenizer,
     *,
-    entropy_bits: float | Callable[[], float] | None = None,
+    entropy_bits: float | None = None,
     max_shard_tokens: int = 2**27,
 ) -> Split:
-    """Tokenise `texts`, one document each, into a split at `folder`; a split that is already there is replaced.
+    """Tokenise `texts`, one document each, into a split at `folder`. An existing split is replaced.
 
-    `texts` is read once and not kept, so it may be a generator over more text than fits in memory. `entropy_bits` is the information in
-    all texts, where it is known: a number, or a function that is asked after the last text. A shard has at most `max_shard_tokens`
-    tokens, unless a single document is longer.
+    `texts` may be a generator over more text than fits in memory. `entropy_bits` is the entropy of all texts, if it is known. A shard has
+    at most `max_shard_tokens` tokens, unless a single document is longer.
 
-    Raises ValueError if `texts` is empty, or if `folder` holds something that is not a split.
+    Raises UserError if `texts` is empty, or if `folder` holds something that is not a split.
     """
     writer = SplitWriter(folder, tokenizer, max_shard_tokens=max_shard_tokens)
     texts = iter(texts)
@@ -128,48 +127,47 @@ def write_split(
             ids = tokenizer.encode_batch(batch, bos=True)
             lengths = np.array([len(i) for i in ids])
             writer.add(np.fromiter(chain.from_iterable(ids), writer.dtype), lengths, characters=sum(map(len, batch)))
-        return writer.finish(entropy_bits() if callable(entropy_bits) else entropy_bits)
+        return writer.finish(entropy_bits)
     except BaseException:
         writer.abandon()
         raise
 
 
 class SplitWriter:
-    """Writes a split bit by bit, in `<folder>.partial`, which becomes `folder` when it is finished.
+    """Writes a split incrementally into `<folder>.partial`, which `finish` renames to `folder`.
 
-    `commit` gives a state (JSON) with which a later process goes on from there, whatever was written after it.
+    `commit` returns a state (JSON) with which a later process can resume. What was written after the commit is discarded.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, max_shard_tokens: int = 2**27, state: dict | None = None):
-        """Without `state` it begins anew. Raises ValueError if `folder` holds something that is not a split, or if the files do not go
-        with `state`."""
+        """Resume from `state`, or begin a new split. Raises UserError if `folder` holds something that is not a split, or if the files
+        do not match `state`."""
         self.folder = Path(folder)
         if self.folder.exists() and not (self.folder / INDEX).is_file() and (self.folder.is_file() or any(self.folder.iterdir())):
             raise UserError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
         self._tokenizer, self._max_shard_tokens = tokenizer, max_shard_tokens
         self._dtype_name = dtype_name(tokenizer.vocab_size)
         self.dtype = DTYPES[self._dtype_name]
-        self._aside = self.folder.with_name(f"{self.folder.name}.partial")
-        self._shard = None  # the file being filled, of _state["shards"][-1]
+        self._partial = self.folder.with_name(f"{self.folder.name}.partial")
+        self._shard: _HashedFile | None = None  # the last one of _state["shards"], while it is written
         if state is None:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside.mkdir(parents=True)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
             self._state = {"tokens": 0, "documents": 0, "characters": 0, "shards": []}
-            self._starts = _HashedFile(self._aside / STARTS)
+            self._starts = _HashedFile(self._partial / STARTS)
             return
         self._state = json.loads(json.dumps(state))
         known = {STARTS, *(shard["file"] for shard in state["shards"])}
-        for path in self._aside.iterdir():
+        for path in self._partial.iterdir():
             if path.name not in known:
                 path.unlink()
-        self._starts = _HashedFile(self._aside / STARTS, keep=8 * state["documents"])
+        self._starts = _HashedFile(self._partial / STARTS, keep=8 * state["documents"])
         if state["shards"] and "sha256" not in state["shards"][-1]:
             last = state["shards"][-1]
-            self._shard = _HashedFile(self._aside / last["file"], keep=last["tokens"] * self.dtype.itemsize)
+            self._shard = _HashedFile(self._partial / last["file"], keep=last["tokens"] * self.dtype.itemsize)
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, characters: int) -> None:
-        """Documents one after another: `ids` (tokens,) in `dtype`, `lengths` (documents,) with lengths.sum() == tokens; `characters` of
-        all of them together."""
+        """Append documents: `ids` (tokens,) in `dtype`, `lengths` (documents,) with lengths.sum() == tokens, `characters` in total."""
         state, shards = self._state, self._state["shards"]
         ends = np.cumsum(lengths)
         self._starts.write((state["tokens"] + ends - lengths).astype("<i8").tobytes())
@@ -177,10 +175,10 @@ class SplitWriter:
         while document < len(lengths):
             room = self._max_shard_tokens - shards[-1]["tokens"] if self._shard else 0
             stop = int(np.searchsorted(ends, done + room, side="right"))
-            if stop <= document:  # the next one does not fit, or there is no shard
+            if not self._shard or stop <= document:  # the next document does not fit
                 self._close_shard()
                 shards.append({"file": f"tokens-{len(shards):05d}.bin", "tokens": 0, "documents": 0})
-                self._shard = _HashedFile(self._aside / shards[-1]["file"])
+                self._shard = _HashedFile(self._partial / shards[-1]["file"])
                 stop = max(document + 1, int(np.searchsorted(ends, done + self._max_shard_tokens, side="right")))
             end = int(ends[stop - 1])
             self._shard.write(ids[done:end].tobytes())
@@ -192,15 +190,15 @@ class SplitWriter:
         state["characters"] += characters
 
     def commit(self) -> dict:
-        """Put everything on the disk for certain; the state from which a writer of the same folder goes on."""
+        """Sync everything to the disk and return the state from which another writer can resume."""
         self._starts.sync()
         if self._shard:
             self._shard.sync()
-        sync_entries(self._aside)
+        sync_entries(self._partial)
         return json.loads(json.dumps(self._state))
 
     def finish(self, entropy_bits: float | None = None) -> Split:
-        """Move the split into place; one that was there is replaced. Raises ValueError if it has no documents."""
+        """Rename the split to its folder, in place of an existing one. Raises UserError if it has no documents."""
         if not self._state["documents"]:
             raise UserError(f"there are no documents to write to {self.folder}; check the input files and the filters on them")
         self._close_shard()
@@ -215,23 +213,22 @@ class SplitWriter:
             "starts": {"file": STARTS, "sha256": self._starts.close()},
             "entropy_bits": entropy_bits,
         }
-        with _HashedFile(self._aside / INDEX) as file:
-            file.write((json.dumps(index, indent=2) + "\n").encode())
-        sync_entries(self._aside)
+        write_json(self._partial / INDEX, index)
+        sync_folder(self._partial)
         if self.folder.exists():
-            (self.folder / INDEX).unlink(missing_ok=True)  # first: what is left of the old split is then no split
+            (self.folder / INDEX).unlink(missing_ok=True)  # first, so that an incomplete old split is not taken for a split
             shutil.rmtree(self.folder)
-        self._aside.rename(self.folder)
+        self._partial.rename(self.folder)
         sync_entries(self.folder.parent)
         return Split.open(self.folder, verify=False)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove everything that was written."""
         with suppress(OSError):  # a full disk
             self._close_shard()
         with suppress(OSError):
             self._starts.close()
-        shutil.rmtree(self._aside, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def _close_shard(self) -> None:
         if self._shard:
@@ -240,13 +237,12 @@ class SplitWriter:
 
 
 def dtype_name(vocab_size: int) -> str:
-    """The name of the type that ids of this vocabulary are stored in, a key of DTYPES."""
+    """The type in which ids of this vocabulary are stored: a key of DTYPES."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class _HashedFile:
-    # A file that takes its sha256 while it is written and is on the disk for certain once closed: a new one, or one that goes on
-    # after its first `keep` bytes.
+    # A file whose sha256 is computed while it is written. It is new, or resumes after its first `keep` bytes. `close` syncs it.
     def __init__(self, path: Path, keep: int | None = None):
         self._file = open(path, "xb" if keep is None else "r+b")
         self._sha256 = hashlib.sha256()
@@ -257,7 +253,7 @@ class _HashedFile:
                 left -= len(data)
             if left:
                 self._file.close()
-                raise UserError(f"{path} has {keep - left:,} bytes, and {keep:,} were written; {REMEDY}")
+                raise UserError(f"{path} has {keep - left:,} bytes instead of at least {keep:,}; {REMEDY}")
             self._file.seek(keep)
             self._file.truncate()
 
@@ -277,25 +273,18 @@ class _HashedFile:
                 self._file.close()
         return self._sha256.hexdigest()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 def _read_index(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: there is no finished token split; make one with write_split")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        found = index.get("format"), index.get("version")
-        n_documents = index.get("documents")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
-    if found != (FORMAT, VERSION):
-        raise UserError(f"{path} is in format {found[0]} version {found[1]}, this program reads {FORMAT} version {VERSION}; {REMEDY}")
-    if n_documents == 0:
+        raise FileNotFoundError(f"{path} is missing: there is no finished token split; make the data again")
+    index = read_json_object(path, remedy=REMEDY)
+    version = index.get("version")
+    if index.get("format") != FORMAT or not isinstance(version, int):
+        raise UserError(f"{path} is not the index of a token split ({FORMAT}); {REMEDY}")
+    if version != VERSION:
+        remedy = "update tritale" if version > VERSION else REMEDY
+        raise UserError(f"{path} has version {version} of the format, this tritale reads version {VERSION}; {remedy}")
+    if index.get("documents") == 0:
         raise UserError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
     return index
 
@@ -303,16 +292,16 @@ def _read_index(path: Path) -> dict:
 def _map(folder: Path, entry: dict, dtype: np.dtype, count: int, verify: bool) -> np.ndarray:
     path = folder / entry["file"]
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, though {INDEX} names it; restore it, or {REMEDY}")
+        raise FileNotFoundError(f"{path} is missing, but {INDEX} lists it; restore it, or {REMEDY}")
     size, expected = path.stat().st_size, count * dtype.itemsize
     if size != expected:
         raise UserError(f"{path} has {size:,} bytes instead of {expected:,}; restore it, or {REMEDY}")
     array = np.asarray(np.memmap(path, dtype, mode="r"))
-    if verify and (found := hashlib.sha256(array).hexdigest()) != entry["sha256"]:
-        raise UserError(f"{path} was altered: its sha256 is {found} instead of {entry['sha256']}; restore it, or {REMEDY}")
+    if verify and (found := hashlib.sha256(array.data).hexdigest()) != entry["sha256"]:
+        raise UserError(f"{path} is damaged: its sha256 is {found} instead of {entry['sha256']}; restore it, or {REMEDY}")
     return array
 
 
 def evenly(n: int, wanted: int) -> Sequence[int]:
-    """`wanted` evenly spaced integers of 0 … n − 1; all of them if `wanted` is n or more."""
+    """`wanted` evenly spaced integers from 0 to n − 1; all of them if `wanted` is n or more."""
     return range(n) if n <= wanted else np.linspace(0, n - 1, wanted).astype(int).tolist()

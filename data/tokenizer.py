@@ -1,14 +1,14 @@
-"""A BPE tokenizer whose entries can be read: Chinese characters, words and phrases, with single bytes for whatever is rare.
+"""A BPE tokenizer with readable entries: Chinese characters, words and phrases, and single bytes for rare characters.
 
-The ids are laid out as
+The ids are
 
     0 … 3      special tokens: <|endoftext|>, <|im_start|>, <|im_end|>, <|pad|>
     4 … 259    the 256 bytes, written <0x00> … <0xFF>: a character without an entry becomes its UTF-8 bytes
     260 …      the frequent characters, then the merges in the order in which they were learnt
 
-Nothing is normalised, so every text that UTF-8 can hold comes back from `decode(encode(text))` as it was. On disk it is the
-`tokenizer.json` and `tokenizer_config.json` of Hugging Face: `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids, but
-for the names of special tokens inside a text, which here are ordinary text.
+Nothing is normalised: `decode(encode(text)) == text` for every text that UTF-8 can encode. On disk it is the `tokenizer.json` and
+`tokenizer_config.json` of Hugging Face. `transformers.AutoTokenizer.from_pretrained(folder)` gives the same ids, except for the names of
+special tokens inside a text, which are ordinary text here.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 FIXED_TOKENS = SPECIAL_TOKENS + BYTE_TOKENS
 
-# Merges stay inside one of these pieces: a clause or word with the space before it, a digit, one mark or its repetition (…… —— ！！),
-# line ends, other white space. `<`, digits and letters never share a piece, so no merge can spell a byte token.
+# Merges stay inside one of these pieces: a clause or word with the space before it, a digit, a mark or its repetition (…… —— ！！),
+# line ends, other white space. `<`, digits and letters are never in one piece, so no merge can spell a byte token.
 PIECES = r" ?[\p{L}\p{M}]+|\p{N}|([^\p{L}\p{M}\p{N}\s])\1*|[\r\n]+|[^\S\r\n]+"
-MAX_ENTRY_CHARACTERS = 8  # no limit at all gains 0.2 % at 16 k entries, and the entries are then whole clauses of the training text
-CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry of their own …
-CHARACTER_SHARE = 2 / 3  # … in at most this share of the entries: at 4,096, entries for all take 9 % more tokens
+MAX_ENTRY_CHARACTERS = 8  # without a limit 0.2 % fewer tokens at 16 k entries, but entries are clauses of the training text
+CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry,
+CHARACTER_SHARE = 2 / 3  # in at most this share of the entries: at 4,096, entries for all characters give 9 % more tokens
 
 
 def check_unicode(texts: Iterable[str]) -> None:
-    """Raises ValueError for the first text that UTF-8 cannot hold."""
+    """Raises UserError for the first text that UTF-8 cannot encode."""
     for text in texts:
         try:
             text.encode()
@@ -50,21 +50,21 @@ def check_unicode(texts: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class TokenizerStats:
-    """How well a tokenizer fits some text."""
+    """How well a tokenizer fits a text."""
 
     chars_per_token: float
-    byte_fallback_share: float  # of the tokens; about 1 in 100 is usual, 1 in 10 means that the text is of another kind
+    byte_fallback_share: float  # of the tokens; about 1 in 100 is usual, 1 in 10 indicates another kind of text
 
 
 class Tokenizer:
-    """Text to ids and back; made by `Tokenizer.train` or `Tokenizer.load`."""
+    """Converts text to ids and back. Made by `Tokenizer.train` or `Tokenizer.load`."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        backend.encode_special_tokens = True  # "<|endoftext|>" in a story is ordinary text; this setting is not saved
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is ordinary text; this setting is not saved
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._bytes = {i: token.encode() for token, i in backend.get_vocab().items()}  # id -> what it stands for
+        self._bytes = {i: token.encode() for token, i in backend.get_vocab().items()}  # id -> UTF-8
         self._bytes |= dict.fromkeys(range(len(SPECIAL_TOKENS)), b"")
         self._bytes |= {len(SPECIAL_TOKENS) + byte: bytes([byte]) for byte in range(256)}
         self.vocab_size = len(self._bytes)
@@ -73,19 +73,19 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` entries from `texts`, which are held in memory: of a large corpus give a sample of some 100 MB.
+        """Learn `vocab_size` entries from `texts`, which are held in memory; give a sample of at most about 100 MB of a large corpus.
 
-        The same texts in the same order give the same tokenizer, on any machine. Merges seen only once are not made, so a small text can
-        support fewer entries than asked for; `vocab_size` of the result tells.
+        The same texts in the same order give the same tokenizer on any machine. Pairs that occur once are not merged, so a small text may
+        give fewer entries; see `vocab_size` of the result.
 
-        Raises ValueError if `vocab_size` leaves no room for entries, or if there is no text.
+        Raises UserError if `vocab_size` leaves no room for entries, or if there is no text.
         """
         texts = list(texts)
         room = vocab_size - len(FIXED_TOKENS)
         if room < 2:
             raise UserError(
-                f"vocab_size ({vocab_size}) must be at least {len(FIXED_TOKENS) + 2}: {len(FIXED_TOKENS)} ids go to the special tokens "
-                "and the bytes; for Chinese stories try 8192"
+                f"vocab_size ({vocab_size}) must be at least {len(FIXED_TOKENS) + 2}: {len(FIXED_TOKENS)} ids are special tokens "
+                "and bytes; for Chinese stories try 8192"
             )
         counts = Counter()
         for text in texts:
@@ -93,7 +93,7 @@ class Tokenizer:
         if not counts:
             raise UserError(f"there is no text to train a tokenizer on: {len(texts)} texts, 0 characters; check the input files")
 
-        # Rare characters are left to the bytes. In training they are replaced by a line end, which no merge crosses.
+        # Rare characters are encoded as bytes. In training they are replaced by a line end, which no merge crosses.
         by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
         enough = CHARACTER_COVERAGE * counts.total()
         n_covering = 1 + sum(total < enough for total in accumulate(counts[c] for c in by_frequency[:-1]))
@@ -114,7 +114,7 @@ class Tokenizer:
         learnt = json.loads(learner.to_str())["model"]
         entries = sorted(learnt["vocab"], key=learnt["vocab"].get)
 
-        # Built anew instead of passing `special_tokens` to the trainer: those would be matched in the text, "<0x41>" among them.
+        # Not trained with `special_tokens`: those, "<0x41>" among them, would be matched in the text.
         backend = tokenizers.Tokenizer(
             models.BPE(
                 vocab={token: i for i, token in enumerate((*FIXED_TOKENS, *entries))},
@@ -132,13 +132,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json` from a tokenizer's or a checkpoint's folder.
+        """Read `tokenizer.json` from the folder of a tokenizer or checkpoint.
 
-        Raises FileNotFoundError if it is not there, ValueError if it is damaged or not of the kind that `Tokenizer.train` makes.
+        Raises FileNotFoundError if it is missing, UserError if it is damaged or not of the kind that `Tokenizer.train` makes.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; train a tokenizer with Tokenizer.train, or name the folder that holds one")
+            raise FileNotFoundError(f"{path} is missing; train a tokenizer with Tokenizer.train, or give the folder that holds one")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
@@ -147,12 +147,12 @@ class Tokenizer:
             if backend.id_to_token(i) != token:
                 raise UserError(
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
-                    "make one from your text"
+                    "train one on your text"
                 )
         return cls(backend)
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`, which is made if it does not exist."""
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -167,18 +167,18 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
-        """`tokenizer.json` as the library writes it without white space."""
+        """`tokenizer.json` without white space."""
         return self._backend.to_str()
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of `to_json()`; a file saved by another program has the same."""
+        """sha256 of `to_json()`. It does not change if another program saves the file."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, all of it ordinary text; with `bos` the id of `<|endoftext|>`, with which every document begins, in front.
+        """The ids of `text`, without special tokens. With `bos`, the id of `<|endoftext|>`, which begins every document, comes first.
 
-        Raises ValueError for a text that UTF-8 cannot hold: one with half a surrogate pair, as bytes that are not UTF-8 leave behind.
+        Raises UserError for a text that UTF-8 cannot encode: one with half a surrogate pair, as decoding other bytes may give.
         """
         try:
             return self._backend.encode(text, add_special_tokens=bos).ids
@@ -196,25 +196,25 @@ class Tokenizer:
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs of entries that are joined, in the order in which they were learnt."""
-        return [tuple(pair) for pair in json.loads(self._backend.to_str())["model"]["merges"]]
+        """The pairs of entries that are merged, in the order in which they were learnt."""
+        return [(a, b) for a, b in json.loads(self._backend.to_str())["model"]["merges"]]
 
     def token_bytes(self, i: int) -> bytes:
-        """What one id stands for: the UTF-8 of an entry, one byte of a character without an entry, nothing for a special token."""
+        """The bytes of one id: the UTF-8 of an entry, one byte for a byte token, none for a special token."""
         return self._bytes[i]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens are dropped; bytes that make no whole character become U+FFFD.
+        """The text of `ids`. Special tokens are dropped; incomplete characters become U+FFFD.
 
-        Raises ValueError for an id that is not in the vocabulary.
+        Raises UserError for an id that is not in the vocabulary.
         """
         try:
             return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
         except KeyError as error:
-            raise UserError(f"id {error} is not in the vocabulary; ids are whole numbers from 0 to {self.vocab_size - 1}") from None
+            raise UserError(f"id {error} is not in the vocabulary; ids are integers from 0 to {self.vocab_size - 1}") from None
 
     def stats(self, texts: Iterable[str]) -> TokenizerStats:
-        """Characters per token and the share of byte tokens over `texts`, without `<|endoftext|>`. Raises ValueError without text."""
+        """Characters per token and the share of byte tokens over `texts`, without `<|endoftext|>`. Raises UserError without text."""
         texts = list(texts)
         ids = [i for document in self.encode_batch(texts) for i in document]
         if not ids:

@@ -1,1 +1,1 @@
-"""Measuring trained models: validation loss, text measures, a sweep over checkpoints, averages of checkpoints."""
+"""Measures of trained models: validation loss, text measures, a sweep over checkpoints, averages of checkpoints."""

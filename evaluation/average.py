@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights: often as good as training on with a lower rate (arXiv 1803.05407, 2209.14981)."""
+"""Average the weights of several checkpoints, which often replaces training on with a lower rate (arXiv 1803.05407, 2209.14981)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,51 +9,50 @@ from ..common.errors import UserError
 from ..common.files import atomic_folder, write_json
 from ..inference.llm import LLM
 from ..model.checkpoint import gpt_config, load_weights, read_json, save_model
-from .sweep import Run
+from .trained_run import TrainedRun
 from .validation import part, validate
 
 
 @torch.no_grad()
-def average(run: Run, *, last: int, validation_documents: int, data: Path | None, advance: Callable[[str, int], None]) -> tuple[Path, dict]:
-    """Write run.folder/average-<step>-last<n>, a whole checkpoint with the mean, summed in fp32, of the newest `last` ones; the folder,
-    and what average.json in it says. The trainer goes on from step-… folders alone and does not see it.
+def average(
+    run: TrainedRun, *, last: int, validation_documents: int, data: Path | None, advance: Callable[[int], None]
+) -> tuple[Path, dict]:
+    """Write run.folder/average-<step>-last<n>, a complete checkpoint with the fp32 mean of the newest `last` ones. The trainer ignores it.
 
-    `advance` is told (what is done, how many parts there are) after each part. Raises ValueError where there are too few checkpoints, the
-    folder exists, or a checkpoint is damaged or of another shape."""
+    Returns the folder and the content of its average.json. `advance` is called with the number of parts after each of them. Raises
+    UserError if there are too few checkpoints, the folder exists, or a checkpoint is damaged or of another shape."""
     if last < 2:
         raise UserError(f"--last is {last}; an average needs at least 2 checkpoints")
     if last > len(run.checkpoints):
         found = f"{len(run.checkpoints)} checkpoint{'s' * (len(run.checkpoints) > 1)}"
         raise UserError(f"--last is {last}, and {run.folder} has {found}; lower it, or train with a smaller --train.checkpoint_every")
     chosen = dict(list(run.checkpoints.items())[-last:])
-    steps, newest = list(chosen), run.checkpoints[max(chosen)]
+    steps = list(chosen)
     out = run.folder / f"average-{steps[-1]:08d}-last{last}"
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; remove it, or give another --last")
-    llm = LLM.load(newest)
+    llm = LLM.load(run.newest)
     model, tokenizer, n_parts = llm.model, llm.tokenizer, last + 2
-    _, validation = run.data(data)
-    if validation.tokenizer_hash != tokenizer.hash:
-        raise UserError(f"{validation.folder} was made with another tokenizer than {newest}; give the run's own data with --data")
+    _, validation = run.data(tokenizer, data)
     documents = part(validation, tokenizer, validation_documents)
-    sizes = run.eval_sizes(model.config.context)
-    _, last_bits = validate(model, documents, **sizes)
-    advance("averaging", n_parts)
+    settings = run.validation_settings(model.config.context)
+    _, last_bits = validate(model, documents, **settings)
+    advance(n_parts)
 
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     for folder in chosen.values():
         if gpt_config(read_json(folder, "config.json")) != model.config:
-            raise UserError(f"{folder} has another shape than {newest}; average checkpoints of one run")
+            raise UserError(f"{folder} has another shape than {run.newest}; average checkpoints of one run")
         load_weights(model, folder)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise UserError(f"{folder} has weights that are not finite numbers; move it away, or take fewer checkpoints with --last")
         for name, p in model.named_parameters():
             total[name] += p
-        advance("averaging", n_parts)
+        advance(n_parts)
     for name, p in model.named_parameters():
         p.copy_(total[name] / last)
-    _, bits = validate(model, documents, **sizes)
-    advance("averaging", n_parts)
+    _, bits = validate(model, documents, **settings)
+    advance(n_parts)
 
     about = {
         "steps": steps,

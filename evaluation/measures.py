@@ -1,7 +1,6 @@
-"""What can be said of a story without a model: does it repeat itself, does it end, does it keep its people, is it copied.
+"""Measures of a story that need no model: repetition, loops, diversity, ending, and overlap with a corpus.
 
-All lengths are characters (Unicode code points), punctuation included, white space left out of repetition: a measure means the same for
-every tokenizer.
+Lengths are in characters (Unicode code points), so measures compare across tokenizers. Repetition ignores white space.
 """
 
 import re
@@ -9,27 +8,24 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
-from ..stories.plots import PLOTS, TABLES
-from ..stories.words import CHARACTERS, THINGS
-
 ENDS = "。！？!?.…"
-CLOSING = "”’」』\"')）》"  # may stand behind the mark that ends a sentence
+CLOSING = "”’」』\"')）》"  # may follow the mark that ends a sentence
 
 
 def repeated_share(text: str, n: int = 4) -> float:
-    """The share of the text's n-grams of characters that were there before: 0 where none is repeated, near 1 in a loop."""
+    """The share of the text's n-grams of characters that occur earlier in it: 0 without repetition, near 1 in a loop."""
     text = re.sub(r"\s", "", text)
     total = len(text) - n + 1
     return 1 - len({text[i : i + n] for i in range(total)}) / total if total > 0 else 0.0
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """Distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams of characters over all n-grams of all texts. Longer texts have a
-    lower one, so compare it only between like amounts of text. 0 where there is no n-gram."""
+    """Distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams of characters divided by all n-grams of all texts, or 0 without any.
+
+    It falls with the amount of text, so compare only equal amounts."""
     grams, total = set(), 0
     for text in texts:
         text = re.sub(r"\s", "", text)
@@ -40,7 +36,7 @@ def distinct(texts: Iterable[str], n: int) -> float:
 
 @dataclass(frozen=True)
 class Loop:
-    """A stretch of a text that is one piece repeated at once: `piece` from `start` to `end`, at least twice."""
+    """A stretch of a text, from `start` to `end`, that repeats `piece` at least twice without a gap."""
 
     start: int
     end: int
@@ -52,14 +48,15 @@ class Loop:
 
 
 def longest_loop(text: str) -> Loop | None:
-    """The longest stretch `uu…u` of the text, its last `u` maybe cut, with at least two whole ones; None where there is none. The
-    shortest `u` of equally long stretches. Time grows with the square of the length: a millisecond for 300 characters."""
+    """The longest stretch `uu…u` of the text, with at least two complete `u`; the last one may be cut. None if there is no such stretch.
+
+    Of equally long stretches, the one with the shortest `u`. The time is quadratic in the length: 1 ms for 300 characters."""
     codes, best = np.array([ord(c) for c in text], np.int32), None
     n = len(codes)
     for period in range(1, n // 2 + 1):
         differs = np.flatnonzero(codes[period:] != codes[:-period])
         borders = np.concatenate([[-1], differs, [n - period]])
-        runs = np.diff(borders) - 1  # positions that equal the one a period later
+        runs = np.diff(borders) - 1  # lengths of the runs of positions that equal the one a period later
         at = int(runs.argmax())
         if runs[at] >= period and (best is None or runs[at] + period > best.length):
             start = int(borders[at]) + 1
@@ -68,75 +65,25 @@ def longest_loop(text: str) -> Loop | None:
 
 
 def ends_properly(text: str) -> bool:
-    """Whether the last sentence is whole: the text ends with a mark that ends one, closing quotes behind it allowed."""
+    """Whether the last sentence is complete: the text ends with a mark of ENDS, which closing quotes may follow."""
     return text.rstrip().rstrip(CLOSING)[-1:] in tuple(ENDS)
 
 
-@dataclass(frozen=True)
-class Cast:
-    """Who and what of the built-in stories' words occurs in a text."""
-
-    heroes: tuple[str, ...]  # children and animals
-    adults: tuple[str, ...]
-    things: tuple[str, ...]
-    strangers: tuple[str, ...]  # heroes after the first whom nothing introduces
-
-    @property
-    def is_consistent(self) -> bool:
-        """Every built-in story has one hero or two, the second introduced, and at most one grown-up and one thing. Otherwise it is about
-        nobody, or somebody or something came from nowhere or turned into another on the way."""
-        return 1 <= len(self.heroes) <= 2 and not self.strangers and len(self.adults) <= 1 and len(self.things) <= 1
-
-
-@cache
-def _cast_words() -> tuple[tuple[str, ...], ...]:
-    # Heroes, adults, things, longer words first. Things that a plot names by itself (“a plate of …”) may come up in any story.
-    plots = "".join(plot.text for plot in PLOTS) + str(TABLES)
-    longest_first = lambda words: tuple(sorted(words, key=len, reverse=True))
-    heroes = [c.name for c in CHARACTERS if c.kind in ("child", "animal")]
-    adults = [c.name for c in CHARACTERS if c.kind not in ("child", "animal")]
-    return longest_first(heroes), longest_first(adults), longest_first(t.name for t in THINGS if t.name not in plots)
-
-
-# What stands before a hero whom the story meets on the way (plots 相遇 and 迷路), or who is called somebody's friend.
-_MEETING = re.compile(r"(看见|发现|遇见|遇到|碰见|碰到|认识了?|(这时|正巧)，|朋友|伙伴|叫作?|就是)[：，]?$")
-
-
-def cast(text: str) -> Cast:
-    """The heroes, grown-ups and things of the built-in stories that `text` names. Of 小乌龟 and 小龟 both are not counted in one place.
-
-    A second hero is introduced by standing in one sentence with the first, where that one comes up, or behind words of a meeting."""
-    found, places = [], {}
-    for words in _cast_words():
-        left, names = text, []
-        for word in words:
-            if word in left:
-                names.append(word)
-                places[word] = left.find(word)
-                left = left.replace(word, "\n" * len(word))
-        found.append(tuple(names))
-    first, *others = sorted(found[0], key=places.get) or [""]
-    strangers = tuple(
-        name for name in others
-        if re.search(r"[。！？\n]", text[places[first] : places[name]]) and not _MEETING.search(text[: places[name]])
-    )  # fmt: skip
-    return Cast(*found, strangers)
-
-
-BREAK = "\ud800"  # between documents: no text that came from UTF-8 holds it
+BREAK = "\ud800"  # separates documents; text decoded from UTF-8 never contains it
 
 
 class CorpusIndex:
-    """The longest stretch of a text that occurs in a corpus, found with a suffix array.
+    """A suffix array over a corpus, for the longest stretch of a text that occurs in it.
 
-    Takes 6 bytes a character once made and about 50 while it is made, in 0.6 s per million characters; a look-up takes 2 ms per 250."""
+    Building takes 50 bytes per character and 0.6 s per million characters; the index keeps 6 bytes per character. A text of 250 characters
+    takes 2 ms."""
 
     def __init__(self, documents: Iterable[str]):
         self._text = BREAK.join(documents) + BREAK
         self._suffixes = array("i", _suffix_array(self._text).astype(np.intc).tobytes())
 
     def _find(self, piece: str) -> int | None:
-        # Where `piece` occurs in the corpus.
+        # The start of an occurrence of `piece` in the corpus.
         text, n = self._text, len(piece)
         i = bisect_left(self._suffixes, piece, key=lambda start: text[start : start + n])
         if i < len(self._suffixes) and text.startswith(piece, self._suffixes[i]):
@@ -144,7 +91,7 @@ class CorpusIndex:
         return None
 
     def longest_overlap(self, text: str) -> tuple[int, int]:
-        """(start, end) of the longest stretch of `text` that stands in one document of the corpus as it is; the first of several."""
+        """(start, end) of the longest stretch of `text` that occurs in one document of the corpus, or the first of several."""
         best = (0, 0)
         for i in range(len(text)):
             n = best[1] - best[0] + 1
@@ -157,8 +104,8 @@ class CorpusIndex:
 
 
 def _suffix_array(text: str) -> np.ndarray:
-    # Where the suffixes of `text` start, in their order: (len(text),) int64. Prefix doubling (Manber & Myers 1990): suffixes sorted by
-    # their first k characters are sorted by 2 k with the ranks of two places. It begins at 3, which fit into one number.
+    # The starts of the suffixes of `text` in sorted order, (len(text),) int64, by prefix doubling (Manber & Myers 1990): the ranks by the
+    # first k characters at two positions give the order by 2 k. It begins with k = 3, since three characters fit into one int64.
     n = len(text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64) + 1
     padded = np.concatenate([codes, [0, 0]])

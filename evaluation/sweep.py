@@ -1,11 +1,11 @@
-"""What a run's checkpoints write, step by step: validation, samples with the same seeds for each, and measures of them.
+"""Compare the checkpoints of a run: validation, generated stories with the same seeds at each checkpoint, and measures of them.
 
-One model stays in memory; the weights of one checkpoint after another are copied into it.
+The model is built once, and the weights of each checkpoint are copied into it.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
@@ -14,109 +14,50 @@ from ..data.shards import Split, evenly
 from ..data.tokenizer import Tokenizer
 from ..inference.llm import LLM
 from ..inference.sampling import Sampling
-from ..model import run_folder
 from ..model.checkpoint import gpt_config, load_weights, read_json
-from .measures import CorpusIndex, cast, distinct, ends_properly, longest_loop, repeated_share
+from ..stories.facts import cast
+from .measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share
+from .trained_run import TrainedRun
 from .validation import part, validate
 
 FORMAT, VERSION = "tritale-sweep", 1
-OVERLAP_CHARACTERS = 8_000_000  # of the training text, looked through for copied stretches: 400 MB and 5 s while its index is made
-REPEATS, COHERENT = 0.05, (0.9, 0.75, 0.5)
-SHORTEST = 0.5  # of the shortest real story: a coherent one is at least as long
-CONFIG_KEYS = ("data.source", "data.document_mask", "train.context", "train.micro_batch", "log.prompts")  # what is read here
-
-
-@dataclass(frozen=True)
-class Run:
-    """The folder of a run, with its finished checkpoints in order and the config they were trained with."""
-
-    folder: Path
-    checkpoints: dict[int, Path]
-    config: dict  # {"train.context": None, …}
-    being_written: tuple[str, ...]  # names of the checkpoints that are not finished
-
-    @classmethod
-    def open(cls, folder: Path | str) -> "Run":
-        """Raises FileNotFoundError or ValueError where the folder is not that of a run with at least one finished checkpoint."""
-        folder = Path(folder)
-        run_folder.check_is_final(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; give the out_dir of a run, such as out/quickstart")
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder} is a checkpoint, not a run; give the folder that holds it, {folder.parent}")
-        writing = tuple(run_folder.being_written(folder))
-        checkpoints = run_folder.step_folders(folder)
-        if not checkpoints and writing:
-            raise UserError(
-                f"{folder} has no finished checkpoint; {writing[-1]} is being written at this moment, try again when it is there"
-            )
-        if not checkpoints:
-            found = sorted(p.name for p in folder.iterdir())[:5]
-            raise FileNotFoundError(
-                f"{folder} has no checkpoints (step-…; found: {found}); give the out_dir of a run, such as out/quickstart"
-            )
-        newest = list(checkpoints.values())[-1]
-        config = read_json(newest / "trainer", "trainer.json").get("config", {})
-        if missing := [key for key in CONFIG_KEYS if key not in config]:
-            raise UserError(
-                f"{newest / 'trainer' / 'trainer.json'} does not say how the run was trained (not in its config: {', '.join(missing)}); "
-                f"move {newest.name} away if an older checkpoint has it, or give a run that this version of train.py made"
-            )
-        return cls(folder, checkpoints, config, tuple(name for name in writing if not (folder / name).exists()))
-
-    @property
-    def is_built_in(self) -> bool:
-        """Whether it learnt the built-in stories, whose people and things are known."""
-        return self.config["data.source"] == "built-in"
-
-    def data(self, folder: Path | None = None) -> tuple[Split, Split]:
-        """(train, validation) of the run's data, or of another `folder` with its data.
-
-        Raises FileNotFoundError or ValueError where it is not there or damaged."""
-        folder = folder or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}, the data of {self.folder}, is not there; start in the folder it was trained in, or give --data"
-            )
-        return Split.open(folder / "train", verify=False), Split.open(folder / "validation")
-
-    def eval_sizes(self, context: int) -> dict:
-        """The arguments of `validate` as the run's own."""
-        sizes = {"micro_batch": self.config["train.micro_batch"], "document_mask": self.config["data.document_mask"]}
-        return {"context": self.config["train.context"] or context, **sizes}
+OVERLAP_CHARACTERS = 8_000_000  # of the training text that are searched for copies; building their index takes 400 MB and 5 s
+REPEATS = 0.05  # share of repeated 4-grams below which a story is coherent
+COHERENT = (0.9, 0.75, 0.5)  # shares of coherent stories that a finding names
+SHORTEST = 0.5  # length of the shortest coherent story, relative to the shortest held-out one
 
 
 def every_nth(checkpoints: dict[int, Path], every: int) -> dict[int, Path]:
-    """Each `every`-th checkpoint (the 20th, 40th, …), and the last. Raises ValueError for `every` below 1."""
+    """Each `every`-th checkpoint (the 20th, 40th, …) and the last. Raises UserError if `every` is below 1."""
     if every < 1:
         raise UserError(f"--every is {every}; it must be at least 1 (each checkpoint)")
     steps = list(checkpoints)
-    chosen = steps[every - 1 :: every]
-    return {step: checkpoints[step] for step in dict.fromkeys([*chosen, steps[-1]])}
+    return {step: checkpoints[step] for step in dict.fromkeys([*steps[every - 1 :: every], steps[-1]])}
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, blank lines left out. Raises FileNotFoundError, or ValueError where there is none or the file is not UTF-8."""
+    """One prompt per line, without blank lines and duplicates. Raises FileNotFoundError, or UserError if there is none or the file is
+    not UTF-8."""
     if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path} is not a file; write one prompt a line into it")
+        raise FileNotFoundError(f"--prompts {path} is not a file; write one prompt per line into it")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8 {path}") from None
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise UserError(f"{path} has no prompts; write one a line into it")
+        raise UserError(f"{path} has no prompts; write one per line into it")
     return prompts
 
 
 class Sweep:
-    """The measures of one run's checkpoints. Made once, it holds the model, the validation documents and an index of the training text.
+    """Measures the checkpoints of one run. It holds the model, the validation documents and an index of the training text.
 
-    Raises ValueError where a prompt fills the context, a setting is out of range, or data and checkpoints do not belong together."""
+    Raises UserError if a prompt fills the context, a setting is out of range, or data and checkpoints do not belong together."""
 
     def __init__(
         self,
-        run: Run,
+        run: TrainedRun,
         *,
         prompts: list[str],
         samples: int,
@@ -128,23 +69,20 @@ class Sweep:
     ):
         if samples < 1 or validation_documents < 1:
             raise UserError(f"--samples ({samples}) and --validation-documents ({validation_documents}) must be at least 1")
-        self.run, self.sampling, self.seed = run, sampling, seed
+        self.run = run
         self.prompts = [prompt for prompt in prompts for _ in range(samples)]
-        newest = list(run.checkpoints.values())[-1]
-        self.llm = LLM.load(newest, device=device)
-        self._tokenizer_json = (newest / "tokenizer.json").read_text(encoding="utf-8")
+        self.samplings = [replace(sampling, seed=seed + i) for i in range(len(self.prompts))]
+        self.llm = LLM.load(run.newest, device=device)
+        self._tokenizer_json = (run.newest / "tokenizer.json").read_text(encoding="utf-8")
         for prompt in prompts:
-            self.llm.encode_prompt(prompt)  # one that is too long is named before the work begins
+            self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
         tokenizer = self.llm.tokenizer
-        train, validation = run.data(data)
-        for split in (train, validation):
-            if split.tokenizer_hash != tokenizer.hash:
-                raise UserError(f"{split.folder} was made with another tokenizer than {newest}; give the run's own data with --data")
+        train, validation = run.data(tokenizer, data)
         self.validation = part(validation, tokenizer, validation_documents)
-        floor = validation.entropy_bits and validation.entropy_bits / validation.characters
         n_documents = max(1, int(train.n_documents * min(1, OVERLAP_CHARACTERS / train.characters)))
         texts = [decode(train, i, tokenizer) for i in evenly(train.n_documents, n_documents)]
         self._index = CorpusIndex(texts)
+        held_out = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
         self.about = {
             "run": str(run.folder),
             "prompts": prompts,
@@ -155,18 +93,17 @@ class Sweep:
                 "documents": self.validation.n_documents,
                 "of_documents": validation.n_documents,
                 "characters": self.validation.characters,
-                "entropy_bits_per_char": floor,
+                "entropy_bits_per_char": validation.entropy_bits and validation.entropy_bits / validation.characters,
             },
             "overlap": {"characters": sum(map(len, texts)), "of_characters": train.characters},
             "checks_cast": run.is_built_in,
+            "shortest_coherent": math.ceil(SHORTEST * min(map(len, held_out))),
         }
-        real = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
-        self.about["shortest_coherent"] = math.ceil(SHORTEST * min(map(len, real)))
-        stories = [self._story("", 0, text, None, is_whole=True) for text in real]
-        self.reference = self._summary(stories) | distinct_n([real[i] for i in evenly(len(real), len(self.prompts))])
+        stories = [self._story("", 0, text, None, is_complete=True) for text in held_out]
+        self.reference = self._means(stories) | distinct_n([held_out[i] for i in evenly(len(held_out), len(self.prompts))])
 
     def load(self, folder: Path) -> None:
-        """Copy a checkpoint's weights into the model. Raises FileNotFoundError or ValueError where it is damaged, gone or of another
+        """Copy the weights of a checkpoint into the model. Raises FileNotFoundError or UserError if it is damaged, missing or of another
         shape."""
         if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
@@ -175,29 +112,28 @@ class Sweep:
         load_weights(self.llm.model, folder)
 
     def measure(self, step: int, advance: Callable[[], None] = lambda: None) -> dict:
-        """What the weights that are loaded do; `advance` is called after validation and after each story.
+        """Measure the loaded weights. `advance` is called after the validation and after each story.
 
-        Raises ValueError where their validation is not a finite number."""
+        Raises UserError if the validation loss is not finite."""
         model = self.llm.model
-        val_loss, val_bits = validate(model, self.validation, **self.run.eval_sizes(model.config.context))
+        val_loss, val_bits = validate(model, self.validation, **self.run.validation_settings(model.config.context))
         if not math.isfinite(val_bits):
             raise UserError(f"its validation is {val_bits}: the weights are not finite numbers, or too large")
         advance()
-        samplings = [Sampling(**asdict(self.sampling) | {"seed": self.seed + i}) for i in range(len(self.prompts))]
         stories: list[dict] = [{}] * len(self.prompts)
-        n_samples = self.about["samples"]
-        for i, _, done in self.llm.write(self.prompts, samplings):
+        for i, _, done in self.llm.write(self.prompts, self.samplings):
             if done:
-                is_whole = done.finish_reason == "end"
-                stories[i] = self._story(self.prompts[i], i % n_samples, done.text, len(done.tokens), is_whole=is_whole)
+                sample, is_complete = i % self.about["samples"], done.finish_reason == "end"
+                stories[i] = self._story(self.prompts[i], sample, done.text, len(done.tokens), is_complete=is_complete)
                 advance()
         head = {"step": step, "val_loss": val_loss, "val_bits_per_char": val_bits}
-        return head | self._summary(stories) | distinct_n([s["text"] for s in stories]) | {"stories": stories}
+        return head | self._means(stories) | distinct_n([s["text"] for s in stories]) | {"stories": stories}
 
-    def _story(self, prompt: str, sample: int, text: str, n_tokens: int | None, *, is_whole: bool) -> dict:
-        # Repetition, length and overlap are those of what the model wrote; people, ending and whether it is too short those of the whole
-        # story. But people whom the prompt alone names are not kept.
-        loop = longest_loop(text)
+    def _story(self, prompt: str, sample: int, text: str, n_tokens: int | None, *, is_complete: bool) -> dict:
+        # Repetition, loop and overlap measure the generated text; ending, cast and minimum length the prompt with it. The cast is
+        # consistent only if the generated text itself names a hero.
+        whole, loop = prompt + text, longest_loop(text)
+        found = cast(whole) if self.run.is_built_in else None
         story = {
             "prompt": prompt,
             "sample": sample,
@@ -205,20 +141,16 @@ class Sweep:
             "tokens": n_tokens,
             "repeated_4grams": repeated_share(text),
             "loop": [loop.start, loop.end, loop.piece] if loop else None,
-            "ends_properly": is_whole and ends_properly(prompt + text),
+            "ends_properly": is_complete and ends_properly(whole),
             "overlap": list(self._index.longest_overlap(text)),
+            "cast": found and asdict(found),
+            "is_consistent": found and found.is_consistent and bool(cast(text).heroes),
         }
-        found = cast(prompt + text) if self.run.is_built_in else None
-        story["cast"] = found and asdict(found)
-        story["is_consistent"] = found and found.is_consistent and bool(cast(text).heroes)
-        is_long_enough = len(prompt + text) >= self.about["shortest_coherent"]
-        story["is_coherent"] = (
-            story["ends_properly"] and is_long_enough and story["repeated_4grams"] < REPEATS and story["is_consistent"] is not False
-        )
-        return story
+        is_long_enough = len(whole) >= self.about["shortest_coherent"]
+        has_few_repeats, is_consistent = story["repeated_4grams"] < REPEATS, story["is_consistent"] is not False
+        return story | {"is_coherent": story["ends_properly"] and is_long_enough and has_few_repeats and is_consistent}
 
-    def _summary(self, stories: list[dict]) -> dict:
-        # Means and shares over the stories. Distinct-n is not among them: it is one number of all texts together.
+    def _means(self, stories: list[dict]) -> dict:
         loops = [s["loop"][1] - s["loop"][0] if s["loop"] else 0 for s in stories]
         overlaps = [s["overlap"][1] - s["overlap"][0] for s in stories]
         return {
@@ -234,7 +166,7 @@ class Sweep:
         }
 
     def report(self, rows: list[dict], left_out: dict[str, str]) -> dict:
-        """All of it as JSON has it."""
+        """The content of sweep.json. `left_out`: {checkpoint: reason}."""
         head = {"format": FORMAT, "version": VERSION, **self.about, "left_out": left_out, "reference": self.reference}
         return head | {"findings": findings(rows, self.reference, self.about), "checkpoints": rows}
 
@@ -247,11 +179,11 @@ def distinct_n(texts: list[str]) -> dict:
     return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
 
 
-def lasting(rows: Iterable[dict], holds: Callable[[dict], bool]) -> int | None:
-    """The first step from which on `holds` is true of every row; None where it is not of the last."""
+def first_step_that_lasts(rows: Iterable[dict], condition: Callable[[dict], bool]) -> int | None:
+    """The first step from which `condition` is true of every row, or None if it is false for the last."""
     first = None
     for row in rows:
-        if not holds(row):
+        if not condition(row):
             first = None
         elif first is None:
             first = row["step"]
@@ -259,47 +191,45 @@ def lasting(rows: Iterable[dict], holds: Callable[[dict], bool]) -> int | None:
 
 
 def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
-    """What the rows say, in sentences."""
+    """The main results of the rows, in sentences."""
     first, last, n = rows[0], rows[-1], len(rows[-1]["stories"])
-    says, floor = [], about["validation"]["entropy_bits_per_char"]
+    entropy = about["validation"]["entropy_bits_per_char"]
 
-    def since(step: int) -> str:
-        return f"from step {step:,} on" if step != first["step"] else f"at every checkpoint looked at (from step {step:,} on)"
+    def from_step(step: int) -> str:
+        return f"from step {step:,} on" if step != first["step"] else f"at every measured checkpoint (from step {step:,} on)"
 
     best = min(rows, key=lambda row: row["val_bits_per_char"])
-    text = f"Validation goes from {first['val_bits_per_char']:.3f} bits per character at step {first['step']:,} to "
-    text += f"{last['val_bits_per_char']:.3f} at step {last['step']:,}"
-    text += "" if best is last else f"; the lowest is {best['val_bits_per_char']:.3f} at step {best['step']:,}"
-    says.append(text + (f". Chance alone puts {floor:.3f} into the stories." if floor else "."))
+    validation = f"Validation: {first['val_bits_per_char']:.3f} bits per character at step {first['step']:,}"
+    validation += f", {last['val_bits_per_char']:.3f} at step {last['step']:,}" if len(rows) > 1 else ""
+    validation += "" if best is last else f"; the lowest is {best['val_bits_per_char']:.3f} at step {best['step']:,}"
+    validation += f". The entropy of the stories, a lower bound, is {entropy:.3f}." if entropy else "."
 
-    real = f"real stories: {reference['repeated_4grams']:.1%}"
-    step = lasting(rows, lambda row: row["repeated_4grams"] < REPEATS)
+    held_out = f"held-out stories: {reference['repeated_4grams']:.1%}"
+    step = first_step_that_lasts(rows, lambda row: row["repeated_4grams"] < REPEATS)
     if step is None:
-        says.append(
-            f"Repetition is still {last['repeated_4grams']:.1%} of all 4-grams at step {last['step']:,}, not below {REPEATS:.0%} ({real})."
-        )
+        share = f"{last['repeated_4grams']:.1%} of all 4-grams at step {last['step']:,}"
+        repetition = f"Repetition is still {share}, not below {REPEATS:.0%} ({held_out})."
     else:
         verb = "falls" if step != first["step"] else "is"
-        says.append(f"Repetition {verb} below {REPEATS:.0%} of all 4-grams {since(step)} ({real}).")
+        repetition = f"Repetition {verb} below {REPEATS:.0%} of all 4-grams {from_step(step)} ({held_out})."
 
-    means = "it ends properly, " + ("keeps to its people and its thing, " if about["checks_cast"] else "")
-    means += f"has at least {about['shortest_coherent']} characters, and repeats less than {REPEATS:.0%}"
+    definition = "a coherent story ends properly, " + ("has a consistent cast, " if about["checks_cast"] else "")
+    definition += f"has at least {about['shortest_coherent']} characters, and repeats less than {REPEATS:.0%}"
+    coherent = f"Not coherent yet: {last['coherent']:.0%} of the {n} stories at step {last['step']:,} ({definition})."
     for share in COHERENT:
-        step = lasting(rows, lambda row, share=share: row["coherent"] >= share)
+        step = first_step_that_lasts(rows, lambda row, share=share: row["coherent"] >= share)
         if step is not None:
-            text = f"Coherent {since(step)}: at least {share:.0%} of the {n} stories ({means})"
-            says.append(f"{text}; {last['coherent']:.0%} at step {last['step']:,}.")
+            coherent = f"Coherent {from_step(step)}: at least {share:.0%} of the {n} stories ({definition})"
+            coherent += f"; {last['coherent']:.0%} at step {last['step']:,}."
             break
-    else:
-        says.append(f"Not coherent yet: {last['coherent']:.0%} of the {n} stories at step {last['step']:,} ({means}).")
 
-    text = f"The longest stretch taken over from the training text is {last['overlap']:.0f} characters a story at step {last['step']:,}; "
-    says.append(text + f"real stories that were held out share {reference['overlap']:.0f}.")
-    return says
+    copied = f"The longest stretch copied from the training text has {last['overlap']:.0f} characters per story at step {last['step']:,}; "
+    copied += f"held-out stories share {reference['overlap']:.0f}."
+    return [validation, repetition, coherent, copied]
 
 
 def check_outputs(folder: Path) -> tuple[Path, Path]:
-    """(sweep.json, sweep.html) of the folder. Raises ValueError where one is there that no sweep has written."""
+    """(sweep.json, sweep.html) of the folder. Raises UserError if one exists that no sweep has written."""
     paths = folder / "sweep.json", folder / "sweep.html"
     marks = f'"format": "{FORMAT}"', 'name="generator" content="tritale sweep"'
     for path, mark in zip(paths, marks, strict=True):

@@ -1,4 +1,4 @@
-"""The validation loss of a model, over a split or an evenly spread part of it."""
+"""The validation loss of a model, on a split or an evenly spread part of it."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ def validate(
     here: processes.Processes | None = None,
     autocast=contextlib.nullcontext,
 ) -> tuple[float, float]:
-    """(loss in nats per token, bits per character) over the whole split; the processes `here` share the work, else this one does it."""
+    """(loss in nats per token, bits per character) on the whole split. With `here`, the processes share the work."""
     device = model.embedding.device
     nll = torch.zeros(2, dtype=torch.float64, device=device)  # sum, tokens
     for i, batch in enumerate(eval_batches(split, context=context, micro_batch=micro_batch, document_mask=document_mask)):
@@ -39,7 +39,7 @@ def validate(
 
 
 def part(split: Split, tokenizer: Tokenizer, n_documents: int) -> Split:
-    """`n_documents` of the split, evenly spread over it, in memory; the split itself where it has no more."""
+    """A split in memory with `n_documents` of the split, evenly spread, or the split itself if it has no more."""
     if split.n_documents <= n_documents:
         return split
     documents = [split.document(i) for i in evenly(split.n_documents, n_documents)]

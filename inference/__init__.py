@@ -1,7 +1,10 @@
 """Generating text with a trained model."""
 
+from ..common.sampling import Sampling
 from .decoder import Decoder
-from .llm import LLM, Completion, Writer
-from .sampling import Sampling
+from .detokenizer import Completion, Detokenizer
+from .llm import LLM
+from .scheduler import Scheduler
+from .sequence import Sequence
 
-__all__ = ["LLM", "Completion", "Decoder", "Sampling", "Writer"]
+__all__ = ["LLM", "Completion", "Decoder", "Detokenizer", "Sampling", "Scheduler", "Sequence"]

@@ -1,17 +1,16 @@
-"""Texts written side by side, one token each a step; they join and leave whenever they like (continuous batching).
+"""One forward pass for a batch of sequences; sequences can be added and removed between steps (continuous batching).
 
     decoder = Decoder(model, slots=32)
-    a = decoder.add(prompt_ids, Sampling(seed=1))
-    decoder.step()  # {a: token}
-    decoder.remove(a)
+    sequence = Sequence(prompt_ids, Sampling(seed=1))
+    decoder.add(sequence)
+    decoder.step()  # {sequence: token}
+    decoder.remove(sequence)
 
-Each text has a row of the cache. The rows in use are always the first ones: where a text leaves, the last row moves into its place, so a
-step never touches the row of a finished text.
+Each sequence has a row of the KV cache. The rows in use are always the first ones: when a sequence is removed, the last row moves into its
+place.
 """
 
-import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,126 +18,115 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..model.gpt import GPT, CachedTokens
 from . import native
-from .sampling import NOT_FINITE, Sampling, candidates, draw, penalize
-
-
-@dataclass
-class _Text:
-    handle: int
-    ids: list[int]  # prompt, and what is written
-    sampling: Sampling
-    generator: torch.Generator
-    is_cached: bool = False  # all of ids but the last
+from .sampling import NOT_FINITE, candidates, draw, penalize
+from .sequence import Sequence
 
 
 class TorchForward:
-    """The forward pass by `GPT.forward`, for GPUs and where `native.c` does not run. The arguments are those of `NativeForward`."""
+    """The forward pass by `GPT.forward`, for GPUs and for CPUs without a C compiler. The arguments are those of `NativeForward`, with these
+    limits: the rows are 0, 1, … in order, several tokens of a row begin at position 0, and `last` holds the last token of each row."""
 
     def __init__(self, model: GPT):
         self._model = model
 
     def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor, cache: Tensor, last: Tensor) -> Tensor:
-        """As `NativeForward`, but the tokens are either whole beginnings of texts, one after the other, or one of each row 0, 1, …"""
+        is_before = torch.ones(len(tokens), dtype=torch.bool)
+        is_before[last] = False
+        if is_before.any():
+            self._run(tokens[is_before], rows[is_before], positions[is_before], cache, last[:0], is_beginning=True)
+        return self._run(tokens[last], rows[last], positions[last], cache, torch.arange(len(last)), is_beginning=False)
+
+    def _run(self, tokens: Tensor, rows: Tensor, positions: Tensor, cache: Tensor, last: Tensor, *, is_beginning: bool) -> Tensor:
         device = cache.device
-        where = CachedTokens(cache, rows.to(device), positions.to(device), is_beginning=not torch.equal(rows, torch.arange(len(rows))))
+        where = CachedTokens(cache, rows.to(device), positions.to(device), is_beginning)
         return self._model(tokens[None].to(device), cache=where, last=last.to(device))[0]
 
 
 class Decoder:
-    """Up to `slots` texts at a time; `Writer` makes text of their tokens. `capacity` is the longest text, prompt included, by default the
-    model's context; the cache takes slots · capacity · layers · 2 · H_kv · D numbers.
+    """Up to `slots` sequences in one batch. `capacity` is the longest sequence, prompt included; the default is the model's context. The
+    cache holds slots · capacity · layers · 2 · H_kv · D numbers.
 
-    Raises ValueError for a capacity beyond the context."""
+    Raises UserError if the capacity exceeds the context."""
 
     def __init__(self, model: GPT, *, slots: int, capacity: int | None = None, n_token: int | None = None):
         c, weight = model.config, model.embedding
-        capacity = c.context if capacity is None else capacity
-        if not 1 <= capacity <= c.context:
+        self.capacity = c.context if capacity is None else capacity
+        if not 1 <= self.capacity <= c.context:
             raise UserError(f"capacity is {capacity}; it must be between 1 and the model's context of {c.context}")
-        self._slots, self._capacity, self._n_token = slots, capacity, n_token or c.vocab_size
+        self._slots, self._n_token = slots, n_token or c.vocab_size
         runs_native = native.can_run(model)
         self._forward = native.NativeForward(model) if runs_native else TorchForward(model)
         self._argmax = native.argmax if runs_native else lambda logits: logits.argmax(-1)
         dtype = torch.float32 if runs_native else weight.dtype
-        shape = (c.n_layer, 2, slots, capacity, c.n_kv_head, c.head_dim)
+        shape = (c.n_layer, 2, slots, self.capacity, c.n_kv_head, c.head_dim)
         self._cache = torch.zeros(shape, dtype=dtype, device=weight.device)  # zeros: masked keys are multiplied by 0 too
-        self._texts: list[_Text] = []  # in the order of their rows
-        self._handles = itertools.count()
+        self._sequences: list[Sequence] = []  # in the order of their rows
 
     @property
     def free(self) -> int:
-        """How many texts can still be added."""
-        return self._slots - len(self._texts)
+        """How many sequences can still be added."""
+        return self._slots - len(self._sequences)
 
-    def add(self, ids: list[int], sampling: Sampling) -> int:
-        """Begin a text after the prompt `ids` (with `<|endoftext|>` in front); its handle. `sampling.max_new_tokens` and `sampling.stop`
-        are the caller's business (`Writer`).
+    def add(self, sequence: Sequence) -> None:
+        """Add a sequence whose `ids` are a prompt that begins with `<|endoftext|>`. The caller applies `max_new_tokens` and `stop`.
 
-        Raises ValueError where no slot is free, or for a prompt that is empty or fills the capacity."""
+        Raises ValueError if no slot is free, or if the prompt is empty or fills the capacity."""
         if not self.free:
-            raise UserError(f"all {self._slots} slots are taken; remove a text first")
-        if not 1 <= len(ids) < self._capacity:
-            raise UserError(f"the prompt has {len(ids)} tokens; between 1 and {self._capacity - 1} fit")
-        generator = torch.Generator()
-        generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-        self._texts.append(_Text(next(self._handles), list(ids), sampling, generator))
-        return self._texts[-1].handle
+            raise ValueError(f"all {self._slots} slots are taken; remove a sequence first")
+        if not 1 <= len(sequence.ids) < self.capacity:
+            raise ValueError(f"the prompt has {len(sequence.ids)} tokens; between 1 and {self.capacity - 1} fit")
+        self._sequences.append(sequence)
 
-    def remove(self, handle: int) -> None:
-        """Forget a text; its slot is free at once. Raises ValueError for an unknown handle."""
-        row = next((i for i, text in enumerate(self._texts) if text.handle == handle), None)
-        if row is None:
-            raise UserError(f"there is no text {handle} here; present are {[text.handle for text in self._texts]}")
-        last = self._texts.pop()
-        if last.handle != handle:
-            n = len(last.ids)
-            self._cache[:, :, row, :n] = self._cache[:, :, len(self._texts), :n]
-            self._texts[row] = last
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence and free its slot. Raises ValueError if it was not added."""
+        if sequence not in self._sequences:
+            raise ValueError(f"this sequence is not among the {len(self._sequences)} of the decoder; add it first")
+        row, last = self._sequences.index(sequence), self._sequences.pop()
+        if last is not sequence:
+            n = last.n_cached
+            self._cache[:, :, row, :n] = self._cache[:, :, len(self._sequences), :n]
+            self._sequences[row] = last
 
     @torch.inference_mode()
-    def step(self) -> dict[int, int]:
-        """The next token of every text, by handle. A text whose capacity is full must be removed before; raises ValueError else, and where
-        the logits are not finite."""
-        texts = self._texts
-        full = [text.handle for text in texts if len(text.ids) > self._capacity]
-        if full:
-            raise UserError(f"the texts {full} fill their {self._capacity} tokens; remove them")
-        if not texts:
+    def step(self) -> dict[Sequence, int]:
+        """Append the next token to every sequence and return the tokens.
+
+        Raises ValueError if a sequence fills its capacity, UserError if the logits are not finite."""
+        sequences = self._sequences
+        if full := [row for row, s in enumerate(sequences) if len(s.ids) > self.capacity]:
+            raise ValueError(f"the sequences {full} fill their {self.capacity} tokens; remove them")
+        if not sequences:
             return {}
-        beginnings = [(row, text.ids[:-1]) for row, text in enumerate(texts) if not text.is_cached and len(text.ids) > 1]
-        if beginnings:
-            tokens = torch.tensor([i for _, ids in beginnings for i in ids])
-            rows = torch.tensor([row for row, ids in beginnings for _ in ids])
-            positions = torch.tensor([i for _, ids in beginnings for i in range(len(ids))])
-            self._forward(tokens, rows, positions, self._cache, torch.empty(0, dtype=torch.int64))
-        rows = torch.arange(len(texts))
-        tokens, positions = torch.tensor([t.ids[-1] for t in texts]), torch.tensor([len(t.ids) - 1 for t in texts])
-        logits = self._forward(tokens, rows, positions, self._cache, rows)[:, : self._n_token]  # (texts, V)
-        # One that is not finite in the hidden state spoils all logits of its row; `draw` sees one in the embedding.
+        new = [s.ids[s.n_cached :] for s in sequences]
+        tokens = torch.tensor([i for ids in new for i in ids])
+        rows = torch.tensor([row for row, ids in enumerate(new) for _ in ids])
+        positions = torch.tensor([i for s in sequences for i in range(s.n_cached, len(s.ids))])
+        last = torch.tensor([len(ids) for ids in new]).cumsum(0) - 1
+        logits = self._forward(tokens, rows, positions, self._cache, last)[:, : self._n_token]  # (sequences, V)
+        # A hidden state that is not finite makes all logits of its row so; `draw` finds one in the head.
         if not all(map(math.isfinite, logits[:, 0].tolist())):
             raise UserError(NOT_FINITE)
-        chosen = self._choose(logits)
-        for text, token in zip(texts, chosen, strict=True):
-            text.ids.append(token)
-            text.is_cached = True
-        return {text.handle: token for text, token in zip(texts, chosen, strict=True)}
+        chosen = self._choose(sequences, logits)
+        for sequence, token in zip(sequences, chosen, strict=True):
+            sequence.n_cached = len(sequence.ids)
+            sequence.ids.append(token)
+        return dict(zip(sequences, chosen, strict=True))
 
-    def _choose(self, logits: Tensor) -> list[int]:
-        texts = self._texts
-        for row, text in enumerate(texts):
-            if text.sampling.repetition_penalty != 1:
-                seen = torch.tensor(sorted(set(text.ids)), device=logits.device)
-                penalize(logits[row], seen, text.sampling.repetition_penalty)
-        chosen = [0] * len(texts)
-        groups: dict[tuple, list[int]] = {}  # texts with the same filters are drawn together
-        for row, text in enumerate(texts):
-            groups.setdefault(tuple(text.sampling.filters.items()), []).append(row)
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.repetition_penalty != 1:
+                seen = torch.tensor(sorted(set(sequence.ids)), device=logits.device)
+                penalize(logits[row], seen, sequence.sampling.repetition_penalty)
+        chosen = [0] * len(sequences)
+        groups: dict[tuple, list[int]] = {}  # sequences with the same filters are drawn together
+        for row, sequence in enumerate(sequences):
+            groups.setdefault(tuple(sequence.sampling.filters.items()), []).append(row)
         for filters, rows in groups.items():
-            part = logits if len(rows) == len(texts) else logits[rows]
+            part = logits if len(rows) == len(sequences) else logits[rows]
             if dict(filters)["temperature"] == 0:
                 tokens = self._argmax(part)
             else:
-                u = torch.stack([torch.rand(1, dtype=torch.float64, generator=texts[row].generator) for row in rows])
+                u = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequences[row].generator) for row in rows])
                 tokens = draw(*candidates(part, **dict(filters)), u.to(logits.device))
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 chosen[row] = token

@@ -1,15 +1,15 @@
-/* The forward pass of gpt.py on a CPU, for generation: weights fp32 or bf16, everything else fp32.
+/* The forward pass of gpt.py on a CPU, for generation. Weights are fp32 or bf16, everything else is fp32.
  *
- * A step of generation multiplies every weight with few tokens, so for one prompt its time is that of reading the weights once, and for
- * many that of the products. PyTorch's own path loses on both: a call per op and layer costs as much as the reading, bf16 products
- * without bf16 instructions run at a hundredth of the fp32 rate, and products with few rows at half of it.
+ * A step with one sequence takes as long as reading the weights once; a step with many is bound by the products. PyTorch is slower at both:
+ * one call per op and layer takes as long as reading the weights, bf16 products without bf16 instructions reach a hundredth of the fp32
+ * rate, and products with few rows reach half of it.
  *
- * Tokens are a flat list, each with the row of the cache that its text lives in and its position there; prompts and single steps are the
- * same thing. What a token gives does not depend on the others in the list, bit for bit: every output is one sum along K in a fixed order,
- * whatever the number of rows.
+ * The tokens of a pass are a flat list. Each has its row in the KV cache and its position there, so prompts and single steps need no
+ * separate code. The result of a token does not depend on the other tokens, bit for bit: every output is one sum along K in a fixed order,
+ * for any number of rows.
  *
- * native.py compiles this file for the machine it runs on (cc -O3 -march=native), describes the model with the two structs below, and
- * checks all shapes; nothing is checked here. GCC or Clang.
+ * native.py compiles this file (cc -O3 -march=native), fills the two structs below and checks all shapes; this file checks nothing. It needs
+ * GCC or Clang.
  */
 #include <math.h>
 #include <stdint.h>
@@ -22,7 +22,7 @@
 #define THREAD 0
 #endif
 
-/* FMA(a, b, c) = a · b + c. Intrinsics, since GCC fuses `a * b + c` on AMD in some loops and not in others, which round differently. */
+/* FMA(a, b, c) = a · b + c. Intrinsics, because GCC on AMD fuses `a * b + c` in some loops only, and the results round differently. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define LANES 16
@@ -39,8 +39,8 @@
 #define LANES 8
 #define FMA(a, b, c) ((a) * (b) + (c)) /* two roundings everywhere: -ffp-contract=off */
 #endif
-/* Loads v once into a register: else GCC reads it from memory in each multiply-add, and the reads take longer than these. Without AVX no
- * register holds it. */
+/* Forces v into a register. Otherwise GCC reads it from memory in each multiply-add, and the reads are the bottleneck. Without AVX a vec does
+ * not fit a register. */
 #ifdef __AVX__
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -51,11 +51,11 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum {
-    TILE_ROWS = LANES == 16 ? 6 : 3, /* × TILE_OUT sums, as many as the registers hold: 12 multiply-adds for 7 loads on AVX2 */
-    TILE_OUT = 4,   /* rows of weights multiplied at a time; as fp32 they and the rows of x of a tile fit the first-level cache */
-    STREAMS = 6,    /* rows of weights that are read side by side for a single row of x */
-    AHEAD = 8,      /* positions of the cache */
-    ROW_BLOCK = 64, /* rows of x that stay in the second-level cache while all weights pass */
+    TILE_ROWS = LANES == 16 ? 6 : 3, /* × TILE_OUT sums fill the registers: 12 multiply-adds for 7 loads on AVX2 */
+    TILE_OUT = 4,   /* rows of weights per tile; in fp32 they and the tile's rows of x fit the L1 cache */
+    STREAMS = 6,    /* rows of weights that are read concurrently for a single row of x */
+    AHEAD = 8,      /* positions that attention prefetches in the KV cache */
+    ROW_BLOCK = 64, /* rows of x that stay in the L2 cache while all weights are read */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -80,8 +80,7 @@ typedef struct {
 
 /* --- y = x Wᵀ ---------------------------------------------------------------------------------------------------------------------- */
 
-/* `rows` rows of K weights, one after the other, as fp32 with rows of PAD(K), zeros behind K. One sequential read: what the hardware's
- * prefetcher likes best. */
+/* Convert `rows` consecutive rows of K weights to fp32 rows of PAD(K), padded with zeros. The sequential read suits the hardware prefetcher. */
 static void unpack(float *restrict panel, const void *w, int64_t first, int64_t rows, int64_t k, int is_bf16) {
     for (int64_t r = 0; r < rows; r++, panel += PAD(k)) {
         int64_t j = 0;
@@ -103,7 +102,7 @@ static void unpack(float *restrict panel, const void *w, int64_t first, int64_t 
     }
 }
 
-/* The sum of the lanes: halves onto each other down to four, then (0 + 2) + (1 + 3). */
+/* The sum of the lanes: add the halves until four are left, then (0 + 2) + (1 + 3). */
 static inline vec4 quarters(vec x) {
 #if LANES == 4
     return x;
@@ -122,7 +121,7 @@ static inline float total(vec x) {
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
-/* `total` of four vectors with the same bits, by fewer instructions. */
+/* `total` of four vectors, with the same bits and fewer instructions. */
 static inline vec4 totals(const vec x[4]) {
     vec4 a = quarters(x[0]), b = quarters(x[1]), c = quarters(x[2]), d = quarters(x[3]);
     vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7); /* a02 b02 a13 b13 */
@@ -130,7 +129,7 @@ static inline vec4 totals(const vec x[4]) {
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-/* Σ a_i b_i. Written out, since the order in which a compiler would sum may depend on the addresses. */
+/* Σ a_i b_i. Written with vectors, because a compiler's order of summation may depend on the addresses. */
 static inline float dot(const float *a, const float *b, int64_t n) {
     vec sum = {0};
     int64_t i = 0;
@@ -140,8 +139,8 @@ static inline float dot(const float *a, const float *b, int64_t n) {
     return total(sum) + rest;
 }
 
-/* m × n sums along K for rows of x and of w that are kp apart. m and n are constants where it is called, so the loops unroll and the sums
- * stay in registers. */
+/* m × n sums along K for rows of x and of w that are kp apart. The callers pass constants for m and n, so the loops unroll and the sums stay
+ * in registers. */
 static inline __attribute__((always_inline)) void tile(int m, int n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
     vec sum[TILE_ROWS][TILE_OUT];
     for (int i = 0; i < m; i++)
@@ -183,15 +182,15 @@ static inline __attribute__((always_inline)) void tile_of(int64_t m, int n, cons
     }
 }
 
-/* m ≤ TILE_ROWS rows of x times n ≤ TILE_OUT rows of w. Not inlined: where GCC knows more of the loops around it, it runs out of registers. */
+/* m ≤ TILE_ROWS rows of x times n ≤ TILE_OUT rows of w. Not inlined: otherwise GCC runs out of registers. */
 static __attribute__((noinline)) void tiles(int64_t m, int64_t n, const float *x, const float *w, float *y, int64_t kp, int64_t ldy) {
     if (n == TILE_OUT) tile_of(m, TILE_OUT, x, w, y, kp, ldy);
     else
         for (int64_t o = 0; o < n; o++) tile_of(m, 1, x, w + o * kp, y + o, kp, ldy);
 }
 
-/* What a tile gives for one row of x and n rows of W, `apart` rows from each other, without unpacking W first: for a single token that would
- * take as long as the sum. */
+/* The result of a tile for one row of x and n rows of W, `apart` rows from each other, without unpacking W: for a single token that takes as
+ * long as the sum. */
 static inline __attribute__((always_inline)) void row(float *y, const float *x, const void *w, int64_t first, int64_t apart, const int n, int64_t k, const int is_bf16) {
     vec sum[STREAMS];
     for (int o = 0; o < n; o++) sum[o] = (vec){0};
@@ -222,7 +221,7 @@ static inline __attribute__((always_inline)) void row(float *y, const float *x, 
     for (int o = 0; o < n; o++) y[first + o * apart] = total(sum[o]);
 }
 
-/* Rows of W from several places at a time: a sum waits for its last multiply-add, and memory is read faster in several places than in one. */
+/* Reads W at several places concurrently: each sum waits for its last multiply-add, and several streams of memory are faster than one. */
 static inline __attribute__((always_inline)) void one_row(float *y, const float *x, const void *w, int64_t n_out, int64_t k, const int is_bf16) {
     int64_t part = n_out / STREAMS;
 #pragma omp for schedule(static) nowait
@@ -231,7 +230,7 @@ static inline __attribute__((always_inline)) void one_row(float *y, const float 
     for (int64_t o = STREAMS * part; o < n_out; o++) row(y, x, w, o, 0, 1, k, is_bf16);
 }
 
-/* y (n, n_out) = x (n, k) Wᵀ for W (n_out, k); rows of x are PAD(k) apart, zeros behind k. Called by all threads together. */
+/* y (n, n_out) = x (n, k) Wᵀ for W (n_out, k); rows of x are PAD(k) apart and padded with zeros. All threads call it together. */
 static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n_out, int64_t k, int is_bf16, float *panels) {
     if (n == 1) {
         if (is_bf16) one_row(y, x, w, n_out, k, 1);
@@ -251,7 +250,7 @@ static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n
                 unpack(own, w, first, n_row, k, is_bf16);
                 panel = own;
             }
-            /* while this panel is multiplied, the next one is on its way to the second-level cache */
+            /* prefetch the next panel into the L2 cache */
             const char *next = (const char *)w + (first + n_row) * bytes;
             int64_t next_bytes = MIN(TILE_OUT, n_out - first - n_row) * bytes, share = (next_bytes / n_tile + 63) / 64 * 64;
             for (int64_t i = start; i < end; i += TILE_ROWS) {
@@ -265,14 +264,14 @@ static void linear(float *y, const float *x, const void *w, int64_t n, int64_t n
 
 /* --- The other ops ----------------------------------------------------------------------------------------------------------------- */
 
-/* y = x / √(mean x² + eps) · weight, over n entries; may be in place. */
+/* y = x / √(mean x² + eps) · weight over n entries; y may be x. */
 static void rms_norm(float *y, const float *x, const float *weight, int64_t n, float eps) {
     float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-/* x += delta (where there is one); h = rms_norm(x), zeros behind it. Called by all threads together. */
+/* x += delta (unless NULL); h = rms_norm(x), padded with zeros. All threads call it together. */
 static void add_norm(float *h, float *x, const float *delta, const float *weight, int64_t n, int64_t width, float eps) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -293,12 +292,12 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
-/* Ask for the d floats at p, which a pass over a cache needs in a moment: they lie too far apart for the hardware to guess. */
+/* Prefetch d floats of a later position in the KV cache; the stride is too large for the hardware prefetcher. */
 static inline void prefetch(const float *p, int64_t d) {
     for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(p + i);
 }
 
-/* out = Σ_j softmax_j(q · k_j / √D) v_j over the keys lo … hi − 1, which lie `stride` apart. */
+/* out = Σ_j softmax_j(q · k_j / √D) v_j over the keys lo … hi − 1, which are `stride` apart. */
 static void attend(float *restrict out, const float *q, const float *k, const float *v, int64_t lo, int64_t hi, int64_t d, int64_t stride, float *restrict score) {
     float scale = 1 / sqrtf(d), top = -INFINITY, sum = 0;
     for (int64_t j = lo; j < hi; j++) {
@@ -328,18 +327,18 @@ int64_t scratch_size(const Model *m, int64_t n, int64_t capacity, int64_t n_thre
     return n * (3 * PAD(m->width) + all + PAD(heads) + 2 * m->mlp_width + PAD(m->mlp_width)) + n_thread * (TILE_OUT * PAD(k) + capacity);
 }
 
-/* Put n tokens into the cache and give the logits of some of them. */
+/* Write n tokens into the KV cache and compute the logits of some of them. */
 void forward(
     const Model *m,
     int64_t n,
     const int64_t *tokens,     /* (n,) */
     const int64_t *rows,       /* (n,) of the cache */
-    const int64_t *positions,  /* (n,); the cache holds the positions before, or they come earlier in this list */
+    const int64_t *positions,  /* (n,); earlier positions are in the cache or earlier in this list */
     float *cache,              /* (n_layer, 2, slots, capacity, n_kv_head, head_dim) */
     int64_t slots,
     int64_t capacity,
     int64_t n_last,
-    const int64_t *last,  /* (n_last,) which of the n tokens, ascending */
+    const int64_t *last,  /* (n_last,) indices into the n tokens, ascending */
     float *logits,        /* (n_last, vocab_size) */
     float *scratch,
     int64_t n_thread
@@ -395,7 +394,7 @@ void forward(
             }
             linear(delta, mlp, w->mlp_out, n, width, m->mlp_width, m->is_bf16, panels);
         }
-        /* Only the tokens whose logits are wanted go on. They ascend, so each moves to a place that is read already. */
+        /* Keep only the tokens whose logits are needed. They ascend, so none is overwritten before it is moved. */
 #pragma omp single
         for (int64_t i = 0; i < n_last; i++) {
             memmove(x + i * width, x + last[i] * width, 4 * width);
@@ -406,7 +405,7 @@ void forward(
     }
 }
 
-/* The first of the largest of each row's n_col numbers, for rows that are `stride` apart; n_col where all are NaN. */
+/* The index of the first maximum of each row of n_col numbers, for rows that are `stride` apart; n_col if all are NaN. */
 void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_t *index, int64_t n_thread) {
 #pragma omp parallel for schedule(static) num_threads(n_thread)
     for (int64_t i = 0; i < n_row; i++) {
@@ -422,7 +421,7 @@ void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_
         float most = -INFINITY;
         for (int lane = 0; lane < LANES; lane++) most = MAX(most, top[lane]);
         for (; j < n_col; j++)
-            if (xi[j] > most) most = xi[j]; /* not MAX, which NaN would pass through */
+            if (xi[j] > most) most = xi[j]; /* not MAX, which returns NaN */
         for (j = 0; j < n_col && xi[j] != most; j++) {}
         index[i] = j;
     }

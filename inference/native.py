@@ -1,4 +1,4 @@
-"""`native.c` from Python: compiled once for this machine (a second), kept in the user's cache, called through ctypes."""
+"""Compiles `native.c` for this machine (about a second), keeps the library in the user's cache and calls it through ctypes."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model.gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
-# No contraction: where the compiler may fuse a · b + c, it does so in some loops and not in others, and a text would depend on its company.
+# -ffp-contract=off: GCC fuses a · b + c in some loops only, and a sequence would depend on the others in the batch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,16 +51,15 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-@functools.cache
-def library() -> ctypes.CDLL | str:
-    """The compiled `native.c`, or why there is none on this machine (a sentence for the user)."""
+def load_library() -> ctypes.CDLL | str:
+    """The compiled `native.c`, or a sentence for the user why it is not available."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
         return "no C compiler (cc, gcc, clang) was found; generation on the CPU runs slower without one (Debian: apt install gcc)"
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _machine())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritale"
     try:
-        # The content's hash is in the name: a file that was cut off, by a crash say, would end the process where its code is missing.
+        # The content's hash is in the name: a truncated file, after a crash for example, would end the process.
         kept = folder.glob(f"native-{key}-*.so")
         path = next((p for p in kept if p.stem == f"native-{key}-{_digest(p)}"), None)
         if path is None:
@@ -84,14 +83,33 @@ def library() -> ctypes.CDLL | str:
     return lib
 
 
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    return load_library()
+
+
+def library() -> ctypes.CDLL:
+    """The compiled `native.c`. Raises RuntimeError if it is not available."""
+    found = _library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def problem() -> str | None:
+    """Why `native.c` is not available on this machine, or None if it is."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
 def can_run(model: GPT) -> bool:
-    """Whether `native.c` runs this model here: on a CPU, in fp32 or bf16, where it compiles."""
+    """Whether `native.c` can run this model: on a CPU, in fp32 or bf16, if it compiles."""
     p = model.embedding
-    return p.device.type == "cpu" and p.dtype in DTYPES and not isinstance(library(), str)
+    return p.device.type == "cpu" and p.dtype in DTYPES and problem() is None
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The first of the largest of each row of logits (B, V), fp32 on the CPU, in rows of any stride: (B,) int64."""
+    """The index of the first maximum of each row of logits (B, V), fp32 on the CPU, with any row stride: (B,) int64."""
     index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
     library().argmax(
         ctypes.c_void_p(logits.data_ptr()), *map(integer, (*logits.shape, logits.stride(0))),
@@ -101,7 +119,8 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 class NativeForward:
-    """The model's forward pass in `native.c`. It reads the model's own tensors, so weights copied into them count; norms are copied."""
+    """The model's forward pass in `native.c`. It reads the model's own tensors, so it uses weights that are copied into them later, except
+    norm weights that are not fp32."""
 
     def __init__(self, model: GPT):
         self._lib, self._keep, c = library(), [], model.config
@@ -119,14 +138,14 @@ class NativeForward:
 
     def _pointer(self, t: Tensor) -> int:
         t = t.detach().contiguous()
-        self._keep.append(t)  # else a copy's memory goes with the copy
+        self._keep.append(t)  # keeps the memory of a copy alive
         return t.data_ptr()
 
     def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor, cache: Tensor, last: Tensor) -> Tensor:
         """Write the keys and values of `tokens` (n,) at `rows`, `positions` (n,) into `cache` (n_layer, 2, slots, capacity, H_kv, D) fp32,
-        and give the logits (len(last), V) of those at the ascending indices `last`. The result is overwritten by the next call.
+        and return the logits (len(last), V) of the tokens at the ascending indices `last`. The next call overwrites the result.
 
-        All index tensors are int64 on the CPU; the caller sees to it that they are in range."""
+        All index tensors are int64 on the CPU and must be in range."""
         n, n_last, n_thread = len(tokens), len(last), torch.get_num_threads()
         slots, capacity = cache.shape[2:4]
         needed = self._lib.scratch_size(ctypes.byref(self._model), *(ctypes.c_int64(i) for i in (n, capacity, n_thread)))

@@ -1,7 +1,7 @@
-"""A model on disk is a Hugging Face model: config.json, model.safetensors, generation_config.json (and the tokenizer's files beside).
+"""A checkpoint on disk is a Hugging Face model: config.json, generation_config.json, model.safetensors, and the tokenizer's files.
 
-Without QK-norm it is a Mistral, with it a Qwen3; `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Only safetensors
-and JSON are read, so a checkpoint from a stranger cannot run code.
+Without QK-norm it is a Mistral, with QK-norm a Qwen3; `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it. Only
+safetensors and JSON are read, so a checkpoint from an untrusted source cannot run code.
 """
 
 from pathlib import Path
@@ -13,26 +13,34 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..common.files import read_json_object, write_json
+from ..common.sampling import Sampling
 from .gpt import GPT, GPTConfig, rotary_tables
+from .run_folder import listing
 
+FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+DAMAGED = "the checkpoint is damaged, use another step"
+SIZES = {  # of config.json, and of GPTConfig
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "max_position_embeddings": "context",
+}
 
 
 def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dict:
-    """The config.json that makes Hugging Face build the same model."""
+    """The config.json from which Hugging Face builds the same model."""
     kind = "qwen3" if config.qk_norm else "mistral"
     result = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
+        "tritale_format": FORMAT,
+        **{name: getattr(config, ours) for name, ours in SIZES.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -40,7 +48,7 @@ def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dic
         "tie_word_embeddings": config.tie_embeddings,
         "sliding_window": config.window,
         "attention_dropout": 0.0,
-        "bos_token_id": eos_token_id,  # every document begins with the token that ends the one before
+        "bos_token_id": eos_token_id,  # every document begins with `<|endoftext|>`
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "use_cache": True,
@@ -51,42 +59,42 @@ def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dic
     return result
 
 
+def check_format(found: object, known: int, where: Path | str) -> None:
+    """Raises UserError if a file has a newer format than `known`, or one that is not a number."""
+    if type(found) is not int or found < 1:
+        raise UserError(f"{where} has format {found!r}, not an integer of at least 1; {DAMAGED}")
+    if found > known:
+        raise UserError(f"{where} has format {found}; this version of tritale reads formats up to {known}: install a newer version")
+
+
 def gpt_config(hf: dict) -> GPTConfig:
-    """The model's shape from a config.json. Raises ValueError where the architecture is another one, or a value of the wrong kind."""
+    """The model's shape from a config.json. Raises UserError for another architecture, a newer format or a wrong value."""
     kind = hf.get("model_type")
     if kind not in tuple(ARCHITECTURES):
-        raise UserError(f"model_type {kind!r} is not one this project reads ({', '.join(ARCHITECTURES)})")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    sizes += ("max_position_embeddings",)
-    missing = [name for name in (*sizes, "rms_norm_eps") if name not in hf]
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+    check_format(hf.get("tritale_format", 1), FORMAT, "config.json")
+    if missing := [name for name in (*SIZES, "rms_norm_eps") if name not in hf]:
+        raise UserError(f"config.json lacks {', '.join(missing)}; {DAMAGED}")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("attention_bias"):
-        raise UserError("only models with hidden_act 'silu' and without attention biases are read")
+        raise UserError("config.json: only hidden_act 'silu' without attention_bias is supported")
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
     if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_parameters is {rope!r}, no object; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json: rope_parameters is {rope!r}, not an object; {DAMAGED}")
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"rope_type {rope['rope_type']!r} is not read; only 'default' is")
+        raise UserError(f"config.json: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
-    sizes = {name: hf[name] for name in sizes} | {"head_dim": hf.get("head_dim") or 1, "sliding_window": 1 if window is None else window}
-    init_std = hf.get("initializer_range", 0.02)
+    head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
+    sizes = {name: hf[name] for name in SIZES} | {"head_dim": head_dim or 1, "sliding_window": 1 if window is None else window}
     numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": hf["rms_norm_eps"], "initializer_range": init_std}
-    wrong = [f"{name} is {value!r}, not a whole number from 1" for name, value in sizes.items() if type(value) is not int or value < 1]
+    wrong = [f"{name} is {value!r}, not an integer of at least 1" for name, value in sizes.items() if type(value) is not int or value < 1]
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            wrong.append(f"{name} is {value!r}, not a number from 0")
+            wrong.append(f"{name} is {value!r}, not a number of at least 0")
     if wrong:
-        raise UserError(f"config.json: {'; '.join(wrong)}; the checkpoint is damaged, use another step")
+        raise UserError(f"config.json: {'; '.join(wrong)}; {DAMAGED}")
     return GPTConfig(
-        vocab_size=hf["vocab_size"],
-        n_layer=hf["num_hidden_layers"],
-        n_head=hf["num_attention_heads"],
-        n_kv_head=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        width=hf["hidden_size"],
-        mlp_width=hf["intermediate_size"],
-        context=hf["max_position_embeddings"],
+        **{ours: hf[name] for name, ours in SIZES.items()},
+        head_dim=head_dim or hf["hidden_size"] // hf["num_attention_heads"],
         rope_theta=rope["rope_theta"],
         norm_eps=hf["rms_norm_eps"],
         qk_norm=kind == "qwen3",
@@ -97,7 +105,7 @@ def gpt_config(hf: dict) -> GPTConfig:
 
 
 def hf_state(model: GPT) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names, q, k, v and gate, up taken apart."""
+    """The weights under Hugging Face's names. q, k, v and gate, up are views of the packed matrices."""
     c = model.config
     state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     if not c.tie_embeddings:
@@ -126,35 +134,35 @@ def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int
     """Write config.json, generation_config.json and model.safetensors into an existing folder."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     write_json(folder / "config.json", hf_config(model.config, **tokens))
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 30}
-    write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, **sampling})
+    sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
+    write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
     state = {name: tensor.cpu().contiguous() for name, tensor in hf_state(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """A JSON object of a checkpoint. Raises FileNotFoundError or ValueError that says what the folder lacks."""
+    """A JSON object of a checkpoint. Raises FileNotFoundError if it is missing, UserError if it is damaged."""
     path = folder / name
     if not path.is_file():
-        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+        found = listing(folder) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {name} is missing (found: {found}); give a step-… folder of a run")
-    return read_json_object(path, remedy="the checkpoint is damaged, use another step")
+    return read_json_object(path, remedy=DAMAGED)
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """A safetensors file of a checkpoint. Raises FileNotFoundError where it is missing, ValueError where it is damaged."""
+    """A safetensors file of a checkpoint. Raises FileNotFoundError if it is missing, UserError if it is damaged."""
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a whole checkpoint: {name} is missing; delete the folder to use an earlier step")
+        raise FileNotFoundError(f"{folder} is not a complete checkpoint: {name} is missing; use another step")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); the checkpoint is damaged, use another step") from None
+        raise UserError(f"{path} cannot be read ({error}); {DAMAGED}") from None
 
 
 @torch.no_grad()
 def load_weights(model: GPT, folder: Path) -> None:
-    """Copy the weights of a checkpoint into a model of the same shape. Raises ValueError where a tensor is missing or of another shape."""
+    """Copy the weights of a checkpoint into a model of the same shape. Raises UserError if the tensors do not match."""
     state = load_tensors(folder, "model.safetensors")
     expected = hf_state(model)  # views of the packed parameters: copying into them fills the model
     for name, tensor in expected.items():
@@ -164,15 +172,15 @@ def load_weights(model: GPT, folder: Path) -> None:
         tensor.copy_(state[name])
     extra = set(state) - set(expected) - {"lm_head.weight"}
     if extra:
-        raise UserError(f"{folder}/model.safetensors holds tensors the model has no place for: {sorted(extra)[:5]}")
+        raise UserError(f"{folder}/model.safetensors has tensors that the model does not have: {sorted(extra)[:5]}")
 
 
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of a checkpoint folder. The weights go straight to `device` and `dtype`; the tables of rotary positions stay fp32.
+    """The model of a checkpoint folder, on `device` and in `dtype`; the rotary tables stay fp32.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one is damaged or of another architecture."""
+    Raises FileNotFoundError if a file is missing, UserError if one is damaged or of another architecture."""
     folder = Path(folder)
-    with torch.device("meta"):  # no memory, no random numbers: all weights come from the file
+    with torch.device("meta"):  # allocates and initializes nothing: all weights come from the file
         model = GPT(gpt_config(read_json(folder, "config.json")))
     model = model.to(dtype).to_empty(device=device)
     if model.config.tie_embeddings:

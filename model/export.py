@@ -1,4 +1,4 @@
-"""A checkpoint in the forms that other programs read: a litgpt folder, a GGUF file for llama.cpp. (It already is a Hugging Face model.)"""
+"""Checkpoints in the formats of other programs: a litgpt folder, a GGUF file for llama.cpp. Hugging Face reads a checkpoint as it is."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from .gpt import GPT, GPTConfig
 
 def _refuse_existing(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; name another --out, or remove it")
+        raise UserError(f"{out} exists and is not overwritten; give another --out, or remove it")
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ def litgpt_config(c: GPTConfig) -> dict:
     return config
 
 
-def litgpt_state(model) -> dict[str, torch.Tensor]:
-    """The weights under litgpt's names. q, k, v lie in one matrix there too, in the same order; gate and up do not."""
+def litgpt_state(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights under litgpt's names. litgpt packs q, k, v in the same order, but not gate and up."""
     state = {
         "transformer.wte.weight": model.embedding,
-        "lm_head.weight": model.head,  # tied ones share their memory in the file too
+        "lm_head.weight": model.head,  # if tied, it shares its memory in the file too
         "transformer.ln_f.weight": model.norm,
     }
     for i, block in enumerate(model.blocks):
@@ -64,7 +64,7 @@ def litgpt_state(model) -> dict[str, torch.Tensor]:
             "attn.qkv": block.qkv.weight,
             "attn.proj": block.attention_out.weight,
             "norm_2": block.mlp_norm,
-            "mlp.fc_1": gate.clone(),  # a view would be saved with all of its memory
+            "mlp.fc_1": gate.clone(),  # a view would be saved with the memory of the whole matrix
             "mlp.fc_2": up.clone(),
             "mlp.proj": block.mlp_out.weight,
         }
@@ -75,9 +75,9 @@ def litgpt_state(model) -> dict[str, torch.Tensor]:
 
 
 def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a folder that `litgpt.LLM.load` reads. `lit_model.pth` is a dictionary of plain tensors (`weights_only=True` loads it).
+    """Write a folder for `litgpt.LLM.load`. `lit_model.pth` is a dictionary of plain tensors (`weights_only=True` loads it).
 
-    Raises ValueError where `out` exists."""
+    Raises UserError if `out` exists."""
     _refuse_existing(out)
     c = model.config
     with atomic_folder(out) as folder:
@@ -88,7 +88,7 @@ def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
         write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.eot_id, **tokens})
         tokenizer.save(folder)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        # Without it litgpt takes the leading <|endoftext|> away, and the model reads a text that begins nowhere.
+        # Without it litgpt removes the leading <|endoftext|>, with which every training document begins.
         write_json(folder / "tokenizer_config.json", config | {"add_bos_token": True})
 
 
@@ -96,11 +96,11 @@ def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[float], list[int]]:
-    """(text, score, type) of each id, as llama.cpp's tokenizer "llama" has them; rows of the embedding beyond the tokenizer are unused.
+    """(texts, scores, types) of all ids for llama.cpp's tokenizer "llama". Rows of the embedding without a token are unused.
 
-    That tokenizer is, like this project's, one of whole characters with single bytes for those that have no entry; its "gpt2" begins with
-    bytes and drops those of an unknown character that a merge has joined halfway. It joins the neighbours whose union has the highest
-    score, so the score of an entry is minus the rank of the merge that makes it. Spaces are written ▁."""
+    Like this project's tokenizer, "llama" starts from characters and falls back to bytes for those without an entry. ("gpt2" starts from
+    bytes and drops bytes of an unknown character that a merge has joined partly.) It joins the neighbours whose union has the highest
+    score, so the score of an entry is minus the rank of its merge. Spaces are written ▁."""
     from gguf import TokenType
 
     ranks: dict[str, int] = {}
@@ -112,13 +112,13 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
     for i in range(tokenizer.vocab_size):
         if i < len(SPECIAL_TOKENS):
             text, kind = SPECIAL_TOKENS[i], TokenType.CONTROL
-        elif i == space_byte and not has_space:  # else llama.cpp would write a space as the three bytes of ▁
+        elif i == space_byte and not has_space:  # otherwise llama.cpp encodes a space as the three bytes of ▁
             text, kind = " ", TokenType.NORMAL
         elif i < len(SPECIAL_TOKENS) + len(BYTE_TOKENS):
             text, kind = BYTE_TOKENS[i - len(SPECIAL_TOKENS)], TokenType.BYTE
         else:
             text, kind = tokenizer.token_bytes(i).decode("utf-8"), TokenType.NORMAL
-            if "▁" in text:  # it would read as a space; such a character then falls back to its bytes
+            if "▁" in text:  # llama.cpp would read it as a space; the character falls back to its bytes
                 text, kind = f"<|unused_{i}|>", TokenType.UNUSED
         texts.append(text.replace(" ", "▁"))
         scores.append(-float(ranks.get(text, 0)))
@@ -131,27 +131,27 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
 
 
 def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
-    # llama.cpp's architecture "llama" turns neighbouring pairs of a head, Hugging Face its halves: (H · 2 · D/2, K) -> (H · D/2 · 2, K).
+    # llama.cpp's "llama" rotates adjacent pairs of a head, Hugging Face its halves: (H · 2 · D/2, K) -> (H · D/2 · 2, K).
     n, k = weight.shape
     return weight.reshape(n_head, 2, n // n_head // 2, k).swapaxes(1, 2).reshape(n, k)
 
 
 def gguf_tensors(model: GPT) -> dict[str, np.ndarray]:
-    """The weights in fp32 under GGUF's names, rows as in PyTorch."""
+    """The weights in fp32 under GGUF's names, in PyTorch's row order."""
     c = model.config
     names = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
         "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     }  # fmt: skip
-    whole = {
+    outer = {
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
     }  # fmt: skip
     tensors = {}
     for name, tensor in hf_state(model).items():
         array = tensor.float().cpu().contiguous().numpy()
-        if name in whole:
-            tensors[whole[name]] = array
+        if name in outer:
+            tensors[outer[name]] = array
             continue
         _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
         if not c.qk_norm and kind in ("self_attn.q_proj", "self_attn.k_proj"):
@@ -161,14 +161,16 @@ def gguf_tensors(model: GPT) -> dict[str, np.ndarray]:
 
 
 def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> None:
-    """Write a GGUF file in fp32 for llama.cpp: its architecture "llama", or with QK-norm "qwen3". Its `llama-quantize` makes it smaller.
+    """Write a GGUF file in fp32 for llama.cpp, with the architecture "llama", or "qwen3" for QK-norm. `llama-quantize` makes it smaller.
 
-    Raises ValueError where `out` exists, or for a model with a window shorter than its context, which those architectures do not have;
-    ModuleNotFoundError where the package gguf is missing."""
+    Raises UserError if `out` exists, or if the model has a window shorter than its context, which these architectures do not support;
+    ModuleNotFoundError if the package gguf is missing."""
     _refuse_existing(out)
     c = model.config
     if c.window is not None and c.window < c.context:
-        raise UserError(f"model.window is {c.window}, and GGUF's architecture has no sliding window; export it to litgpt instead")
+        raise UserError(
+            f"model.window is {c.window}, and llama.cpp's architectures llama and qwen3 have no sliding window; export to litgpt instead"
+        )
     import gguf
 
     with atomic_file(out) as temporary:
@@ -193,7 +195,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
         writer.add_token_list(texts)
         writer.add_token_scores(scores)
         writer.add_token_types(types)
-        writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with the token that ends the one before
+        writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with `<|endoftext|>`
         writer.add_eos_token_id(tokenizer.eot_id)
         writer.add_pad_token_id(tokenizer.pad_id)
         writer.add_add_bos_token(True)

@@ -1,10 +1,11 @@
-"""The model: a pre-norm GPT inside what Mistral (no QK-norm) and Qwen3 (QK-norm) of Hugging Face express.
+"""The model: a pre-norm GPT that Hugging Face's Mistral (without QK-norm) or Qwen3 (with QK-norm) can represent.
 
 RMSNorm, rotary positions, grouped-query attention with a head size independent of the width, SwiGLU, tied or untied embeddings. Every
-op that is not a matrix product comes from `tritale.kernels`. Inside, q, k, v and gate, up are packed into one product each; `checkpoint.py`
-splits them for the disk.
+op that is not a matrix product comes from `tritale.kernels`. q, k, v and gate, up are packed into one matrix each; `checkpoint.py` splits
+them on disk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -50,29 +51,29 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
-        """A named shape, with fields changed. Raises ValueError for an unknown name."""
+        """A named shape with some fields changed. Raises UserError if the name is unknown."""
         if name not in PRESETS:
             raise UserError(f"model.preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
         return replace(PRESETS[name], **changes)
 
     @property
     def n_matrix(self) -> int:
-        """Parameters that multiply each token: all matrices, and the head (also where it is tied to the embedding)."""
+        """Parameters in matrix products: all matrices and the head, also if it is tied to the embedding."""
         heads = (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
         return self.n_layer * self.width * (heads + 3 * self.mlp_width) + self.vocab_size * self.width
 
     def flops_per_token(self, length: float) -> float:
-        """FLOPs of forward and backward for one token of a document of `length` tokens: 6 per matrix parameter, and for attention
-        12 · layers · heads · head_dim per key seen, of which a token sees half its document on average."""
+        """FLOPs of forward and backward for one token of a document of `length` tokens: 6 per matrix parameter, and in attention
+        12 · layers · heads · head_dim per key; a token has half its document as keys on average."""
         return 6 * self.n_matrix + 6 * self.n_layer * self.n_head * self.head_dim * min(length, self.window or length)
 
 
 PRESETS = {
     # For tests: trains in seconds, also through the interpreted kernels.
     "tiny": GPTConfig(512, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, width=48, mlp_width=64, context=64),
-    # Sized so that two CPU cores teach it the built-in stories in five minutes.
+    # Trains on the built-in stories in five minutes on two CPU cores.
     "quickstart": GPTConfig(4096, n_layer=4, n_head=4, n_kv_head=4, head_dim=32, width=128, mlp_width=384, context=256, qk_norm=True),
-    # The blog series' model: 43.9 M parameters, 76 % of them the embedding of a borrowed vocabulary.
+    # The blog series' model: 43.9 M parameters, 76 % of them in the embedding.
     "microstories-44m": GPTConfig(65_024, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, width=512, mlp_width=768, context=512),
 }
 
@@ -86,10 +87,10 @@ def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class CachedTokens:
-    """Where the tokens of one pass, flattened to (1, n), belong in a cache of keys and values with a row for each text.
+    """The KV cache, with a row for each sequence, and the places in it of the tokens of one pass, flattened to (1, n).
 
-    Either they are whole beginnings of texts, one after the other, or (`is_beginning` false) one token of each of the rows 0, 1, …, n − 1,
-    which sees what its row holds up to it. What is cached behind a text's end is masked, but must be finite."""
+    The tokens are either the beginnings of several sequences, concatenated, or (`is_beginning` false) one token of each of the rows
+    0, 1, …, n − 1, which attends to the cached tokens of its row. Entries past the end of a sequence are masked, but must be finite."""
 
     cache: Tensor  # (n_layer, 2, slots, capacity, H_kv, D): keys, values
     rows: Tensor  # (n,) int64
@@ -106,7 +107,7 @@ class CachedTokens:
             self._distance = self.positions[:, None] - torch.arange(self._longest, device=self.rows.device)  # (n, S)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Store k, v (1, n, H_kv, D) and give what q (1, n, H, D) reads: (1, n, H, D)."""
+        """Store k, v (1, n, H_kv, D) and return the attention of q (1, n, H, D): (1, n, H, D)."""
         self.cache[layer, 0][self.rows, self.positions] = k[0]
         self.cache[layer, 1][self.rows, self.positions] = v[0]
         if self.is_beginning:
@@ -134,7 +135,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, width), the residual stream
-        delta: Tensor | None,  # (B, T, width), what the layer below adds to it
+        delta: Tensor | None,  # (B, T, width), output of the previous layer, not yet added
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None,
@@ -149,8 +150,9 @@ class Block(nn.Module):
 
         qkv = self.qkv(h)  # (B, T, (H + 2 H_kv) D)
         if c.qk_norm:
-            heads = dict(n_head=c.n_head, n_kv_head=c.n_kv_head, eps=c.norm_eps)
-            q, k, v = qk_norm_rope(qkv, self.q_norm, self.k_norm, cos, sin, positions=positions, **heads)
+            q, k, v = qk_norm_rope(
+                qkv, self.q_norm, self.k_norm, cos, sin, n_head=c.n_head, n_kv_head=c.n_kv_head, eps=c.norm_eps, positions=positions
+            )
         else:
             q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
             q, k = rope(q, k, cos, sin, positions=positions)
@@ -158,25 +160,29 @@ class Block(nn.Module):
             a = cache.attend(self.layer, q, k, v, c.window)
         else:
             a = flash_attention(q, k, v, window=c.window, cu_seqlens=cu_seqlens)  # (B, T, H, D)
-        delta = self.attention_out(a.flatten(-2))
+        attended: Tensor = self.attention_out(a.flatten(-2))
 
-        h, x = add_rms_norm(delta, x, self.mlp_norm, c.norm_eps)
+        h, x = add_rms_norm(attended, x, self.mlp_norm, c.norm_eps)
         return x, self.mlp_out(swiglu(self.gate_up(h)))
 
 
 class GPT(nn.Module):
-    """A GPT of the given shape with fresh weights: normal with `init_std`, the MLPs' outputs scaled down by √(2 · n_layer) so that the
-    variance of the residual stream does not grow with depth (GPT-2).
+    """A GPT with random weights: normal with `init_std`, the outputs of the MLPs scaled by 1 / √(2 · n_layer) so that the variance of the
+    residual stream does not grow with depth (GPT-2).
 
-    Attention begins as a copier, in the way of mimetic initialization (arXiv 2305.09828): query and key matrices are equal, so a token
-    looks for its like, and a head's output matrix is its value matrix transposed, so what is read is written as it is. Small models
-    learn to keep names through a text much sooner from there (docs/log.md)."""
+    Attention starts as a copy operation, as in mimetic initialization (arXiv 2305.09828): query and key matrices are equal, so a token
+    attends to similar tokens, and each head's output matrix is its transposed value matrix, so it writes what it reads. Small models learn
+    much sooner to keep names through a story (docs/log.md)."""
+
+    blocks: Sequence[Block]  # a ModuleList, which has no type for its elements
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = self.embedding if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
         cos, sin = rotary_tables(config)
@@ -202,19 +208,18 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T) int
-        targets: Tensor | None = None,  # (B, T) int, −100 where there is none
+        targets: Tensor | None = None,  # (B, T) int, −100: ignored
         *,
         cu_seqlens: Tensor | None = None,  # (documents + 1,) int32; B = 1
         cache: CachedTokens | None = None,
         last: Tensor | None = None,  # (N,) int, with a cache
         **loss_options,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, T, V), or with `targets` the loss of `linear_cross_entropy` (which takes `loss_options`), never holding all
-        logits. With `cu_seqlens` documents do not see each other and positions restart. With a `cache` (which says where the tokens (1, T)
-        belong) the logits are those of the tokens `last`: (1, N, V).
+        """Logits (B, T, V). With `targets` the loss of `linear_cross_entropy` (and its `loss_options`), which never holds all logits.
+        With `cu_seqlens` attention does not cross documents and positions restart. With a `cache`, which gives the places of the tokens
+        (1, T), the logits of the tokens `last`: (1, N, V).
 
-        Raises ValueError for a sequence longer than the context; of documents in `cu_seqlens` and of a `cache` the caller sees to it that
-        none is."""
+        Raises UserError if a sequence is longer than the context. With `cu_seqlens` or a `cache` the caller checks this."""
         n = tokens.shape[1]
         if cu_seqlens is None and cache is None and n > self.config.context:
             raise UserError(f"{n} tokens are more than the model's context of {self.config.context}; shorten them")
@@ -225,6 +230,7 @@ class GPT(nn.Module):
         x, delta = F.embedding(tokens, self.embedding), None
         for block in self.blocks:
             x, delta = block(x, delta, self.cos, self.sin, positions, cu_seqlens, cache)
+        assert delta is not None
         if last is not None and not len(last):
             return x.new_empty(1, 0, self.config.vocab_size)
         if last is not None:

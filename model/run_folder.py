@@ -1,4 +1,4 @@
-"""The folder of a run: out_dir/step-00001000/ holds the checkpoint after 1,000 steps.
+"""The folder of a run. out_dir/step-00001000/ holds the checkpoint after 1,000 steps.
 
 A checkpoint is written under a temporary name (`common.files.atomic_folder`), so a folder with a step's name is complete.
 """
@@ -32,7 +32,7 @@ def step_folders(out_dir: Path) -> dict[int, Path]:
 
 
 def being_written(out_dir: Path) -> list[str]:
-    """Names of the checkpoints that are being written now, or that a killed process left unfinished, in ascending order."""
+    """Names of the checkpoints that are being written, or that a killed process left unfinished, in ascending order."""
     names = {name for path in out_dir.iterdir() if (name := final_name(path)) and STEP_FOLDER.fullmatch(name) and path.suffix == ".tmp"}
     return sorted(names)
 
@@ -47,12 +47,12 @@ def check_is_final(folder: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds the files of a checkpoint, under its final name."""
+    """Whether the folder has its final name and the files of a checkpoint."""
     return final_name(folder) is None and all((folder / name).is_file() for name in CHECKPOINT_FILES)
 
 
 def find_checkpoints(folder: Path) -> dict[str, Path]:
-    """{name: folder} of the checkpoints in a run folder, newest step first; the checkpoint alone if `folder` is one.
+    """{name: folder} of the checkpoints in a run folder, newest step first; if `folder` is a checkpoint, only that one.
 
     Raises FileNotFoundError or UserError if there is none."""
     if not folder.is_dir():

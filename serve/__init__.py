@@ -1,1 +1,1 @@
-"""A server of a run's checkpoints: a playground page and OpenAI's `/v1/completions`."""
+"""A server for the checkpoints of a run: a page to try them, and OpenAI's `/v1/completions`."""

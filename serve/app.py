@@ -6,10 +6,9 @@ import contextlib
 import hashlib
 import ipaddress
 import json
-import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.exceptions import HTTPException
 
 from ..common.errors import UserError
-from ..inference import Completion, Sampling
-from ..inference.scheduler import Engine, Piece, Request, RequestError, Started, find_checkpoints
+from ..common.sampling import Sampling
+from ..inference import Completion
+from ..inference.engine import CheckpointGone, Engine, EngineError, EngineStopped, Piece, PromptError, QueueFull, Request, Started
+from ..model.run_folder import find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
-MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is looked for at every token
+MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is searched for at every token
 PAGE = Path(__file__).with_name("page.html")
-FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # OpenAI knows no difference between the first two
+FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # OpenAI does not distinguish the first two
 DEFAULT = Sampling()
+
+
+class RequestError(Exception):
+    """An error response: an HTTP status and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def request_error(error: Exception) -> RequestError:
+    """The response for any error."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, HTTPException):
+        return RequestError(error.status_code, str(error.detail))
+    if not isinstance(error, EngineError):
+        return RequestError(500, "internal error; see the server's log")
+    status, param, code = {
+        QueueFull: (429, None, "rate_limit_exceeded"),
+        EngineStopped: (503, None, None),
+        CheckpointGone: (404, "model", "model_not_found"),
+        PromptError: (400, "prompt", "context_length_exceeded"),
+    }.get(type(error), (500, None, None))
+    return RequestError(status, str(error), param=param, code=code)
 
 
 class StreamOptions(BaseModel):
@@ -39,11 +65,11 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """The body of `/v1/completions`. What OpenAI knows and this server does not is accepted where it asks for nothing."""
+    """The body of `/v1/completions`. OpenAI's other fields are accepted only with their neutral values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None  # the newest checkpoint
+    model: str | None = None  # None: the newest checkpoint
     prompt: str | list[str] = ""
     max_tokens: int | None = None
     temperature: float | None = None
@@ -53,9 +79,9 @@ class CompletionRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # not looked at
-    # beyond OpenAI's
-    top_k: int | None = None  # 0 or -1: all
+    user: str | None = None  # ignored
+    # not among OpenAI's
+    top_k: int | None = None  # 0 or −1: all
     min_p: float | None = None
     repetition_penalty: float | None = None
 
@@ -70,7 +96,7 @@ class CompletionRequest(BaseModel):
             return body
         for name, values in neutral.items():
             if name in body and body[name] not in values:
-                raise UserError(f"{name} is {body[name]!r}, which this server cannot do; leave it out")
+                raise UserError(f"{name} is {body[name]!r}, which this server does not support; leave it out")
         return {name: value for name, value in body.items() if name not in neutral}
 
     @property
@@ -78,7 +104,7 @@ class CompletionRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def sampling(self) -> Sampling:
-        """Raises ValueError for a setting out of range."""
+        """Raises UserError if a setting is out of range."""
         given = {
             "max_new_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty, "stop": self.stops,
@@ -93,13 +119,14 @@ def error_object(error: RequestError) -> dict:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: RequestError) -> JSONResponse:
-    return JSONResponse(error_object(error), error.status, {"Retry-After": "1"} if error.status == 429 else None)
+def error_response(_: HTTPRequest, error: Exception) -> JSONResponse:
+    found = request_error(error)
+    return JSONResponse(error_object(found), found.status, {"Retry-After": "1"} if found.status == 429 else None)
 
 
 async def read_body(http: HTTPRequest) -> CompletionRequest:
-    """Raises RequestError for a body that is too large, not JSON, or not what `/v1/completions` takes."""
-    # A page of another site can send JSON only as another type, or after a preflight that is never answered.
+    """Raises RequestError if the body is too large, not JSON, or not a valid request."""
+    # A page of another site can send JSON only with another Content-Type, or after a preflight request, which is refused.
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "Content-Type must be application/json")
     body = bytearray()
@@ -116,22 +143,22 @@ async def read_body(http: HTTPRequest) -> CompletionRequest:
         raise RequestError(400, f"{param}: {message}" if param else message, param=param) from None
 
 
-def texts(body: CompletionRequest, *, max_texts: int, max_tokens: int) -> tuple[list[str], list[Sampling]]:
-    """The prompt and the settings of each text: the n of the first prompt, then those of the second; text i draws with seed + i.
+def sequences(body: CompletionRequest, *, max_sequences: int, max_tokens: int) -> tuple[list[str], list[Sampling]]:
+    """The prompt and the settings of each sequence: n for the first prompt, then n for the second, …; sequence i uses seed + i.
 
-    Raises RequestError for what is over a limit or out of range."""
+    Raises RequestError if a limit is exceeded or a setting is out of range."""
     prompts, n = [body.prompt] if isinstance(body.prompt, str) else body.prompt, body.n or 1
     if not prompts:
-        raise RequestError(400, "prompt is an empty list; give at least one text ('' lets the model begin)", param="prompt")
-    if len(prompts) * n > max_texts:
-        raise RequestError(400, f"{len(prompts)} prompts with n = {n} are over the limit of {max_texts} texts a request", param="n")
+        raise RequestError(400, "prompt is an empty list; give at least one prompt ('' generates without a prompt)", param="prompt")
+    if len(prompts) * n > max_sequences:
+        raise RequestError(400, f"{len(prompts)} prompts with n = {n} exceed the limit of {max_sequences} sequences per request", param="n")
     if body.max_tokens is not None and body.max_tokens > max_tokens:
-        raise RequestError(400, f"max_tokens is {body.max_tokens}; this server writes at most {max_tokens}", param="max_tokens")
+        raise RequestError(400, f"max_tokens is {body.max_tokens}; this server allows at most {max_tokens}", param="max_tokens")
     if len(body.stops) > MAX_STOPS or any(len(s) > MAX_STOP for s in body.stops):
-        raise RequestError(400, f"stop takes at most {MAX_STOPS} texts of at most {MAX_STOP} characters", param="stop")
+        raise RequestError(400, f"stop takes at most {MAX_STOPS} strings of at most {MAX_STOP} characters", param="stop")
     try:
         sampling = body.sampling()
-    except ValueError as error:
+    except UserError as error:
         message = str(error).replace("max_new_tokens", "max_tokens")
         raise RequestError(400, message, param=message.split()[0]) from None
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max_tokens))
@@ -139,12 +166,12 @@ def texts(body: CompletionRequest, *, max_texts: int, max_tokens: int) -> tuple[
     return [prompt for prompt in prompts for _ in range(n)], samplings
 
 
-def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 2048) -> FastAPI:
-    """The server's application. `names`: host names by which it may be called, beside `localhost` and IP addresses.
+def make_app(engine: Engine, *, names: Iterable[str] = (), max_tokens: int = 2048) -> FastAPI:
+    """The server's application. `names`: accepted host names, in addition to `localhost` and IP addresses.
 
-    A page of another site must not use a server on the reader's own machine: a name that is made to point here (DNS rebinding) stands in
-    the Host header, another site in the Origin header, and nothing allows a cross-origin request (CORS)."""
-    names = {"localhost", *(name.lower() for name in names)}
+    A page of another site must not use a server on the reader's machine. The Host header reveals a foreign name that resolves to this
+    machine (DNS rebinding), the Origin header reveals another site, and no cross-origin request (CORS) is allowed."""
+    hosts = {"localhost", *(name.lower() for name in names)}
 
     def guard(http: HTTPRequest) -> None:
         host, origin = http.headers.get("host", ""), http.headers.get("origin")
@@ -152,17 +179,18 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             name = ""
-        if name not in names and not is_address(name):
-            raise RequestError(403, f"host {name!r} is not known here; start the server with --allow-host {name}", code="unknown_host")
+        if name not in hosts and not is_address(name):
+            raise RequestError(403, f"host {name!r} is not allowed; start the server with --allow-host {name}", code="unknown_host")
         if origin is not None and origin.partition("://")[2] != host:
-            raise RequestError(403, f"requests from pages of another site ({origin}) are not answered", code="cross_origin")
+            raise RequestError(403, f"requests from another site ({origin}) are not allowed", code="cross_origin")
 
     app = FastAPI(title="tritale", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(guard)])
-    app.add_exception_handler(RequestError, lambda _, error: error_response(error))
-    app.add_exception_handler(HTTPException, lambda _, error: error_response(RequestError(error.status_code, str(error.detail))))
-    app.add_exception_handler(Exception, lambda _, error: error_response(RequestError(500, "the server failed; its log says why")))
+    for kind in (RequestError, EngineError, HTTPException, Exception):
+        app.add_exception_handler(kind, error_response)
 
     page = PAGE.read_text(encoding="utf-8")
+    for name in ("temperature", "top_p", "top_k", "max_new_tokens"):
+        page = page.replace("{{" + name + "}}", str(getattr(DEFAULT, name)))
     policy = content_security_policy(page)
 
     @app.get("/")
@@ -177,13 +205,13 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
     def checkpoints() -> dict[str, Path]:
         try:
             return find_checkpoints(engine.folder)
-        except (ValueError, OSError):  # all are gone
+        except (UserError, OSError):  # all were deleted
             return {}
 
     def find(name: str | None) -> Path:
         found = checkpoints()
         if not found or name not in (None, *found):
-            message = f"there is no checkpoint {name!r}; /v1/models lists those that are there"
+            message = f"there is no checkpoint {name!r}; /v1/models lists the existing ones"
             raise RequestError(404, message, param="model", code="model_not_found")
         return found[name] if name is not None else next(iter(found.values()))
 
@@ -199,25 +227,26 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
     async def completions(http: HTTPRequest) -> Response:
         body = await read_body(http)
         folder = await asyncio.to_thread(find, body.model)
-        prompts, samplings = texts(body, max_texts=engine.slots, max_tokens=max_tokens)
+        prompts, samplings = sequences(body, max_sequences=engine.slots, max_tokens=max_tokens)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
-        def deliver(event: Started | Piece | RequestError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
+        def deliver(event: Started | Piece | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         request = Request(folder, prompts, samplings, deliver)
         engine.submit(request)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(engine.cancel, request)
-            cleanup.callback(asyncio.create_task(leave_with_client(http, engine, request)).cancel)
+            cleanup.callback(asyncio.create_task(cancel_with_client(http, engine, request)).cancel)
             started = await receive(events)
-            n_prompt = sum(started.prompt_tokens[:: body.n or 1])  # a prompt counts once, however many texts follow it
+            assert isinstance(started, Started)
+            n_prompt = sum(started.prompt_tokens[:: body.n or 1])  # a prompt counts once, also with n > 1
             head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": folder.name}
             if body.stream:
-                asks_usage = body.stream_options is not None and body.stream_options.include_usage
-                lines = server_sent_events(head, events, len(prompts), n_prompt if asks_usage else None, cleanup.pop_all())
-                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second for nginx
+                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                lines = server_sent_events(head, events, len(prompts), n_prompt if wants_usage else None, cleanup.pop_all())
+                headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second is for nginx
                 return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
             done = {piece.index: piece.completion async for piece in pieces(events, len(prompts)) if piece.completion}
             choices = [choice(i, done[i].text, done[i]) for i in sorted(done)]
@@ -227,45 +256,47 @@ def make_app(engine: Engine, *, names: Sequence[str] = (), max_tokens: int = 204
 
 
 async def receive(events: asyncio.Queue) -> Started | Piece:
+    """The next event. Raises EngineError if it is one."""
     event = await events.get()
-    if isinstance(event, RequestError):
+    if isinstance(event, EngineError):
         raise event
     return event
 
 
-async def pieces(events: asyncio.Queue, n_texts: int) -> AsyncIterator[Piece]:
-    """Until all texts are done. Raises RequestError where the engine reports one."""
-    while n_texts:
+async def pieces(events: asyncio.Queue, n_sequences: int) -> AsyncIterator[Piece]:
+    """The pieces of a request until all its sequences are complete. Raises EngineError if the engine reports one."""
+    while n_sequences:
         piece = await receive(events)
-        n_texts -= piece.completion is not None
+        assert isinstance(piece, Piece)
+        n_sequences -= piece.completion is not None
         yield piece
 
 
-async def leave_with_client(http: HTTPRequest, engine: Engine, request: Request) -> None:
-    """Where the client goes away first, its texts leave the engine."""
+async def cancel_with_client(http: HTTPRequest, engine: Engine, request: Request) -> None:
+    """Cancel the request when the client disconnects."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     engine.cancel(request)
-    request.deliver(RequestError(499, "the client has gone"))  # wakes the handler
+    request.deliver(EngineError("the client disconnected"))  # ends the handler
 
 
 async def server_sent_events(
-    head: dict, events: asyncio.Queue, n_texts: int, n_prompt: int | None, cleanup: contextlib.ExitStack
+    head: dict, events: asyncio.Queue, n_sequences: int, n_prompt: int | None, cleanup: contextlib.ExitStack
 ) -> AsyncIterator[str]:
-    """The pieces as OpenAI sends them; with `n_prompt` also how many tokens it took."""
-    # ASCII: some clients take U+0085 or U+2028 inside a line for its end.
+    """The pieces in OpenAI's form; with `n_prompt` the usage at the end."""
+    # ASCII only: some clients end a line at U+0085 or U+2028.
     line = lambda value: f"data: {json.dumps(value)}\n\n"
     with cleanup:
-        n_written = 0
+        n_generated = 0
         try:
-            async for piece in pieces(events, n_texts):
-                n_written += len(piece.completion.tokens) if piece.completion else 0
+            async for piece in pieces(events, n_sequences):
+                n_generated += len(piece.completion.tokens) if piece.completion else 0
                 yield line({**head, "choices": [choice(piece.index, piece.text, piece.completion)]})
-        except RequestError as error:
-            yield line(error_object(error))
+        except EngineError as error:
+            yield line(error_object(request_error(error)))
             return
         if n_prompt is not None:
-            yield line({**head, "choices": [], "usage": usage(n_prompt, n_written)})
+            yield line({**head, "choices": [], "usage": usage(n_prompt, n_generated)})
         yield "data: [DONE]\n\n"
 
 
@@ -273,8 +304,8 @@ def choice(index: int, text: str, completion: Completion | None) -> dict:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": FINISH[completion.finish_reason] if completion else None}
 
 
-def usage(n_prompt: int, n_written: int) -> dict:
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_written, "total_tokens": n_prompt + n_written}
+def usage(n_prompt: int, n_generated: int) -> dict:
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
 
 
 def is_address(name: str) -> bool:
@@ -288,14 +319,18 @@ def is_address(name: str) -> bool:
 def model_object(folder: Path) -> dict:
     try:
         created = int((folder / "model.safetensors").stat().st_mtime)
-    except OSError:  # removed at this moment
+    except OSError:  # deleted meanwhile
         created = 0
     return {"id": folder.name, "object": "model", "created": created, "owned_by": "tritale"}
 
 
 def content_security_policy(page: str) -> str:
-    """The page's own script and style, requests to this server, and nothing else."""
-    digest = lambda tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()).decode()
+    """Allows the page's own script and style, and requests to this server."""
+
+    def digest(tag: str) -> str:
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
     return (
         f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,18 +1,17 @@
-"""A generator of short Chinese children's stories: nothing to download, nothing stored, every story at random access.
+"""A generator of short Chinese children's stories, without any download.
 
-`story(seed, index)` is a pure function. A plot (see `story_plots.py`) is a template with slots and alternatives; a story is
-one walk through it, and every choice on the walk is drawn from a counter-based hash of (seed, index, number of the draw).
-Each choice adds −log2 of its probability to `Story.bits`, so the entropy of the stories is known exactly, and a model's
-validation loss can be held against it: no model can do better than `entropy_bits_per_char` on average. (Two walks never
-write the same text but by a rare coincidence, so the bound is tight.)
+`story(seed, index)` is a pure function. A plot (see `plots.py`) is a template with slots and alternatives. A story is one walk through
+the template. Each choice on the walk is drawn from a counter-based hash of (seed, index, number of the draw) and adds −log2 of its
+probability to `Story.bits`. So the entropy of the stories is known, and it is a lower bound of a model's validation loss: no model can be
+better than `entropy_bits_per_char` on average. (Two walks rarely give the same text, so the bound is tight.)
 
 Template notation, parsed once at import:
 
     {A}  {T.一}        a slot: the hero's name; the thing with its measure word (一只风筝)
-    [x|y|z]            one of several, each as likely; they nest, and one may be empty
-    <oneday>           a table shared by the plots
-    <#坏结局>           writes nothing, records that the story has this feature
-    ¶                  a new paragraph; all other white space is layout and is dropped
+    [x|y|z]            one of several, with equal probability; they may be nested, and one may be empty
+    <oneday>           a table that the plots share
+    <#坏结局>           no text; the story has this feature
+    ¶                  a new paragraph; all other white space is removed
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from functools import cache
 from .plots import PLOTS, TABLES, Plot
 from .words import CHARACTERS, FEELINGS, PLACES, THINGS, Character, Place, Thing
 
-TRAIN_START, VALIDATION_START = 0, 1 << 40  # disjoint ranges of the index
+TRAIN_START, VALIDATION_START = 0, 1 << 40  # separate ranges of the index
 
 _M64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,12 +33,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Story:
-    """A story and the facts it was made from."""
+    """A story and the facts from which it was made."""
 
     text: str  # 100 to 350 characters, paragraphs separated by "\n"
     characters: tuple[str, ...]
     place: str
-    words: tuple[str, ...]  # 2 to 5 notable words that occur in the text
+    words: tuple[str, ...]  # 2 to 5 important words of the text
     features: tuple[str, ...]  # 对话 转折 坏结局 寓意 冲突 伏笔, each true of the story
     summary: str  # one sentence
     plot: str
@@ -60,8 +59,8 @@ _LOG2 = (0.0, *(math.log2(n) for n in range(1, 256)))
 
 
 class Chooser:
-    """Draws for one story, and the price of each in bits. Draw k is the k-th output of splitmix64 started at a hash of
-    (seed, index); multiply-shift maps it to 0..n−1 with a bias below n / 2^64."""
+    """The random draws for one story, and their information in bits. Draw k is the k-th output of splitmix64, started at a hash
+    of (seed, index). Multiply-shift maps it to 0..n−1 with a bias below n / 2^64."""
 
     def __init__(self, seed: int, index: int):
         self.state = _mix64(_mix64((seed + _GOLDEN) & _M64) ^ _mix64(index & _M64))
@@ -86,7 +85,7 @@ class Chooser:
         return i
 
     def pick(self, options: Sequence):
-        """One of the options, each as likely."""
+        """One of the options, with equal probability."""
         return options[self.below(len(options))]
 
 
@@ -114,10 +113,10 @@ _TOKEN = re.compile(r"\{([^{}]*)\}|<([^<>]*)>|([\[|\]])|([^\[\]{}<>|]+)")
 
 
 def parse(template: str, tables: dict | None = None) -> tuple:
-    """The template as nested parts. Raises `ValueError` on unbalanced brackets, `KeyError` on an unknown table."""
+    """Parse a template into nested parts. Raises ValueError for unbalanced brackets, KeyError for an unknown table."""
     source = re.sub(r"\s+", "", template).replace("¶", "\n")
     tables = TABLES if tables is None else tables
-    stack: list[list[list]] = [[[]]]  # open choices → their options so far → parts of each
+    stack: list[list[list]] = [[[]]]  # open choices → their options so far → the parts of each
     end = 0
     for m in _TOKEN.finditer(source):
         if m.start() != end:
@@ -163,7 +162,7 @@ def _parse_table(name: str) -> _Choice:
 
 
 def render(template: tuple, chooser: Chooser, slots: dict[str, str], out: list[str], features: set[str]) -> None:
-    """Walk through a parsed template, drawing each choice; appends the text to `out`, adds to `features`."""
+    """Walk through a parsed template and draw each choice. Appends the text to `out` and adds to `features`."""
     for part in template:
         kind = type(part)
         if kind is str:
@@ -182,8 +181,8 @@ def render(template: tuple, chooser: Chooser, slots: dict[str, str], out: list[s
 
 _HEROES = tuple(c for c in CHARACTERS if c.kind in ("child", "animal"))
 _TOM, _JERRY = (next(c for c in _HEROES if c.name == name) for name in ("汤姆", "杰瑞"))
-# The pair of the README's prompt (汤姆和杰瑞是好朋友，) has a tenth of all two-friends stories to itself. The other draw
-# leaves it out, so that there is one way only to draw it and its price in bits is exact.
+# The pair of the README's prompt (汤姆和杰瑞是好朋友，) has a tenth of all stories with two friends. The other draw excludes it, so
+# that it can be drawn in one way only and its information in bits is exact.
 _FAMOUS, _OTHERS = 1, 9
 _FRIENDS = {
     a: tuple(b for b in _HEROES if b is not a and (a, b) != (_TOM, _JERRY)) for a in _HEROES
@@ -199,7 +198,7 @@ _FAMILY, _NEIGHBOURS = _adults("family"), _adults("neighbour")
 
 @cache
 def _tagged(kind: str, tag: str) -> tuple:
-    """The things or places that carry the tag; of several tags (`out play`), all."""
+    """The things or places with this tag, or with all of several (`out play`)."""
     words = tuple(w for w in (THINGS if kind == "thing" else PLACES) if w.tags.issuperset(tag.split()))
     if not words:
         raise ValueError(f"no {kind} is tagged {tag!r}")
@@ -211,7 +210,7 @@ def _they(a: Character, b: Character) -> str:
 
 
 def _cast(plot: Plot, chooser: Chooser) -> tuple[dict[str, str], list[Character], Place, list[Thing]]:
-    """Draw who, what and where for a plot: the slots of its template, and the facts behind them."""
+    """Draw the characters, things and place of a plot: the slots of its template, and what they were made from."""
     cast: dict[str, Character] = {}
     if "B" in plot.cast:
         if chooser.weighted((_FAMOUS, _OTHERS)) == 0:
@@ -253,13 +252,13 @@ _ORDER = ("对话", "转折", "冲突", "伏笔", "寓意", "坏结局")
 
 
 def story(seed: int, index: int) -> Story:
-    """The story with this number, the same on every machine. `index` runs to 2**63: training counts from `TRAIN_START`,
-    validation from `VALIDATION_START`."""
+    """Story number `index` (below 2**63), the same on every machine. Training stories count from `TRAIN_START`, validation stories from
+    `VALIDATION_START`."""
     return tell(Chooser(seed, index))
 
 
 def tell(chooser: Chooser) -> Story:
-    """One story made of the chooser's draws."""
+    """The story of the chooser's draws."""
     plot, template, summary = chooser.pick(_PARSED)
     slots, characters, place, things = _cast(plot, chooser)
     features = set(plot.features)
@@ -284,10 +283,9 @@ def tell(chooser: Chooser) -> Story:
 
 
 def entropy_bits_per_char(stories: Iterable[Story]) -> float:
-    """What is left to chance in the stories, in bits per character: the floor of any model's loss on them.
+    """The entropy of the stories in bits per character: a lower bound of the mean loss of any model.
 
-    It prices the walk, not the text, so it is an upper bound of the text's own entropy, loose only where two walks write
-    the same words."""
+    It is the entropy of the walks. That of the texts is lower only if two walks give the same text."""
     bits = chars = 0
     for s in stories:
         bits += s.bits

@@ -1,4 +1,4 @@
-"""The plots of the generated stories, and the sentences they share. The notation is explained in `stories.py`."""
+"""The plots of the generated stories and the sentences that they share. `generator.py` explains the notation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Plot(NamedTuple):
     place: str  # tag
     text: str
     summary: str
-    features: tuple[str, ...] = ()  # true of every telling; 对话 is seen from the text
-    words: tuple[str, ...] = ()  # what else may be named if it occurs
+    features: tuple[str, ...] = ()  # of every story of this plot; 对话 is found in the text
+    words: tuple[str, ...] = ()  # other important words, if they occur
 
 
-# A table is a list of rows, drawn evenly, or of (weight, row).
+# A table is a list of rows with equal probability, or of (weight, row).
 TABLES: dict[str, tuple] = {
     # -- small words ---------------------------------------------------------------------------------------------------
     "color": ("[红|黄|蓝|绿|紫|白|橙|粉|银|金]色",),
@@ -33,7 +33,7 @@ TABLES: dict[str, tuple] = {
         "<bug>[在花丛里|在头顶上|在草叶间|在路边][飞来飞去|跳着舞|唱着歌|凑热闹]",
         "[路边|墙角|树下|石头旁]的[野菊花|蒲公英|小野花|狗尾草|三叶草|小蘑菇][点着头|笑弯了腰|轻轻摇晃|散发着清香]",
     ),
-    # -- synonyms: any stands where another does -----------------------------------------------------------------------
+    # -- synonyms: interchangeable ---------------------------------------------------------------------------------------
     "but": ("[可是|但是|不过]",),
     "sudden": ("[忽然|突然|冷不丁|猛然间]",),
     "alas": ("[谁知|没想到|哪知道|不料|谁料|想不到]",),

@@ -1,7 +1,7 @@
-"""The words of the generated stories: who, what and where, each with what a sentence must know about it.
+"""The words of the generated stories: characters, things and places, with the grammar that a sentence needs.
 
-A character carries a pronoun, a thing its measure word, a place the word that puts somebody there (公园 + 里). Tags say
-what a word is good for; a plot asks for a tag and draws from the words that carry it, so that nobody eats a kite.
+A character has a pronoun, a thing its measure word, a place its locative (公园 + 里). Tags describe the use of a word: a plot draws from
+the words with a certain tag, so that nobody eats a kite.
 """
 
 from __future__ import annotations

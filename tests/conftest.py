@@ -71,7 +71,7 @@ def isolated(request, monkeypatch):
 
 @pytest.fixture
 def seed() -> int:
-    """Seed torch with a fresh seed and print it, so that a failure can be repeated."""
+    """A fresh seed, set in torch and printed so that a failure can be reproduced."""
     value = torch.seed() % 2**32
     print(f"seed {value}")
     torch.manual_seed(value)

@@ -26,14 +26,14 @@ TINY = {
 
 
 def command(out_dir: Path, **options) -> list[str]:
-    """The arguments of a tiny run in out_dir. An option data__stories=10 means --data.stories 10."""
+    """The command line of train.py with the tiny config; data__stories=10 means --data.stories 10."""
     options = TINY | {"out_dir": out_dir} | {k.replace("__", "."): v for k, v in options.items()}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return [str(REPOSITORY / "train.py"), *flags]
 
 
 def train(out_dir: Path, *, processes: int = 0, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run train.py in a new process, or in several under torchrun. Raises AssertionError if it fails and `check` is set."""
+    """Run train.py in a new process, or in several under torchrun. Asserts success if `check`."""
     launcher = [sys.executable]
     if processes:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

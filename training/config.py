@@ -1,4 +1,4 @@
-"""The configuration of a run: small frozen dataclasses, filled from a YAML file and `--section.key value` on the command line."""
+"""The config of a run: frozen dataclasses, filled from a YAML file and `--section.key value` on the command line."""
 
 import difflib
 import re
@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.errors import UserError
 from ..model.gpt import PRESETS, GPTConfig
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -28,14 +28,14 @@ def at_least(name: str, value: float, least: float) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model reads.
+    """The training and validation data.
 
     Args:
-        source: "built-in" makes stories of its own under out_dir/data; else a folder with tokenizer/, train/ and validation/.
-        stories: Built-in stories to train on.
-        validation_stories: Built-in stories held out.
-        vocab_size: Entries of the tokenizer trained on the built-in stories.
-        document_mask: Whether attention stays inside a document when several are packed into one sequence.
+        source: "built-in" generates stories into out_dir/data; otherwise a folder that contains tokenizer/, train/ and validation/.
+        stories: Number of built-in training stories.
+        validation_stories: Number of built-in validation stories.
+        vocab_size: Vocabulary size of the tokenizer trained on the built-in stories.
+        document_mask: Whether attention is limited to one document when a sequence contains several.
     """
 
     source: str = "built-in"
@@ -51,30 +51,30 @@ class DataConfig:
 
     @property
     def built_in(self) -> dict[str, int]:
-        """The sizes of the built-in data, as `write_built_in` takes them."""
+        """The arguments of `write_built_in`."""
         return {"stories": self.stories, "validation_stories": self.validation_stories, "vocab_size": self.vocab_size}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model's shape: a preset, and what to change in it (null keeps the preset's value).
+    """The model's shape: a preset and changes to it (null keeps the preset's value).
 
     Args:
         preset: tiny, quickstart or microstories-44m.
-        vocab_size: Entries of the embedding; null takes the tokenizer's.
-        n_layer: Layers.
-        n_head: Query heads.
-        n_kv_head: Key and value heads, a divisor of n_head.
-        head_dim: Size of a head; heads times size need not be the width.
+        vocab_size: Rows of the embedding; null uses the tokenizer's vocabulary size.
+        n_layer: Number of layers.
+        n_head: Number of query heads.
+        n_kv_head: Number of key and value heads; must divide n_head.
+        head_dim: Size of a head; n_head × head_dim need not equal width.
         width: Size of the residual stream.
         mlp_width: Size of the MLP's hidden layer.
-        context: Longest sequence in tokens.
+        context: Maximum sequence length in tokens.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Epsilon of the norms.
-        qk_norm: Whether q and k are normalised (saved as Qwen3; without it as Mistral).
-        tie_embeddings: Whether the head is the embedding.
+        qk_norm: Whether q and k are normalized (saved as Qwen3; otherwise saved as Mistral).
+        tie_embeddings: Whether the head shares the embedding's weights.
         window: Sliding attention window in tokens; null for none.
-        init_std: Standard deviation of the fresh weights.
+        init_std: Standard deviation of the initial weights.
     """
 
     preset: str = "quickstart"
@@ -97,14 +97,13 @@ class ModelConfig:
         one_of("model.preset", self.preset, list(PRESETS))
 
     def build(self, vocab_size: int | None) -> GPTConfig:
-        """The shape for a tokenizer of `vocab_size` entries (None: the config's or the preset's own number). Raises ValueError where the
-        config asks for another size."""
+        """The shape for a vocabulary size (None: the config's, else the preset's). Raises UserError if the config has another."""
         if vocab_size is None:
             vocab_size = self.vocab_size or PRESETS[self.preset].vocab_size
         if self.vocab_size not in (None, vocab_size):
             raise UserError(
-                f"model.vocab_size is {self.vocab_size}, but the data was made with a vocabulary of {vocab_size}; "
-                f"set --model.vocab_size {vocab_size}, or null to take the data's"
+                f"model.vocab_size is {self.vocab_size}, but the data has a vocabulary of {vocab_size}; "
+                f"set --model.vocab_size {vocab_size}, or null to use the data's"
             )
         changes = {k: v for k, v in asdict(self).items() if k != "preset" and v is not None}
         return GPTConfig.preset(self.preset, **(changes | {"vocab_size": vocab_size}))
@@ -112,22 +111,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Args:
-        max_steps: Optimizer steps of the whole run.
-        global_batch: Sequences of `context` tokens in an optimizer step, over all processes and accumulation steps.
-        micro_batch: Sequences a process takes at once; lower it when memory runs out, a step keeps its tokens.
-        context: Tokens of a sequence; null takes the model's context.
-        precision: auto, bf16, fp16 or fp32. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.
+        max_steps: Number of optimizer steps.
+        global_batch: Sequences of `context` tokens per optimizer step, over all processes and gradient accumulation.
+        micro_batch: Sequences per process and forward pass. Lower it when memory runs out; a step keeps its number of tokens.
+        context: Tokens per sequence; null uses the model's context.
+        precision: auto, bf16, fp16 or fp32. auto is bf16 if the hardware supports it, else fp16 on a GPU and fp32 on a CPU.
         compile: Whether to use torch.compile.
-        grad_clip: Largest norm of the gradient.
-        z_loss: Coefficient of lse², keeps logits small; 0 for none.
+        grad_clip: Maximum norm of the gradient.
+        z_loss: Coefficient of lse² in the loss, which keeps the logits small; 0 for none.
         validate_every: Steps between validations.
         sample_every: Steps between printed samples; 0 for none.
-        checkpoint_every: Steps between checkpoints (the last step always is one).
-        keep_last: How many of the newest checkpoints to keep; 0 keeps all.
-        keep_best: Whether to keep the checkpoint with the best validation loss besides.
+        checkpoint_every: Steps between checkpoints. The last step is always saved.
+        keep_last: Number of newest checkpoints to keep; 0 keeps all.
+        keep_best: Whether to also keep the checkpoint with the best validation loss.
     """
 
     max_steps: int = 1000
@@ -161,7 +160,7 @@ class TrainConfig:
             raise UserError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
 
     def sequence(self, shape: GPTConfig) -> int:
-        """Tokens of a training sequence. Raises ValueError where it is longer than the model's context."""
+        """Tokens per training sequence. Raises UserError if it exceeds the model's context."""
         if self.context is not None and self.context > shape.context:
             raise UserError(
                 f"train.context ({self.context}) is longer than the model's ({shape.context}); set --model.context {self.context}"
@@ -171,19 +170,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW for embedding, head and norms; AdamW or Muon for the matrices between them.
+    """AdamW for the embedding, the head and the norms; AdamW or Muon for the matrices of the blocks.
 
     Args:
         matrices: muon or adamw.
-        lr: Peak learning rate. Muon's update is scaled to the size of AdamW's, so one rate serves both.
-        embedding_lr: Peak rate of embedding, head and norms; null takes lr.
-        betas: AdamW's.
-        momentum: Muon's.
-        weight_decay: Decoupled, on matrices only.
-        schedule: cosine (warm-up, cosine), or wsd (warm-up, stable, linear decay).
+        lr: Peak learning rate. Muon's update is scaled to the size of AdamW's, so the same rate suits both.
+        embedding_lr: Peak learning rate of the embedding, the head and the norms; null uses lr.
+        betas: Betas of AdamW.
+        momentum: Momentum of Muon.
+        weight_decay: Decoupled weight decay of the matrices.
+        schedule: cosine (warm-up, cosine decay) or wsd (warm-up, stable, linear decay).
         warmup_steps: Steps of linear warm-up.
-        decay_fraction: Share of the run that wsd decays in.
-        min_lr_ratio: The last step's rate over the peak.
+        decay_fraction: Share of the run in which wsd decays.
+        min_lr_ratio: Learning rate of the last step divided by the peak.
     """
 
     matrices: str = "muon"
@@ -215,14 +214,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is told, and where.
+    """Metrics and printed samples.
 
     Args:
         every: Steps between lines of metrics.jsonl.
-        wandb: online, offline or disabled; disabled needs no account.
+        wandb: online, offline or disabled.
         project: Project name in wandb.
-        prompts: What the printed samples continue; an empty one lets the model begin.
-        sample_tokens: Most tokens of a printed sample.
+        prompts: Prompts of the printed samples; an empty prompt starts a new story.
+        sample_tokens: Maximum number of tokens of a printed sample.
     """
 
     every: int = 10
@@ -242,15 +241,15 @@ class RunConfig:
     """A complete run.
 
     Args:
-        out_dir: Where everything is written.
+        out_dir: Output folder.
         seed: Seed of the weights, the built-in stories and the order of the data.
-        resume: auto goes on from the newest whole checkpoint in out_dir if its run had this config; force also where the
-            config differs in something that the weights do not depend on (a longer run, say).
-        data: What the model reads.
+        resume: auto resumes from the newest complete checkpoint in out_dir and requires the same config. force also accepts
+            changes that the weights do not depend on, for example a longer run.
+        data: The training and validation data.
         model: The model's shape.
-        train: The loop.
+        train: The training loop.
         optim: The optimizer.
-        log: What is told, and where.
+        log: Metrics and printed samples.
     """
 
     out_dir: str = "out/run"
@@ -274,12 +273,12 @@ class RunConfig:
 
     @property
     def data_folder(self) -> Path:
-        """Where tokenizer/, train/ and validation/ are, or the built-in ones will be."""
+        """The folder of tokenizer/, train/ and validation/."""
         return Path(self.out_dir) / "data" if self.data.source == "built-in" else Path(self.data.source)
 
 
-def flatten(config: object, prefix: str = "") -> dict[str, object]:
-    """{"train.max_steps": 1000, …} of a config."""
+def flatten(config: Any, prefix: str = "") -> dict[str, object]:
+    """A config dataclass as {"train.max_steps": 1000, …}."""
     flat = {}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -288,7 +287,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
 
 
 def differences(before: dict[str, object], config: RunConfig) -> list[str]:
-    """What differs, as "key: before → now", between a saved flat config and this one, but for keys that may always change."""
+    """The keys in which a saved flat config and this one differ, as "key: before → now", without keys that may change at any time."""
     after = flatten(config)
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
     free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", *events)
@@ -301,7 +300,7 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
 
 
 def explain_key_error(message: str) -> str:
-    """jsonargparse's message for a bad key or value, with the nearest known key where it names an unknown one."""
+    """jsonargparse's message for a bad key or value; for an unknown key, a message that names the nearest key."""
     keys = [*flatten(RunConfig()), "config"]
     unknown = [m.removeprefix("--").split("=")[0] for m in re.findall(r"--[\w.-]+", message) if "unrecognized" in message]
     found = re.search(r"[Gg]roup '(\w+)' does not accept option '([\w.]+)'", message)
@@ -316,14 +315,14 @@ def explain_key_error(message: str) -> str:
     return message
 
 
-def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> RunConfig:
-    """The config of a command line. Ends the process with a message on a bad key or value, as argument parsers do."""
+def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, prog: str = "train.py") -> RunConfig:
+    """The config of a command line. `file` is a YAML file, as after --config. Ends the process with a message for a bad key or value."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(prog=prog, description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; without one it is configs/quickstart.yaml")
+    parser.add_argument("--config", action="config", help="YAML file; configs/quickstart.yaml if not given")
     parser.add_class_arguments(RunConfig)
-    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        arguments = [f"--config={QUICKSTART}", *arguments]
+    if file or not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = [f"--config={file or QUICKSTART}", *arguments]
     try:
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})

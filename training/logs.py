@@ -1,9 +1,10 @@
-"""What a run tells: the start-up table, the progress bar, metrics.jsonl and, where configured, wandb."""
+"""The output of a run: terminal, progress bar, metrics.jsonl and wandb."""
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
@@ -14,42 +15,49 @@ from .config import RunConfig, flatten
 
 
 class Log:
-    """The terminal, metrics.jsonl and wandb of the main process; silent in all others."""
+    """Writes to the terminal, metrics.jsonl and wandb in the main process; does nothing in the others."""
 
     def __init__(self, config: RunConfig, *, is_main: bool):
         self.config, self.is_main = config, is_main
         self.console = Console(quiet=not is_main, soft_wrap=True, highlight=False)
-        self._file = self._wandb = None
+        self._file: TextIO | None = None
+        self._wandb: Any = None  # a wandb.Run
 
     def open(self, out_dir: Path, start_step: int) -> None:
-        """Begin metrics.jsonl, or go on after `start_step`: lines of later steps, from before a resume, are dropped."""
+        """Start metrics.jsonl, or continue it after `start_step` without the lines of later steps."""
         if not self.is_main:
             return
         path = out_dir / "metrics.jsonl"
         kept = []
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start_step]
-        with atomic_file(path) as aside:
-            aside.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if self.config.log.wandb != "disabled":
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(f"log.wandb is {self.config.log.wandb}, but wandb is not installed: pip install wandb") from None
-            os.environ.setdefault("WANDB_SILENT", "true")
-            known = out_dir / "wandb-run-id"  # a resumed run goes on in wandb too
-            run_id = known.read_text(encoding="utf-8") if start_step and known.is_file() else None
-            options = dict(project=self.config.log.project, mode=self.config.log.wandb, dir=str(out_dir), config=flatten(self.config))
-            try:
-                self._wandb = wandb.init(**options, id=run_id, resume="allow")
-            except wandb.Error as error:
-                raise UserError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
-            known.write_text(self._wandb.id, encoding="utf-8")
+            self._wandb = self._start_wandb(out_dir, is_resumed=start_step > 0)
+
+    def _start_wandb(self, out_dir: Path, *, is_resumed: bool) -> Any:
+        mode = self.config.log.wandb
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"log.wandb is {mode}, but wandb is not installed: pip install wandb") from None
+        os.environ.setdefault("WANDB_SILENT", "true")
+        id_file = out_dir / "wandb-run-id"  # a resumed run continues the same wandb run
+        options: dict[str, Any] = {"mode": mode, "project": self.config.log.project, "config": flatten(self.config), "dir": str(out_dir)}
+        if is_resumed and id_file.is_file():
+            options["id"] = id_file.read_text(encoding="utf-8")
+        try:
+            run = wandb.init(**options, resume="allow")
+        except wandb.Error as error:
+            raise UserError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
+        id_file.write_text(run.id, encoding="utf-8")
+        return run
 
     def metrics(self, **values: float) -> None:
-        """One line of metrics.jsonl."""
-        if self.is_main:
+        """Append a line to metrics.jsonl."""
+        if self._file:
             rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
             self._file.write(json.dumps(rounded) + "\n")
             if self._wandb:
@@ -62,7 +70,7 @@ class Log:
             self._wandb.finish()
 
     def print(self, text: str = "", **options) -> None:
-        """Plain text, never read as markup: it may hold generated stories."""
+        """Print plain text. Rich markup is off, since generated text may contain brackets."""
         self.console.print(text, markup=False, **options)
 
     def table(self, rows: dict[str, str]) -> None:
@@ -73,7 +81,7 @@ class Log:
         return track(items, description=f"{description:24}", console=self.console)
 
     def progress(self) -> Progress:
-        """The training bar; fields of its task: loss, speed."""
+        """The progress bar of training. Its task has the fields loss and speed."""
         return Progress(
             TextColumn("training"),
             BarColumn(),
@@ -89,5 +97,5 @@ class Log:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the line that a killed process was writing
+    except (ValueError, KeyError):  # an incomplete line of a killed process
         return float("inf")

@@ -1,8 +1,8 @@
-"""A learning-rate range test (Smith 2015, arXiv 1506.01186): train some steps on the real data while the rate rises exponentially, and look
-where the loss falls fastest and where it turns.
+"""A learning-rate range test (Smith 2015, arXiv 1506.01186): train on the run's data while the learning rate rises exponentially, and find
+where the loss falls fastest and where it is lowest.
 
-All rates of the optimizers rise together, in the proportion of their peaks, so that one number is found for Muon and AdamW as they are
-configured. The rate of the test is the rate of a short, rising run; the best peak of a long one that decays lies near it, not on it.
+All learning rates rise together in the proportion of their peaks, so one number is found for Muon and AdamW as configured. The test is
+short and its rate never decays, so its suggestion is only near the best peak of a full run.
 """
 
 import math
@@ -15,49 +15,47 @@ import numpy as np
 from ..common.errors import UserError
 from ..common.files import atomic_file
 from ..data.batches import Batches
-from .step import Trial
+from .step import TrainingStep
 
-SMOOTHING = 0.4  # standard deviation of the Gaussian that smooths the loss over the logarithm of the rate; a running mean would lag
+SMOOTHING = 0.4  # standard deviation of a Gaussian over the logarithm of the rate; a running mean would lag
 
 
 @dataclass(frozen=True)
-class Found:
-    """The curve and what it says. Rates are of optim.lr."""
+class RangeTest:
+    """The result of a range test. Rates are values of optim.lr."""
 
     rates: np.ndarray  # (steps,)
     losses: np.ndarray  # (steps,), nats per token
     smoothed: np.ndarray  # (steps,)
-    steepest: float  # where the smoothed loss falls fastest
-    lowest: float  # where it is lowest: beyond, steps are too long
+    steepest: float  # the rate at which the smoothed loss falls fastest
+    lowest: float  # the rate at which the smoothed loss is lowest
     suggestion: float
 
 
-def sweep(trial: Trial, batches: Batches, *, peak_lr: float, lowest: float, highest: float, steps: int) -> Iterator[tuple[float, float]]:
-    """(rate, loss before the step of that rate) of each step; ends early where the loss leaves all hope: not finite, or above
-    its first value by half of what it had fallen."""
+def sweep(step: TrainingStep, batches: Batches, *, lowest: float, highest: float, steps: int) -> Iterator[tuple[float, float]]:
+    """(rate, loss before the update) of each step. Ends early if the loss diverges: it is not finite, or its running mean rises far above
+    its minimum."""
     first = best = mean = None
-    for step in range(steps):
-        rate = lowest * (highest / lowest) ** (step / (steps - 1))
-        for group in (group for optimizer in trial.optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * rate / peak_lr
-        loss = sum(trial.backward(batch, batches.tokens_per_step) for batch in batches.step(step)).item()
+    for i in range(steps):
+        rate = lowest * (highest / lowest) ** (i / (steps - 1))
+        step.run(batches.step(i), rate / step.config.optim.lr)
+        loss = step.mean_loss()
         if not math.isfinite(loss):
             return
         yield rate, loss
-        trial.update()
         mean = loss if mean is None else 0.7 * mean + 0.3 * loss
         first, best = first or loss, min(best or mean, mean)
         if mean > max(first, best + 0.5 * (first - best)) + 0.5:
             return
 
 
-def find(rates: list[float], losses: list[float]) -> Found:
-    """What a sweep says: the geometric mean of the rate of steepest descent and a third of the rate of the lowest loss.
+def analyze(rates: list[float], losses: list[float]) -> RangeTest:
+    """Smooth the curve and suggest a rate: the geometric mean of the steepest rate and a third of the lowest rate.
 
-    Raises ValueError where the loss never falls."""
+    Raises UserError if the loss does not fall."""
     x, y = np.log(rates), np.array(losses)
     if len(y) < 10:
-        raise UserError(f"the loss left all bounds after {len(y)} steps; start lower (--lowest {rates[0] / 100:.0e})")
+        raise UserError(f"the loss diverged after {len(y)} steps; start at a lower rate: --lowest {rates[0] / 100:.0e}")
     weights = np.exp(-0.5 * ((x[:, None] - x) / SMOOTHING) ** 2)  # (steps, steps)
     smoothed = weights @ y / weights.sum(1)
     low = int(np.argmin(smoothed))
@@ -67,11 +65,11 @@ def find(rates: list[float], losses: list[float]) -> Found:
     steep = int(np.argmin(slope[: low + 1]))
     steepest, lowest = float(rates[steep]), float(rates[low])
     suggestion = float(f"{math.sqrt(steepest * lowest / 3):.1g}")
-    return Found(np.array(rates), y, smoothed, steepest, lowest, suggestion)
+    return RangeTest(np.array(rates), y, smoothed, steepest, lowest, suggestion)
 
 
-def draw(found: Found, path: Path, *, configured: float) -> None:
-    """Write the curve as a PNG. `configured`: optim.lr as it is. Raises ValueError where matplotlib is missing."""
+def draw(found: RangeTest, path: Path, *, configured: float) -> None:
+    """Write the curve as a PNG. `configured` is the config's optim.lr. Raises UserError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -84,7 +82,7 @@ def draw(found: Found, path: Path, *, configured: float) -> None:
         ("steepest", found.steepest, "tab:green", ":"),
         ("lowest loss", found.lowest, "tab:red", ":"),
         ("suggestion", found.suggestion, "tab:orange", "-"),
-        ("as configured", configured, "black", "--"),
+        ("configured", configured, "black", "--"),
     )
     for name, rate, color, style in marks:
         axes.axvline(rate, color=color, linestyle=style, label=f"{name}: {rate:.2g}")
@@ -93,5 +91,5 @@ def draw(found: Found, path: Path, *, configured: float) -> None:
     axes.set(xlabel="optim.lr (all rates in proportion)", ylabel="training loss, nats per token", title="Learning-rate range test")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_file(path) as aside:
-        figure.savefig(aside, format="png")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,19 +1,23 @@
-"""The optimizers and the learning rate: AdamW for embedding, head and norms, AdamW or Muon for the matrices."""
+"""The optimizers and the learning-rate schedule."""
+
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_* are the functions that torch.optim is built on.
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..model.gpt import GPT
 from .config import OptimConfig
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with its Newton–Schulz iteration in a chosen dtype and over all matrices of one shape at once.
+    """torch.optim.Muon with the Newton–Schulz iteration in a given dtype, batched over matrices of the same shape.
 
-    PyTorch's own iterates in bf16, one matrix after another. A CPU without bf16 instructions multiplies bf16 about 100 times slower than
-    fp32 (docs/log.md), and small matrices leave a GPU idle. Same update, state and settings otherwise; Muon: Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/; scaling of the step to AdamW's size: arXiv 2502.16982.
+    PyTorch's Muon iterates in bf16, one matrix at a time. A CPU without bf16 instructions multiplies bf16 about 100 times slower than
+    fp32 (docs/log.md), and small matrices do not fill a GPU. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/. The update is scaled to the size of AdamW's: arXiv 2502.16982.
     """
 
     def __init__(self, params, *, dtype: torch.dtype, **options):
@@ -21,14 +25,14 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
+                    by_shape.setdefault(p.shape, []).append((p, p.grad))
+            for shape, pairs in by_shape.items():
+                params, grads = [p for p, _ in pairs], [grad for _, grad in pairs]
                 buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
@@ -38,7 +42,7 @@ class Muon(torch.optim.Muon):
                 torch._foreach_add_(params, list(directions.to(params[0].dtype).unbind()), alpha=-rate)
 
     def orthogonalize(self, g: Tensor, group: dict) -> Tensor:
-        """U Vᵀ of each matrix of g (n, rows, columns), by the quintic Newton–Schulz iteration; singular values end in about 0.7 … 1.2."""
+        """U Vᵀ of each matrix of g (n, rows, columns) by the quintic Newton–Schulz iteration. Singular values converge to 0.7 … 1.2."""
         a, b, c = group["ns_coefficients"]
         is_tall = g.shape[-2] > g.shape[-1]
         x = (g.mT if is_tall else g).to(self.dtype)
@@ -49,15 +53,16 @@ class Muon(torch.optim.Muon):
         return x.mT if is_tall else x
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig, *, bf16: bool) -> list[torch.optim.Optimizer]:
-    """AdamW and, where asked for, Muon. Weight decay is on matrices of the blocks only. Each group keeps its peak rate in "peak_lr"."""
+def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon if the config chooses it. Only matrices of the blocks decay. Each group has its peak learning rate in "peak_lr"."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     groups = [{"params": rest, "lr": embedding_lr, "weight_decay": 0.0}]
     if config.matrices == "adamw":
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
-    optimizers = [torch.optim.AdamW(groups, betas=tuple(config.betas), eps=1e-8, fused=True)]
+    beta1, beta2 = config.betas
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(beta1, beta2), eps=1e-8, fused=True)]
     if config.matrices == "muon":
         options = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         optimizers.append(Muon(matrices, dtype=torch.bfloat16 if bf16 else torch.float32, **options))
@@ -68,7 +73,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, *, bf16: bool) -> li
 
 
 def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
-    """The rate of 0-based `step` over its peak: linear warm-up, then cosine, or stable and linear decay; the last step has min_lr_ratio."""
+    """The learning rate of a 0-based step, divided by its peak: linear warm-up, then the schedule, which ends at min_lr_ratio."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     low, last = config.min_lr_ratio, max(max_steps - 1, config.warmup_steps + 1)

@@ -1,7 +1,7 @@
-"""What a run will do, computed before it runs: from the config, the facts about the data and those about the device, in plain sight.
+"""The plan of a run: its size, learning rate, memory and disk, computed before it starts.
 
-`plan` is a pure function of the three; `tritale plan` prints all of it and train.py the rows of `Plan.rows` at its start, so that the two
-never disagree. The estimate of memory is held against what the allocator measures in tests/training/test_plan.py.
+`plan` is a pure function of the config and of facts about the data and the device. `tritale plan` prints the plan, train.py prints
+`Plan.rows` at its start. tests/training/test_plan.py compares the memory estimate with what PyTorch's allocator measures.
 """
 
 import shutil
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.errors import UserError
+from ..data import built_in
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
 from ..kernels.flash_attention import head_tiles
@@ -18,17 +19,16 @@ from . import processes
 from .config import RunConfig
 from .optimizer import lr_factor
 
-CHINCHILLA = 20  # tokens per parameter where a compute budget is best spent (arXiv 2203.15556)
-MAX_EPOCHS = 16  # a text repeated more often than this adds almost nothing (arXiv 2305.16264, section 5)
-FILL = 0.9  # of the free memory: the allocator loses some of it between its blocks
-SAMPLES = 1000  # built-in stories that stand for all of them where they are not written yet
+CHINCHILLA = 20  # tokens per parameter that are compute-optimal (arXiv 2203.15556)
+MAX_EPOCHS = 16  # further repetitions of the data add almost nothing (arXiv 2305.16264, section 5)
+FILL = 0.9  # usable share of the free memory; the rest is lost to fragmentation
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known about the data; None where it is not."""
+    """Facts about the training data; None if unknown."""
 
-    known_from: str  # in words
+    source: str  # where the facts are from, for the user
     vocab_size: int
     tokens: int | None = None
     documents: int | None = None
@@ -45,23 +45,23 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What is known about the device, or each of several equal ones."""
+    """Facts about the device of a process."""
 
     name: str
     kind: str  # cpu or cuda
-    count: int
+    count: int  # processes, each with an equal device
     precision: str  # bf16, fp16 or fp32
     has_bf16: bool
     runs_triton: bool
-    compiler_missing: str | None  # why torch.compile cannot work
+    compiler_missing: str | None  # the reason why torch.compile cannot work
     free_memory: int  # bytes
-    free_disk: int  # bytes, where out_dir will be
-    flops: float  # that matrix products reach, per second
+    free_disk: int  # bytes, at out_dir
+    flops: float  # FLOP/s of matrix products
     flops_source: str
 
     @classmethod
     def of(cls, here: processes.Processes, config: RunConfig) -> "DeviceFacts":
-        """The facts about this process's device; measures its matrix products. Call it before the model takes its memory."""
+        """Measures the device's matrix products and its free memory. Call it before the model is built."""
         device, folder = here.device, Path(config.out_dir).absolute()
         precision = processes.choose_precision(config.train.precision, device)
         flops, source = processes.matmul_flops(device, precision)
@@ -96,8 +96,8 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Remark:
-    """Something to think about before the run, and what to do about it. A note may be left alone; a warning should not."""
+class PlanWarning:
+    """A problem of the planned run and its remedy. A note is less than a warning: it can be ignored."""
 
     text: str
     remedy: str
@@ -106,7 +106,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do."""
+    """The plan of a run."""
 
     config: RunConfig
     data: DataFacts
@@ -114,58 +114,50 @@ class Plan:
     shape: GPTConfig
     sequence: int  # tokens
     parameters: int
-    embedding: int  # of the parameters, with the head where it is not tied
+    embedding: int  # parameters of the embedding, and of the head if it is not tied
     tokens_per_step: int
-    micro_batches: int  # of a step and process
+    micro_batches: int  # per step and process
     steps_per_epoch: int | None
-    tokens: int  # of the whole run
+    tokens: int  # over the whole run
     epochs: float | None
-    rates: tuple[float, float, float]  # learning rate of the first, the middle and the last step
-    last_tenth: float  # mean rate of the last tenth of the run over the peak
+    rates: tuple[float, float, float]  # learning rates of the first, the middle and the last step
+    last_tenth: float  # mean learning rate of the last tenth of the run, divided by the peak
     memory: Memory
-    largest_micro_batch: int  # that fits and divides the global batch; 0 if none does
+    largest_micro_batch: int  # the largest that fits into memory and divides the global batch; 0 if none does
     checkpoint: int  # bytes
-    checkpoints: int  # kept at the end
+    checkpoints: int  # number kept at the end
     flops_per_token: float
-    remarks: tuple[Remark, ...]
-
-    @property
-    def warnings(self) -> list[Remark]:
-        return [r for r in self.remarks if not r.is_note]
-
-    @property
-    def notes(self) -> list[Remark]:
-        return [r for r in self.remarks if r.is_note]
+    warnings: tuple[PlanWarning, ...]
 
     @property
     def disk(self) -> int:
-        """Bytes of the checkpoints at their most: those kept, and one that is being written."""
+        """Peak bytes of the checkpoints: those kept, and the one being written."""
         return (self.checkpoints + (self.config.train.keep_last > 0)) * self.checkpoint
 
     def rows(self) -> dict[str, str]:
-        """The plan in short, a line each."""
-        c, d, t = self.config, self.device, self.config.train
-        facts = [self.data.known_from]
-        if self.data.documents:
-            facts.append(f"{self.data.documents:,} documents")
-        facts.append(f"{self.data.tokens:,} tokens" if self.data.tokens else "number of tokens unknown (--tokens)")
-        if self.data.characters:
-            facts.append(f"{self.data.characters / (self.data.tokens - self.data.documents):.2f} characters per token")
+        """{name: text} of the lines that summarize the plan."""
+        c, d, t, data = self.config, self.device, self.config.train, self.data
+        facts = [data.source]
+        if data.documents:
+            facts.append(f"{data.documents:,} documents")
+        facts.append(f"{data.tokens:,} tokens" if data.tokens else "number of tokens unknown (--tokens)")
+        if data.characters and data.tokens and data.documents:
+            facts.append(f"{data.characters / (data.tokens - data.documents):.2f} characters per token")
         run = f"{t.max_steps:,} steps, {self.tokens / 1e6:,.1f} M tokens"
         if self.epochs is not None:
             run += f", {self.epochs:.1f} epochs"
         ratio = self.tokens / self.parameters
         first, middle, last = (f"{rate:.1e}" if rate else "0" for rate in self.rates)
-        own = f" (embedding, head and norms: × {c.optim.embedding_lr / c.optim.lr:.3g})" if c.optim.embedding_lr else ""
+        embedding_rate = f" (embedding, head and norms: × {c.optim.embedding_lr / c.optim.lr:.3g})" if c.optim.embedding_lr else ""
         return {
             "device": f"{d.count} × {d.name}, {d.precision}",
-            "matrix products": f"{d.flops / 1e9:,.0f} GFLOP/s ({d.flops_source}; mfu is against this)",
+            "matrix products": f"{d.flops / 1e9:,.0f} GFLOP/s ({d.flops_source}; the reference for mfu)",
             "data": ", ".join(facts),
-            "model": f"{self.parameters / 1e6:.1f} M parameters, {self.embedding / self.parameters:.0%} of them embedding",
+            "model": f"{self.parameters / 1e6:.1f} M parameters, {self.embedding / self.parameters:.0%} of them in the embedding",
             "step": f"{self.tokens_per_step:,} tokens in {self.micro_batches} micro-batches"
-            + (f", {self.steps_per_epoch:,} an epoch" if self.steps_per_epoch is not None else ""),
+            + (f", {self.steps_per_epoch:,} steps per epoch" if self.steps_per_epoch is not None else ""),
             "run": f"{run}, {ratio:,.0f} tokens per parameter ({ratio / CHINCHILLA:.1f} × Chinchilla's {CHINCHILLA})",
-            "learning rate": f"first step {first}, middle {middle}, last {last}{own}",
+            "learning rate": f"first step {first}, middle {middle}, last {last}{embedding_rate}",
             "memory": f"{size(self.memory.total)} of {size(d.free_memory)} free; "
             + f"largest micro-batch that fits: {self.largest_micro_batch or 'none'}",
             "disk": f"{self.checkpoints} checkpoints of {size(self.checkpoint)}, {size(self.disk)} of {size(d.free_disk)} free",
@@ -174,7 +166,7 @@ class Plan:
 
 
 def size(n_bytes: float) -> str:
-    """1.2 GB, in powers of 1000."""
+    """A number of bytes as "1.2 GB", in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"
@@ -183,39 +175,28 @@ def size(n_bytes: float) -> str:
 
 
 def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int | None = None) -> DataFacts:
-    """The facts of the data on the disk; where there is none, `tokens` and `vocab_size`, and for what is not given either the config's own
-    numbers. Raises FileNotFoundError or ValueError for data that is there but damaged."""
-    folder = config.data_folder
-    if (folder / "train").exists() and tokens is None and vocab_size is None:
+    """The facts about the data on disk. `tokens` and `vocab_size` replace them; data that does not exist yet is estimated or unknown.
+
+    Raises FileNotFoundError or UserError if the data is damaged."""
+    folder, given = config.data_folder, tokens is not None or vocab_size is not None
+    if (folder / "train").exists() and not given:
         return DataFacts.of(Split.open(folder / "train", verify=False))
-    if config.data.source == "built-in" and tokens is None and vocab_size is None:
-        return _built_in(config)
-    words = [f"no data at {folder} yet" if not (folder / "train").exists() else f"instead of {folder}"]
-    known_vocab = vocab_size or config.model.vocab_size or config.model.build(None).vocab_size
-    source = "as given" if vocab_size else ("model.vocab_size" if config.model.vocab_size else f"that of the preset {config.model.preset}")
-    words.append(f"vocabulary {known_vocab:,} ({source})")
-    return DataFacts(", ".join(words), known_vocab, tokens)
-
-
-def _built_in(config: RunConfig) -> DataFacts:
-    # The built-in stories before they are written: their number is known, their length from the first of them.
-    from ..data.tokenizer import Tokenizer
-    from ..stories.generator import TRAIN_START, story
-
-    n = min(SAMPLES, config.data.stories)
-    texts = [story(config.seed, TRAIN_START + i).text for i in range(n)]
-    tokenizer = Tokenizer.train(iter(texts), config.data.vocab_size)
-    tokens = sum(map(len, tokenizer.encode_batch(texts, bos=True)))
-    scale = config.data.stories / n
-    words = f"built-in stories, not written yet, estimated from {n:,} of them"
-    return DataFacts(words, tokenizer.vocab_size, round(tokens * scale), config.data.stories, round(sum(map(len, texts)) * scale))
+    if config.data.source == "built-in" and not given:
+        stories = config.data.stories
+        size = built_in.estimate(seed=config.seed, stories=stories, vocab_size=config.data.vocab_size)
+        source = f"built-in stories, not written yet, estimated from {size.sample:,} of them"
+        return DataFacts(source, size.vocab_size, size.tokens, stories, size.characters)
+    place = f"instead of {folder}" if (folder / "train").exists() else f"no data at {folder} yet"
+    entries = vocab_size or config.model.vocab_size or config.model.build(None).vocab_size
+    origin = "as given" if vocab_size else ("model.vocab_size" if config.model.vocab_size else f"that of the preset {config.model.preset}")
+    return DataFacts(f"{place}, vocabulary {entries:,} ({origin})", entries, tokens)
 
 
 def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
-    """What the run of `config` will do with this data on this device.
+    """The plan of the run of `config` with this data on this device.
 
-    Raises ValueError for a shape, a sequence or a vocabulary that cannot be, and where the micro-batches of all processes do not divide a
-    step."""
+    Raises UserError if the config's shape, context or vocabulary do not fit each other or the data, or if the micro-batches of all
+    processes do not divide the global batch."""
     t, shape = config.train, config.model.build(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
@@ -225,7 +206,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         )
 
     embedding = shape.vocab_size * shape.width * (1 if shape.tie_embeddings else 2)
-    matrices = shape.n_matrix - shape.vocab_size * shape.width  # of the blocks; n_matrix counts the head once
+    matrices = shape.n_matrix - shape.vocab_size * shape.width  # parameters of the blocks' matrices; n_matrix counts the head once
     norms = shape.width * (2 * shape.n_layer + 1) + 2 * shape.head_dim * shape.n_layer * shape.qk_norm
     parameters = embedding + matrices + norms
 
@@ -233,18 +214,18 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     steps_per_epoch = None if data.tokens is None else data.tokens // tokens_per_step
     tokens = t.max_steps * tokens_per_step
 
-    factors = [lr_factor(step, t.max_steps, config.optim) for step in (0, t.max_steps // 2, t.max_steps - 1)]
+    first, middle, last = (config.optim.lr * lr_factor(i, t.max_steps, config.optim) for i in (0, t.max_steps // 2, t.max_steps - 1))
     tenth = range(t.max_steps - max(1, t.max_steps // 10), t.max_steps)
     tenth = tenth[:: max(1, len(tenth) // 1000)]
     last_tenth = sum(lr_factor(step, t.max_steps, config.optim) for step in tenth) / len(tenth)
 
-    # AdamW keeps two fp32 numbers a parameter, Muon one.
+    # AdamW keeps two fp32 numbers per parameter, Muon one.
     optimizer = 8 * (parameters - matrices) + (4 if config.optim.matrices == "muon" else 8) * matrices
     per_process = t.global_batch // device.count
     needs = {n: memory(config, shape, device, n, parameters, optimizer) for n in divisors(per_process)}
     largest = max((n for n, m in needs.items() if m.total <= FILL * device.free_memory), default=0)
 
-    checkpoint = 4 * parameters + optimizer  # fp32 weights beside the optimizer's state; tokenizer and JSON are small
+    checkpoint = 4 * parameters + optimizer  # fp32 weights and optimizer state; the other files are small
     checkpoints = -(-t.max_steps // t.checkpoint_every)
     if t.keep_last:
         checkpoints = min(checkpoints, t.keep_last + t.keep_best)
@@ -262,16 +243,16 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         steps_per_epoch=steps_per_epoch,
         tokens=tokens,
         epochs=t.max_steps / steps_per_epoch if steps_per_epoch else None,
-        rates=tuple(config.optim.lr * f for f in factors),
+        rates=(first, middle, last),
         last_tenth=last_tenth,
         memory=needs[t.micro_batch],
         largest_micro_batch=largest,
         checkpoint=checkpoint,
         checkpoints=checkpoints,
         flops_per_token=shape.flops_per_token(min(sequence, data.document_length(sequence))),
-        remarks=(),
+        warnings=(),
     )
-    return replace(result, remarks=tuple([*_training(result), *_serving(result)]))
+    return replace(result, warnings=tuple(_warnings(result)))
 
 
 def divisors(n: int) -> list[int]:
@@ -282,46 +263,45 @@ def divisors(n: int) -> list[int]:
 
 
 def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -> int:
-    """What forward keeps for backward, in bytes per token. The residual stream is fp32; what goes into a matrix product has the precision's
-    size. Exact within 2 %, but for eager bf16 on a CPU, which keeps some fp32 copies more."""
+    """Bytes per token that the forward pass saves for the backward pass. The residual stream is fp32, the inputs of matrix products have
+    the run's precision. Exact within 2 %, except in eager bf16 on a CPU, which saves some more fp32 copies."""
     s, item = shape, 4 if device.precision == "fp32" else 2
     heads, kv_heads = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
     on_cpu, is_grouped = not device.runs_triton, s.n_head > s.n_kv_head
-    normed = 2 * s.width * item  # what the two norms give: the inputs of qkv and gate_up
-    residual = 2 * s.width * 4 + 2 * 4  # what they take, and 1 / rms
-    packed = (heads + 2 * kv_heads) * item  # the product, kept for the norms of q and k or because v is a view of it
-    if on_cpu and is_grouped:  # PyTorch's attention wants k and v repeated for each query head
+    normed = 2 * s.width * item  # outputs of the two norms: the inputs of qkv and gate_up
+    residual = 2 * s.width * 4 + 2 * 4  # inputs of the two norms, and 1 / rms
+    packed = (heads + 2 * kv_heads) * item  # output of qkv: saved for the norms of q and k, or because v is a view of it
+    if on_cpu and is_grouped:  # PyTorch's attention repeats k and v for each query head
         qkv = 3 * heads * item + s.qk_norm * packed
     else:
         qkv = (heads + kv_heads) * item + packed
     if on_cpu:
         qkv += s.qk_norm * (s.n_head + s.n_kv_head) * 4  # 1 / rms of each head
     else:
-        qkv += s.qk_norm * kv_heads * item + 2 * 4  # qk_norm_rope gives a v of its own; where the token's document starts and ends
+        qkv += s.qk_norm * kv_heads * item + 2 * 4  # qk_norm_rope copies v; first and last token of the document
     attention = qkv + heads * item + s.n_head * 4  # q, k, v; its output; lse
     mlp = 3 * s.mlp_width * item  # gate, up; silu(gate) · up
     layer = normed + residual + attention + mlp
-    if on_cpu and not is_compiled:  # x / rms, silu(gate) and the rows of cos and sin, fp32, which compiled code makes anew
+    if on_cpu and not is_compiled:  # x / rms, silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
         layer += (2 * s.width + s.mlp_width + s.head_dim + s.qk_norm * (heads + kv_heads)) * 4
     last_norm = s.width * 4 * (2 if on_cpu and not is_compiled else 1)
     return s.n_layer * layer + last_norm
 
 
 def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch: int, parameters: int, optimizer: int) -> Memory:
-    """What one process holds when a step needs the most: at the end of forward, when the activations are all there, the loss has made the
-    gradients of the head and of its input, and its chunk of logits is still there; or where that is more, one gradient of the
-    embedding that backward adds to another."""
+    """The peak memory of one process in a step. It is reached at the end of the forward pass, with all activations, the gradients of the
+    head and of its input, and one chunk of logits; or, if that is more, when the backward pass adds two gradients of the embedding."""
     rows, item = micro_batch * config.train.sequence(shape), 4 if device.precision == "fp32" else 2
     head = shape.vocab_size * shape.width
     is_compiled = config.train.compile and not device.compiler_missing
     activations = rows * activation_bytes(shape, device, is_compiled)
     if item == 2:  # autocast's copies of the blocks' matrices
         activations += 2 * (shape.n_matrix - head)
-    if device.runs_triton:  # written over in place
+    if device.runs_triton:  # the gradient overwrites the logits
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 256, item)) * shape.vocab_size * item
-    else:  # fp32, and beside them the product and the gradient in bf16
+    else:  # fp32 logits, with the product and the gradient in bf16
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 64)) * shape.vocab_size * (4 if item == 4 else 8)
-    gradients = 4 * parameters * (2 if device.count > 1 else 1)  # DistributedDataParallel reduces in buckets of its own
+    gradients = 4 * parameters * (2 if device.count > 1 else 1)  # DistributedDataParallel's buckets
     return Memory(
         weights=4 * parameters,
         gradients=gradients,
@@ -331,93 +311,59 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     )
 
 
-# --- Remarks -------------------------------------------------------------------------------------------------------------------------
+# --- Warnings ------------------------------------------------------------------------------------------------------------------------
 
 
-def _training(p: Plan) -> list[Remark]:
+def _warnings(p: Plan) -> list[PlanWarning]:
     c, t, o, d, found = p.config, p.config.train, p.config.optim, p.device, []
     if p.last_tenth > 0.5:
         if o.warmup_steps > 0.8 * t.max_steps:
             remedy = f"warm-up takes {o.warmup_steps} of {t.max_steps} steps; set optim.warmup_steps {t.max_steps // 10}"
         elif o.min_lr_ratio > 0.4:
-            remedy = f"optim.min_lr_ratio is {o.min_lr_ratio}; set it to 0 (0.1 is the most that is usual)"
+            remedy = f"optim.min_lr_ratio is {o.min_lr_ratio}; set it to 0 (values up to 0.1 are usual)"
         else:
             remedy = f"optim.decay_fraction is {o.decay_fraction}; set it to 0.3, or optim.schedule to cosine"
-        text = f"the learning rate never anneals: over the last tenth of the run it is {p.last_tenth:.0%} of its peak"
-        found.append(Remark(text, remedy))
-    if p.steps_per_epoch == 0:
+        text = f"the learning rate never anneals: it is {p.last_tenth:.0%} of its peak over the last tenth of the run"
+        found.append(PlanWarning(text, remedy))
+    if p.data.tokens and p.steps_per_epoch == 0:
         most = p.data.tokens // (p.sequence * t.micro_batch * d.count) * t.micro_batch * d.count
         remedy = f"set train.global_batch {most} or less" if most else "lower train.micro_batch"
         text = f"the data ({p.data.tokens:,} tokens) is less than one step of {p.tokens_per_step:,}"
-        found.append(Remark(text, f"{remedy}, or add data"))
-    if p.epochs is not None and p.epochs > MAX_EPOCHS:
+        found.append(PlanWarning(text, f"{remedy}, or add data"))
+    if p.epochs and p.steps_per_epoch and p.epochs > MAX_EPOCHS:
         end = MAX_EPOCHS * p.steps_per_epoch
         rate = lr_factor(end, t.max_steps, o)
-        text = f"{p.epochs:,.0f} epochs, and after about {MAX_EPOCHS} a repeated text adds almost nothing"
-        text += f"; there the learning rate is still {rate:.1%} of its peak"
-        found.append(Remark(text, f"set train.max_steps {end} or less, so that the schedule decays by then; or add data"))
+        text = f"{p.epochs:,.0f} epochs: after about {MAX_EPOCHS}, repeated data adds almost nothing"
+        text += f"; the learning rate is then still {rate:.1%} of its peak"
+        found.append(PlanWarning(text, f"set train.max_steps {end} or less, so that the schedule has decayed by then; or add data"))
     if p.embedding > p.parameters / 2:
-        text = f"{p.embedding / p.parameters:.0%} of the parameters are embedding, which each token uses one row of"
+        text = f"{p.embedding / p.parameters:.0%} of the parameters are in the embedding, of which each token uses one row"
         body = p.parameters - p.embedding
         small = 6400 * p.embedding // p.shape.vocab_size
         if small < body:
-            remedy = "a vocabulary of the data's own: prepared with --vocab-size 6400 "
-            remedy += f"it is {small / (small + body):.0%} of {(small + body) / 1e6:.1f} M"
+            remedy = "train a smaller tokenizer on the data: with --vocab-size 6400 the embedding is "
+            remedy += f"{small / (small + body):.0%} of {(small + body) / 1e6:.1f} M parameters"
         else:
-            remedy = f"more layers, or a smaller vocabulary than {p.shape.vocab_size:,}"
-        found.append(Remark(text, remedy))
+            remedy = f"use more layers, or a vocabulary smaller than {p.shape.vocab_size:,}"
+        found.append(PlanWarning(text, remedy))
     if p.memory.total > FILL * d.free_memory:
-        text = f"a micro-batch of {t.micro_batch} needs {size(p.memory.total)}, and {size(d.free_memory)} are free"
+        text = f"a micro-batch of {t.micro_batch} needs {size(p.memory.total)}; {size(d.free_memory)} are free"
         fits = p.largest_micro_batch
-        remedy = f"set train.micro_batch {fits}; a step keeps its tokens" if fits else "a smaller model or context"
-        found.append(Remark(f"{text} (a tenth is kept for the allocator)", remedy))
+        remedy = f"set train.micro_batch {fits}; a step keeps its number of tokens" if fits else "use a smaller model or context"
+        found.append(PlanWarning(f"{text} (a tenth of it is left to the allocator)", remedy))
     if p.disk > d.free_disk:
         keep = max(1, int(d.free_disk / p.checkpoint) - 2)
-        text = f"the checkpoints will take {size(p.disk)}, and {size(d.free_disk)} are free"
-        found.append(Remark(text, f"set train.keep_last {keep}, or train.checkpoint_every higher"))
+        text = f"the checkpoints will take {size(p.disk)}; {size(d.free_disk)} are free"
+        found.append(PlanWarning(text, f"set train.keep_last {keep}, or raise train.checkpoint_every"))
     if d.precision == "bf16" and not d.has_bf16:
-        text = "train.precision bf16: this device has no bf16 instructions and only imitates them, many times slower than auto's choice"
-        found.append(Remark(text, "set train.precision auto"))
+        text = "train.precision bf16: this device has no bf16 instructions and emulates them, which is many times slower"
+        found.append(PlanWarning(text, "set train.precision auto"))
     if d.compiler_missing and c.train.compile:
         text = f"no C++ compiler, so torch.compile is off and training is slower ({d.compiler_missing})"
-        found.append(Remark(text, "on Debian: apt install g++"))
-    return found
-
-
-def _serving(p: Plan) -> list[Remark]:
-    """What becomes of the shape after training, and costs a new training to change."""
-    s, found, d = p.shape, [], p.shape.head_dim
-    tiles = sum(head_tiles(d))
-    if d <= 256 and tiles > d:
-        near = [n for n in (*range(d, 15, -1), *range(d, 257)) if sum(head_tiles(n)) == n]
-        text = f"the attention kernels pad heads of {d} to {tiles}, {tiles / d - 1:.0%} of their work for nothing"
-        found.append(Remark(text, f"set model.head_dim {min(near, key=lambda n: (abs(n - d), -n))}"))
-    # vLLM, vllm/v1/attention/backends: supports_head_size is `head_size % 8 == 0 and head_size <= 256` for FlashAttention (flash_attn.py at
-    # 5704f34) and `head_size >= 32` for Triton (triton_attn.py at 001ceb3); what both refuse is left to FlexAttention.
-    if d % 8 or d > 256:
-        other = "Triton attention" if d >= 32 else "FlexAttention, the slowest"
-        text = f"vLLM's FlashAttention does not take heads of {d} (multiples of 8 up to 256), and it falls back to {other}"
-        found.append(Remark(text, f"set model.head_dim {min(256, max(8, round(d / 8) * 8))}"))
-    # The list of CPUAttentionBackend.get_supported_head_sizes (cpu_attn.py at 0035860; 512 came later). Another size is an error at start.
-    cpu_sizes = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
-    if d not in cpu_sizes:
-        near = min(cpu_sizes, key=lambda n: (abs(n - d), -n))
-        text = f"vLLM on a CPU does not take heads of {d} (only {', '.join(map(str, cpu_sizes))})"
-        found.append(Remark(text, f"set model.head_dim {near}"))
-    # llama.cpp has no sliding window in its llama (Mistral) and qwen3 graphs: ggml-org/llama.cpp#3377, closed as stale.
-    if s.window is not None and s.window < s.context:
-        text = f"llama.cpp knows no sliding window in Mistral or Qwen3: beyond {s.window} tokens its model is not the one trained"
-        found.append(Remark(text, "leave model.window null, or serve with transformers or vLLM"))
-    # llama.cpp: "K cache type q8_0 with block size 32 does not divide n_embd_head_k=48" (src/llama-context.cpp).
-    if d % 32:
-        text = f"llama.cpp cannot quantize the KV cache of heads of {d} (blocks of 32): leave out --cache-type-k and -v"
-        found.append(Remark(text, f"set model.head_dim {max(32, (d + 16) // 32 * 32)}", is_note=True))
-    # K-quants need rows of a multiple of 256, else a legacy quant of blocks of 32 takes their place, else F16 (ggml-org/llama.cpp#1921,
-    # #3747, #28474: q4_K → q5_0, "+37 %"). A row is as long as what the matrix multiplies.
-    rows = {"width": s.width, "n_head × head_dim": s.n_head * d, "mlp_width": s.mlp_width}
-    odd = {name: n for name, n in rows.items() if n % 256}
-    if odd:
-        kind = "f16" if any(n % 32 for n in odd.values()) else "q5_0 and q8_0"
-        text = f"llama.cpp quantizes rows of {', '.join(f'{n} ({name})' for name, n in odd.items())} to {kind} instead of q4_K and q6_K"
-        found.append(Remark(text, "multiples of 256, if it is to be quantized to four bits", is_note=True))
+        found.append(PlanWarning(text, "on Debian: apt install g++"))
+    head_dim, padded = p.shape.head_dim, sum(head_tiles(p.shape.head_dim))
+    if head_dim <= 256 and padded > head_dim:
+        near = [n for n in (*range(head_dim, 15, -1), *range(head_dim, 257)) if sum(head_tiles(n)) == n]
+        text = f"the attention kernels pad heads of {head_dim} to {padded}, which wastes {padded / head_dim - 1:.0%} of their work"
+        found.append(PlanWarning(text, f"set model.head_dim {min(near, key=lambda n: (abs(n - head_dim), -n))}"))
     return found

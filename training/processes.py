@@ -1,4 +1,4 @@
-"""The processes and the device of a run: what torchrun started, what the hardware can do, how fast it multiplies."""
+"""The processes of a run and their devices: the process group, precision, speed and memory."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..common.errors import UserError
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets; others are measured.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. Other GPUs are measured.
 PEAK_TFLOPS = {
     "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250,
     "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """This process and the number of all processes of the run."""
 
     rank: int
     world_size: int
@@ -37,7 +37,7 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the process group that torchrun describes in the environment (nccl, or gloo on CPUs), if there is more than one process."""
+    """Join the process group that torchrun sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -62,9 +62,21 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def barrier() -> None:
+    """Wait until all processes have reached this point."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def keep_heap() -> None:
-    """Tell glibc to keep freed memory instead of giving it back to the kernel: a training step frees and takes the same large buffers
-    each time, and faulting their pages in again costs 12–17 % of a step on two cores (docs/log.md). Does nothing elsewhere."""
+    """Make glibc keep freed memory instead of returning it to the kernel. A training step frees and allocates the same large buffers, and
+    page faults would cost 12–17 % of a step on two cores (docs/log.md). Does nothing on other systems."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -82,9 +94,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """bf16, fp16 or fp32 for "auto": bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
+    """bf16, fp16 or fp32. "auto" is bf16 if the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.
 
-    Raises ValueError for fp16 on a CPU."""
+    Raises UserError for fp16 on a CPU."""
     if name == "auto":
         return "bf16" if has_bf16(device) else ("fp16" if device.type == "cuda" else "fp32")
     if name == "fp16" and device.type != "cuda":
@@ -93,26 +105,27 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """What to run forward in: a new autocast to bf16 or fp16 at each call, or nothing for fp32."""
+    """A function that returns a new context for the forward pass: autocast to bf16 or fp16, or no autocast for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def cpp_compiler_missing() -> str | None:
-    """Why torch.compile cannot work for this CPU, or None if it can."""
+    """The reason why torch.compile cannot work for this CPU, or None if it works."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except Exception as error:  # Inductor's own InvalidCxxCompiler, or what its search raises
+    except Exception as error:  # Inductor's InvalidCxxCompiler, or an error of its search
         return str(error).splitlines()[0]
     return None
 
 
 def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s that matrix products can reach in this precision, where the figure is from): the data sheet of a known GPU, else measured
-    as the best of 5 products of 1024³ (8192³ on a GPU)."""
+    """(FLOP/s of matrix products in this precision, source of the figure).
+
+    The source is the data sheet for a known GPU, else the best of 6 measured products of 1024³ (8192³ on a GPU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if precision != "fp32":
         for known, tflops in PEAK_TFLOPS.items():
@@ -124,9 +137,8 @@ def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
     best = float("inf")
     for _ in range(6):
         start_time = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.mm(a, b)
+        synchronize(device)
         best = min(best, time.perf_counter() - start_time)
     return 2 * n**3 / best, "measured now"
 
@@ -136,19 +148,19 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take: what the GPU has free, or the machine, or less where its container is limited."""
+    """Bytes that this process can still allocate: the free memory of the GPU or the machine, or of the container if that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup version 2, or "max": no limit
         limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current", "stat"))
-        cache = dict(line.split() for line in stat.splitlines())["inactive_file"]  # given back when it is needed
+        cache = dict(line.split() for line in stat.splitlines())["inactive_file"]  # the kernel frees it on demand
         free = min(free, int(limit) - int(used) + int(cache))
     return free
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: allocated on the GPU, or resident on a CPU."""
+    """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

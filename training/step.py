@@ -1,55 +1,89 @@
-"""Training steps apart from any run: `tritale plan` times a few, `tritale lr-find` raises the learning rate over some hundred."""
+"""The training step that train.py, `tritale plan` and `tritale lr-find` share."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
-from .optimizer import build_optimizers
+from .optimizer import build_optimizers, lr_factor
 from .plan import Plan
 
-SECONDS = 10  # of measuring, after the compilation
+MEASURE_SECONDS = 10  # after the compilation
 
 
-class Trial:
-    """A fresh model with its optimizers. Its steps are train.py's, in one process."""
+class TrainingStep:
+    """A fresh model with its optimizers; `run` makes one optimizer step."""
 
-    def __init__(self, planned: Plan, device: torch.device):
+    def __init__(self, planned: Plan, here: processes.Processes):
         config, precision = planned.config, planned.device.precision
+        self.config, self.here = config, here
         torch.manual_seed(config.seed)
-        self.device, self.grad_clip, self.z_loss = device, config.train.grad_clip, config.train.z_loss
-        self.model = GPT(planned.shape).to(device)
+        self.model = GPT(planned.shape).to(here.device)
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.autocast = processes.autocast(device, precision)
-        compiles = config.train.compile and not planned.device.compiler_missing
-        self.run = torch.compile(self.model, dynamic=False) if compiles else self.model
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
+        self.autocast = processes.autocast(here.device, precision)
+        module: nn.Module = self.model
+        if config.train.compile and not planned.device.compiler_missing:
+            module = cast(nn.Module, torch.compile(module, dynamic=False))
+        if here.world_size > 1:
+            device_ids = [here.device] if here.device.type == "cuda" else None
+            module = DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+        self.module = module
+        # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel averages over the processes.
+        self.normalizer = torch.tensor(planned.tokens_per_step / here.world_size, device=here.device)
+        self.micro_batches = planned.micro_batches
+        self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
 
-    def backward(self, batch: Batch, n_tokens: int) -> torch.Tensor:
-        """Add one micro-batch's gradients; its loss is the sum over its tokens divided by `n_tokens`, those of the step."""
-        tokens, targets, cu_seqlens = batch.on(self.device)
-        normalizer = torch.tensor(n_tokens, dtype=torch.float32, device=self.device)
-        with self.autocast():
-            loss = self.run(tokens, targets, cu_seqlens=cu_seqlens, normalizer=normalizer, z_loss=self.z_loss)
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a 0-based step, divided by its peak."""
+        return lr_factor(step, self.config.train.max_steps, self.config.optim)
+
+    def run(self, batches: Iterable[Batch], lr_factor: float) -> Tensor:
+        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks.
+
+        Returns the gradient's norm before clipping. Does not synchronise with the device."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr_factor * group["peak_lr"]
+        for i, batch in enumerate(batches):
+            self.backward(batch, is_last=i == self.micro_batches - 1)
+        return self.update()
+
+    def backward(self, batch: Batch, *, is_last: bool = True) -> None:
+        """Add the gradients of one micro-batch. The processes exchange gradients after the last one of a step."""
+        tokens, targets, cu_seqlens = batch.on(self.here.device)
+        module = self.module
+        exchange = module.no_sync() if isinstance(module, DistributedDataParallel) and not is_last else contextlib.nullcontext()
+        with exchange, self.autocast():
+            loss = module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
             self.scaler.scale(loss).backward()
-        return loss.detach()
+        self.loss_sum += loss.detach()
 
-    def update(self) -> None:
+    def update(self) -> Tensor:
+        """Clip the gradients, step the optimizers and clear the gradients. Returns the norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=False)  # the next backward adds into the same memory
         self.scaler.update()
+        self.n_steps += 1
+        return grad_norm
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def mean_loss(self) -> float:
+        """The loss in nats per token, averaged over the processes and the steps since the last call."""
+        mean = processes.total(self.loss_sum).item() / self.here.world_size / self.n_steps
+        self.loss_sum.zero_()
+        self.n_steps = 0
+        return mean
 
 
 def random_batch(planned: Plan, micro_batch: int) -> Batch:
@@ -63,29 +97,30 @@ def random_batch(planned: Plan, micro_batch: int) -> Batch:
     return Batch(tokens, tokens.clone(), torch.tensor([*range(0, n, length), n], dtype=torch.int32))
 
 
-def measure(planned: Plan, device: torch.device, track: Callable[[Iterable, str], Iterable]) -> tuple[float, int]:
-    """(seconds of an optimizer step, micro-batch it was measured with): medians of some micro-batches of random tokens and some updates.
-    A CPU is as fast with 2,048 tokens at a time as with more, so that many are measured. What several processes tell each other, validation
-    and checkpoints are not in it."""
-    most = planned.largest_micro_batch or 1
-    if device.type == "cpu":
-        most = min(most, max(1, 2048 // planned.sequence))
-    micro_batch = min(planned.config.train.micro_batch, most)
-    trial, batch = Trial(planned, device), random_batch(planned, micro_batch)
+def measure(planned: Plan, here: processes.Processes, track: Callable[[Iterable[int], str], Iterable[int]]) -> tuple[float, int]:
+    """(seconds of an optimizer step, the micro-batch it was measured with): medians over micro-batches of random tokens and over updates.
+
+    A CPU reaches its full speed with 2,048 tokens at a time, so no more are measured there. Excludes communication between processes,
+    validation and checkpoints."""
+    largest = planned.largest_micro_batch or 1
+    if here.device.type == "cpu":
+        largest = min(largest, max(1, 2048 // planned.sequence))
+    micro_batch = min(planned.config.train.micro_batch, largest)
+    step, batch = TrainingStep(planned, here), random_batch(planned, micro_batch)
 
     def seconds(work: Callable[[], object]) -> float:
-        trial.wait()
+        processes.synchronize(here.device)
         start = time.perf_counter()
         work()
-        trial.wait()
+        processes.synchronize(here.device)
         return time.perf_counter() - start
 
-    passes, updates = [], []
+    backwards, updates = [], []
     for i in track(range(9), "measuring a step"):
-        if i < 4 or sum(passes) + sum(updates) < SECONDS:
-            timed = [seconds(lambda: trial.backward(batch, batch.tokens.numel())), seconds(trial.update)]
+        if i < 4 or sum(backwards) + sum(updates) < MEASURE_SECONDS:
+            timed = seconds(lambda: step.backward(batch)), seconds(step.update)
             if i:  # the first compiles
-                passes.append(timed[0])
+                backwards.append(timed[0])
                 updates.append(timed[1])
     per_process = planned.config.train.global_batch // planned.device.count
-    return statistics.median(passes) * per_process / micro_batch + statistics.median(updates), micro_batch
+    return statistics.median(backwards) * per_process / micro_batch + statistics.median(updates), micro_batch

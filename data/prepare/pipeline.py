@@ -1,53 +1,48 @@
-"""From raw text to training data: read → normalise → remove duplicates → split → tokenizer → shards → report.
+"""From raw text to training data: read, normalise, remove duplicates, split, train a tokenizer, encode, report.
 
-    fingerprints   every document's hash, side and length into work/; for near duplicates a MinHash signature too
-    selection      from the fingerprints: what each document is (select.py)
+    fingerprints   the hash, split hash and length of each document in work/, and for near duplicates its MinHash signature
+    selection      the status of each document, computed from the fingerprints
     tokenizer      loaded, or trained on a sample of the training documents
     encoding       the documents that are kept, read a second time, into train.partial/ and validation.partial/
-    report         report.json, report.html (prepare_report.py); then work/ goes
+    report         report.json, report.html; then work/ is removed
 
-Reading twice costs less than a tenth of the encoding, and lets the input stay where it is. Each step can be stopped at any moment, also
-by SIGKILL, and goes on in the next run of the same command with the same result to the bit: what was written after the last commit is
-cut off and written again. Memory does not grow with the input but for two bytes per document.
+Reading twice costs less than a tenth of the encoding and needs no copy of the input. A run may be stopped at any moment, also by SIGKILL.
+The next run of the same command resumes after the last commit and gives the same bytes. Memory does not grow with the input except for
+two bytes per document.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, temporary_of
+from ...common.files import atomic_file, read_json_object, sync_folder, temporary_of, write_json
 from ..built_in import open_data
 from ..shards import REMEDY, STARTS, Split, SplitWriter, evenly
-from ..tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
-from . import select
-from .bulk_encoder import BulkEncoder
-from .read import EXTRA, Fields, Reader, find_files
-from .select import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
+from ..tokenizer import FIXED_TOKENS, Tokenizer
+from . import deduplicate, report, splitting
+from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
+from .documents import Batch, Fields, Reader
+from .inputs import EXTRA, find_files, import_package
+from .tokenize import SAMPLE_CHARACTERS, BulkEncoder, encode, sample
+from .workers import Workers
 
 RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
 VERSION = 1
-SIDES = ("train", "validation")
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 2048, 1 << 20  # what a worker gets at once
+SPLITS = ("train", "validation")
 BATCHES_PER_COMMIT = 16
-SAMPLE_CHARACTERS = 6_000_000  # for training the tokenizer; more gains little, and takes 60 bytes of memory for each
-PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
 PLACES = 100  # they are taken from
 N_STRANGEST = {"shortest": 3, "longest": 3, "most byte fallback": 4}
@@ -56,7 +51,7 @@ EXCERPT = 60  # characters
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the data. The same options over the same files give the same data."""
+    """What determines the data: the same options and files give the same data."""
 
     fields: Fields = field(default_factory=Fields)
     vocab_size: int = 6400  # unless there is a tokenizer
@@ -81,164 +76,173 @@ class Options:
             raise UserError(f"--vocab-size {self.vocab_size} must be at least {len(FIXED_TOKENS) + 2}; for Chinese stories try 6400")
 
 
-def prepare(inputs: list[str], out: str | Path, options: Options, *, workers: int | None = None, console: Console | None = None) -> dict:
-    """Make tokenizer/, train/ and validation/ in `out`, for `open_data`; returns what report.json holds.
+@dataclass(frozen=True)
+class Job:
+    """One run of `prepare`: what its steps share."""
 
-    Raises ValueError for input that cannot be used, naming file and line, or where `out` holds other data; FileNotFoundError for missing
-    input; OSError where the disk is full. After all of them the same command goes on where it was.
+    files: list[str]
+    options: Options
+    out: Path
+    workers: Workers
+    progress: Progress
+
+    @property
+    def work(self) -> Path:
+        return self.out / WORK
+
+    @property
+    def documents(self) -> Path:
+        return self.work / "documents.bin"
+
+    @property
+    def signatures(self) -> Path:
+        return self.work / "signatures.bin"
+
+    def reader(self, errors: Mapping[str, int] | None = None, first_errors: list[str] | None = None) -> Reader:
+        return Reader(self.files, self.options.fields, self.options.skip_errors, Counter(errors), first_errors or [])
+
+    def load(self, name: str) -> dict | None:
+        """The state that a step committed in work/, or None."""
+        path = self.work / name
+        return read_json_object(path, remedy=REMEDY) if path.is_file() else None
+
+    def save(self, name: str, state: dict) -> None:
+        _write(self.work / name, state)
+
+
+def prepare(
+    inputs: list[str],
+    out: str | Path,
+    options: Options,
+    *,
+    preset_sizes: Callable[[], Mapping[str, tuple[int, int]]] = dict,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Make tokenizer/, train/ and validation/ in `out`, for `open_data`. Returns the content of report.json.
+
+    `preset_sizes` runs in a worker and returns (matrix parameters without the embedding, width) of the models that the report compares.
+
+    Raises UserError for input that cannot be used, naming file and line, or if `out` holds other data; FileNotFoundError for missing
+    input; OSError if the disk is full. After each of them the same command resumes.
     """
     out, console = Path(out), console or Console(quiet=True)
     files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
     options.fields.check(files)
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers} must be at least 1; without it there is one for each core, at most 8")
+    pool = Workers(workers)
     if options.dedup == "near":
-        try:
-            import rensa  # noqa: F401
-        except ImportError:
-            raise UserError(f"--dedup near needs the package rensa: {EXTRA}; or take --dedup exact") from None
+        import_package("rensa", "--dedup near")
+    recipe = _recipe(files, options, given)
     work = out / WORK
-    if _is_finished(out, _recipe(files, options, given)):
+    if _is_finished(out, recipe):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
         problem = _missing(out)
         if not problem:
             console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
-            return json.loads((out / REPORT).read_text(encoding="utf-8"))
-        console.print(f"{out} was made before, but it is no longer whole ({problem}); it is made again", markup=False)
+            return read_json_object(out / REPORT, remedy=REMEDY)
+        console.print(f"{out} was made before, but it is no longer complete ({problem}); it is made again", markup=False)
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with _only_one(work), _Workers(workers, options.tokenizer) as pool, _progress(console) as progress:
-            _write_json(out / RECIPE, _recipe(files, options, given))
-            read = fingerprints(files, options, work, pool, progress)
-            fates, chosen = selection(options, work, read, progress)
-            tokenizer = given or trained_tokenizer(files, options, fates, work, out, progress)
+        with _only_one(work), pool, _progress(console) as progress:
+            job = Job(files, options, out, pool, progress)
+            _write(out / RECIPE, recipe)
+            read = fingerprints(job)
+            status, chosen = selection(job, read)
+            tokenizer = given or trained_tokenizer(job, status)
             if BulkEncoder(tokenizer).is_fallback:
                 console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", style="yellow")
             if not (out / "tokenizer").exists():
                 _save_tokenizer(tokenizer, out / "tokenizer")
-            pool.use(out / "tokenizer")
-            encoded = encoding(files, options, fates, tokenizer, out, work, pool, progress)
-            report = report_of(files, options, read, chosen, encoded, fates, tokenizer, out, work, pool, progress)
+            encoded = encoding(job, status, tokenizer)
+            found = Result(job, tokenizer, status, read, chosen, encoded).report(preset_sizes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             problem = os.strerror(error.errno)
-            raise OSError(f"{out} could not be written ({problem}); free some space and run the same command again: it goes on") from error
+            raise OSError(f"{out} could not be written ({problem}); free some space and run the same command again: it resumes") from error
         raise
-    _write_json(out / REPORT, report)
-    from .report import write_html
-
-    write_html(out / "report.html", report)
-    _write_json(out / RECIPE, _recipe(files, options, given) | {"finished": True})
+    _write(out / REPORT, found)
+    report.write_html(out / "report.html", found)
+    _write(out / RECIPE, recipe | {"finished": True})
     shutil.rmtree(work)
-    return report
+    return found
 
 
-# ---- what each document is --------------------------------------------------------------------------------------------------------------
+# ---- the status of each document --------------------------------------------------------------------------------------------------------
 
 
-def fingerprints(files: list[str], options: Options, work: Path, pool: "_Workers", progress: Progress) -> dict:
-    """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; returns what was met on the way."""
-    state = _read_json(work / "fingerprints.json") or {"documents": 0, "place": [0, 0], "normalised": 0, "errors": {}, "first_errors": []}
+def fingerprints(job: Job) -> dict:
+    """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; return the counts."""
+    state = job.load("fingerprints.json") or {"documents": 0, "place": [0, 0], "normalised": 0, "errors": {}, "first_errors": []}
     if state.get("done"):
         return state
-    is_near = options.dedup == "near"
-    outputs = {work / "documents.bin": RECORD.itemsize} | ({work / "signatures.bin": SIGNATURE.itemsize} if is_near else {})
+    is_near = job.options.dedup == "near"
+    outputs = {job.documents: RECORD.itemsize} | ({job.signatures: SIGNATURE.itemsize} if is_near else {})
     opened = [_open_at(path, state["documents"] * size) for path, size in outputs.items()]
-    reader = Reader(files, options.fields, options.skip_errors, Counter(state["errors"]), state["first_errors"])
-    task = progress.add_task("reading", total=sum(Path(f).stat().st_size for f in files if Path(f).is_file()) or None)
+    reader = job.reader(state["errors"], state["first_errors"])
+    total = sum(Path(f).stat().st_size for f in job.files if Path(f).is_file())
+    task = job.progress.add_task("reading", total=total or None)
 
-    def commit(**more):
+    def commit(**more: object) -> None:
         for file in opened:
             file.flush()
             os.fsync(file.fileno())
-        _write_json(work / "fingerprints.json", state | more)
+        job.save("fingerprints.json", state | more)
 
-    batches = _batches(reader, state["place"])
-    for n, (batch, (data, n_normalised)) in enumerate(pool.map(_fingerprint, ((b, (b.texts, b.groups, is_near)) for b in batches)), 1):
+    items = ((batch, (batch.texts, batch.groups, is_near)) for batch in reader.batches(state["place"]))
+    for n, (batch, (data, n_normalised)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
         for file, part in zip(opened, data, strict=True):
             file.write(part)
         state["documents"] += len(batch.texts)
         state["normalised"] += n_normalised
         state |= {"place": batch.place, "errors": batch.errors, "first_errors": batch.first_errors}
-        progress.update(task, completed=batch.bytes_read)
+        job.progress.update(task, completed=batch.bytes_read)
         if n % BATCHES_PER_COMMIT == 0:
             commit()
     state |= {"errors": dict(reader.errors), "first_errors": reader.first_errors}
     if not state["documents"]:
         seen = "; ".join(f"{n} × {what}" for what, n in state["errors"].items()) or "the files are empty"
-        raise UserError(f"no document could be read from {len(files)} files: {seen}")
+        raise UserError(f"no document could be read from {len(job.files)} files: {seen}")
     commit(done=True)
     for file in opened:
         file.close()
-    progress.update(task, completed=progress.tasks[task].total)
+    job.progress.update(task, completed=total)
     return state
 
 
-def _fingerprint(texts: list[str], groups: list[str | None], is_near: bool) -> tuple[list[bytes], int]:
-    records = np.zeros(len(texts), RECORD)
-    n_normalised = 0
-    normal = []
-    for i, text in enumerate(texts):
-        normal.append(normalise(text))
-        n_normalised += normal[i] != text
-        records[i] = _record(normal[i], groups[i])
-    return [records.tobytes()] + ([select.signatures(normal).tobytes()] if is_near else []), n_normalised
-
-
-def _record(text: str, group: str | None) -> tuple:
-    digest = hashlib.blake2b(text.encode(), digest_size=24).digest()
-    a, b, side = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))
-    if group is not None:
-        side = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little")
-    return (a, b), side, 0 if text.isspace() else len(text)
-
-
-def normalise(text: str) -> str:
-    """NFC, and line ends as \\n; nothing else."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def selection(options: Options, work: Path, read: dict, progress: Progress) -> tuple[np.ndarray, dict]:
-    """What becomes of each document: (documents,) uint8, and the counts."""
-    fates_path, counts = work / "fates.bin", _read_json(work / "selection.json")
-    if counts:
-        return np.fromfile(fates_path, np.uint8), counts
-    documents, n = work / "documents.bin", read["documents"]
-    task = progress.add_task("removing duplicates", total=None)
-    fates = np.zeros(n, np.uint8)
-    for first, records in chunks(documents, RECORD):
-        fates[first : first + len(records)][records["characters"] == 0] = BLANK
+def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
+    """The status of each document, (documents,) uint8, and the counts."""
+    path, counts, options = job.work / "status.bin", job.load("selection.json"), job.options
+    if counts and path.is_file():
+        return np.fromfile(path, np.uint8), counts
+    n = read["documents"]
+    task = job.progress.add_task("removing duplicates", total=None)
+    status = np.zeros(n, np.uint8)
+    for first, records in chunks(job.documents, RECORD):
+        status[first : first + len(records)][records["characters"] == 0] = BLANK
     if options.dedup != "off":
-        select.exact_duplicates(documents, n, fates)
+        deduplicate.exact_duplicates(job.documents, n, status)
     if options.val_documents is None:
-        threshold = select.threshold_of_fraction(options.val_fraction)
+        threshold = splitting.threshold_of_fraction(options.val_fraction)
     else:
-        threshold = select.threshold_of_documents(documents, fates, options.val_documents)
-    for first, records in chunks(documents, RECORD):
-        part = fates[first : first + len(records)]
-        part[(part == TRAIN) & (records["side"] < np.uint64(threshold))] = VALIDATION
+        threshold = splitting.threshold_of_documents(job.documents, status, options.val_documents)
+    for first, records in chunks(job.documents, RECORD):
+        part = status[first : first + len(records)]
+        part[(part == TRAIN) & (records["split_hash"] < np.uint64(threshold))] = VALIDATION
     near_across = near_leaks = None
     if options.dedup == "near":
-        signatures = work / "signatures.bin"
-
-        def track(items):
-            progress.update(task, total=len(items))
-            for item in items:
-                yield item
-                progress.advance(task)
-
-        near_across = select.near_duplicates(signatures, fates, options.near_threshold, track)
-        near_leaks = select.count_near_leaks(signatures, fates, options.near_threshold)
-    given, kept = select.count_exact_leaks(documents, n, fates, threshold)
-    totals = [int(np.count_nonzero(fates == fate)) for fate in range(5)]
+        track = lambda items: job.progress.track(items, task_id=task)
+        near_across = deduplicate.near_duplicates(job.signatures, status, options.near_threshold, track)
+        near_leaks = splitting.count_near_leaks(job.signatures, status, options.near_threshold)
+    given, kept = splitting.count_exact_leaks(job.documents, n, status, threshold)
+    totals = np.bincount(status, minlength=5).tolist()
     if not totals[TRAIN] or not totals[VALIDATION]:
         raise UserError(
             f"of {n:,} documents {totals[TRAIN]:,} are for training and {totals[VALIDATION]:,} for validation, and both need one; "
             "change --val-fraction or --val-documents"
         )
     counts = {
-        **{side: totals[i] for i, side in enumerate(SIDES)},
+        **dict(zip(SPLITS, totals, strict=False)),
         "exact_duplicates": totals[EXACT],
         "near_duplicates": totals[NEAR],
         "blank": totals[BLANK],
@@ -248,139 +252,94 @@ def selection(options: Options, work: Path, read: dict, progress: Progress) -> t
         "exact_leaks": kept,
         "near_leaks": near_leaks,
     }
-    with atomic_file(fates_path) as aside:
-        fates.tofile(aside)
-    _write_json(work / "selection.json", counts)
-    progress.update(task, total=1, completed=1)
-    return fates, counts
+    with atomic_file(path) as temporary:
+        status.tofile(temporary)
+    job.save("selection.json", counts)
+    job.progress.update(task, total=1, completed=1)
+    return status, counts
 
 
-# ---- tokenizer --------------------------------------------------------------------------------------------------------------------------
+# ---- tokenizer and shards ---------------------------------------------------------------------------------------------------------------
 
 
-def trained_tokenizer(files: list[str], options: Options, fates: np.ndarray, work: Path, out: Path, progress: Progress) -> Tokenizer:
+def trained_tokenizer(job: Job, status: np.ndarray) -> Tokenizer:
     """The tokenizer in `out`, or one trained on a sample of the training documents."""
-    if (out / "tokenizer").exists():
-        return Tokenizer.load(out / "tokenizer")
-    task = progress.add_task("training the tokenizer", total=None)
-    tokenizer = Tokenizer.train(sample(files, options, fates, work, SAMPLE_CHARACTERS), options.vocab_size)
-    progress.update(task, total=1, completed=1)
+    if (job.out / "tokenizer").exists():
+        return Tokenizer.load(job.out / "tokenizer")
+    task = job.progress.add_task("training the tokenizer", total=None)
+    tokenizer = Tokenizer.train(sample(job.reader(), status, job.documents, SAMPLE_CHARACTERS), job.options.vocab_size)
+    job.progress.update(task, total=1, completed=1)
     return tokenizer
 
 
-def sample(files: list[str], options: Options, fates: np.ndarray, work: Path, characters: int) -> list[str]:
-    """Training documents with about so many characters together, chosen by their hashes, in the order of the input; long ones in pieces,
-    and where they are few, the last one cut off."""
-    path = work / "documents.bin"
-    of_side = lambda first, records: fates[first : first + len(records)] == TRAIN
-    total = sum(int(r["characters"][of_side(first, r)].sum(dtype=np.int64)) for first, r in chunks(path, RECORD))
-    limit = min(int(characters / max(total, 1) * 2**64), 2**64 - 1)
-    parts = [first + np.flatnonzero(of_side(first, r) & (r["hash"][:, 0] <= np.uint64(limit))) for first, r in chunks(path, RECORD)]
-    wanted = iter(np.concatenate(parts).tolist())
-    texts, room, number = [], round(1.1 * characters), next(wanted, int(np.argmax(fates == TRAIN)))  # all may have high hashes
-    for i, (_, document) in enumerate(Reader(files, options.fields, options.skip_errors).read()):
-        if i == number:
-            text = normalise(document.text)[:room]
-            texts += (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-            room -= len(text)
-            number = next(wanted, None)
-            if number is None or not room:
-                break
-    return texts
-
-
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    aside = folder.with_name("tokenizer.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    tokenizer.save(aside)
-    for path in aside.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    aside.rename(folder)
+    temporary = folder.with_name("tokenizer.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    sync_folder(temporary)
+    temporary.rename(folder)
 
 
-# ---- shards -----------------------------------------------------------------------------------------------------------------------------
-
-
-def encoding(
-    files: list[str], options: Options, fates: np.ndarray, tokenizer: Tokenizer, out: Path, work: Path, pool: "_Workers", progress: Progress
-) -> dict:
-    """Write train/ and validation/; returns byte tokens and the strangest documents."""
-    path = work / "encoding.json"
-    state = _read_json(path) or {"documents": 0, "place": [0, 0], "splits": [None, None], "byte_tokens": [0, 0], "strangest": {}}
-    if state.get("done") and all((out / side).exists() for side in SIDES):
+def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
+    """Write train/ and validation/; return the byte tokens and the strangest documents."""
+    state = job.load("encoding.json") or {"documents": 0, "place": [0, 0], "splits": [None, None], "byte_tokens": [0, 0], "strangest": {}}
+    folders = [job.out / name for name in SPLITS]
+    if state.get("done") and all(folder.exists() for folder in folders):
         return state
-    sizes = dict(max_shard_tokens=options.max_shard_tokens)
     writers = [
-        None if state.get("done") and (out / side).exists() else SplitWriter(out / side, tokenizer, state=split, **sizes)
-        for side, split in zip(SIDES, state["splits"], strict=True)
+        SplitWriter(folder, tokenizer, state=written, max_shard_tokens=job.options.max_shard_tokens)
+        for folder, written in zip(folders, state["splits"], strict=True)
+        if not (state.get("done") and folder.exists())
     ]
 
-    def commit(**more):
+    def commit(**more: object) -> None:
         state["splits"] = [writer.commit() for writer in writers]
-        _write_json(path, state | more)
+        job.save("encoding.json", state | more)
 
     if not state.get("done"):
-        task = progress.add_task("encoding", total=len(fates), completed=state["documents"])
-        reader = Reader(files, options.fields, options.skip_errors)
-        work_items = _kept(_batches(reader, state["place"]), fates, state["documents"])
-        for n, (batch, results) in enumerate(pool.map(_encode, work_items), 1):
-            for side, (ids, lengths, characters, n_bytes) in enumerate(results):
+        task = job.progress.add_task("encoding", total=len(status), completed=state["documents"])
+        items = _by_split(job.reader().batches(state["place"]), status, state["documents"], (str(job.out / "tokenizer"), tokenizer.hash))
+        for n, ((batch, kept), results) in enumerate(job.workers.map(encode, items), 1):
+            for i, (ids, lengths, characters, n_bytes) in enumerate(results):
                 if len(lengths):
-                    writers[side].add(ids, lengths, characters=int(characters.sum()))
-                    state["byte_tokens"][side] += int(n_bytes.sum())
-                    _note_strangest(state["strangest"], batch, side, lengths, characters, n_bytes, files)
+                    writers[i].add(ids, lengths, characters=int(characters.sum()))
+                    state["byte_tokens"][i] += int(n_bytes.sum())
+                    _note_strangest(state["strangest"], job.files, batch, kept[i], SPLITS[i], lengths, characters, n_bytes)
             state["documents"] += len(batch.texts)
             state["place"] = batch.place
-            progress.update(task, completed=state["documents"])
+            job.progress.update(task, completed=state["documents"])
             if n % BATCHES_PER_COMMIT == 0:
                 commit()
-        if state["documents"] != len(fates):
-            raise UserError(f"{state['documents']:,} documents were read, {len(fates):,} before: an input file has changed; {REMEDY}")
+        if state["documents"] != len(status):
+            raise UserError(f"{state['documents']:,} documents were read, {len(status):,} before: an input file has changed; {REMEDY}")
         commit(done=True)
     for writer in writers:
-        if writer:
-            writer.finish()
+        writer.finish()
     return state
 
 
-def _encode(*sides: list[str]) -> list[tuple]:
-    # For each side (ids, lengths, characters, byte tokens), per document but for the ids.
-    results = []
-    for texts in sides:
-        texts = [normalise(text) for text in texts]
-        ids, lengths = _encoder.encode(texts) if texts else (np.empty(0, np.uint16), np.empty(0, np.int64))
-        is_byte = (ids >= len(SPECIAL_TOKENS)) & (ids < len(FIXED_TOKENS))
-        ends = np.cumsum(lengths)
-        total = np.concatenate([[0], np.cumsum(is_byte, dtype=np.int64)])
-        n_bytes = total[ends] - total[ends - lengths]
-        results.append((ids, lengths, np.array([len(text) for text in texts], np.int64), n_bytes))
-    return results
-
-
-def _kept(batches, fates: np.ndarray, done: int) -> Iterator[tuple]:
-    # (batch, its texts by side); `batch.of_side` gets the places of these in the batch.
+def _by_split(batches: Iterable[Batch], status: np.ndarray, done: int, tokenizer: tuple[str, str]) -> Iterator[tuple[Any, tuple]]:
+    # ((batch, the indices of the kept documents for each split), the arguments of `encode`)
     for batch in batches:
-        fate = fates[done : done + len(batch.texts)]
-        batch.of_side = [np.flatnonzero(fate == side).tolist() for side in (TRAIN, VALIDATION)]
-        yield batch, tuple([batch.texts[i] for i in of] for of in batch.of_side)
+        part = status[done : done + len(batch.texts)]
+        kept = [np.flatnonzero(part == split).tolist() for split in (TRAIN, VALIDATION)]
+        yield (batch, kept), (*tokenizer, [[batch.texts[i] for i in indices] for indices in kept])
         done += len(batch.texts)
 
 
-def _note_strangest(strangest: dict, batch: "_Batch", side: int, lengths, characters, n_bytes, files: list[str]) -> None:
-    # Keeps the first few of each kind. The sort is stable, so of two alike the earlier stays.
+def _note_strangest(strangest: dict, files: list[str], batch: Batch, kept: list[int], name: str, lengths, characters, n_bytes) -> None:
+    # Keeps the first few of each kind. The sort is stable, so of two equal ones the earlier is kept.
     share = n_bytes / lengths
     for kind, key in (("shortest", characters), ("longest", -characters), ("most byte fallback", -share)):
         best = strangest.setdefault(kind, [])
         for j in np.argsort(key, kind="stable")[: N_STRANGEST[kind]].tolist():
             if (len(best) == N_STRANGEST[kind] and key[j] >= best[-1]["key"]) or (kind == "most byte fallback" and not n_bytes[j]):
                 break
-            i = batch.of_side[side][j]
-            text, (file, line) = batch.texts[i], batch.lines[i]
+            text, (file, line) = batch.texts[kept[j]], batch.lines[kept[j]]
             best.append(
                 {
                     "key": float(key[j]),
-                    "side": SIDES[side],
+                    "side": name,
                     "place": f"{files[file]}:{line}",
                     "characters": int(characters[j]),
                     "tokens": int(lengths[j]),
@@ -395,56 +354,69 @@ def _note_strangest(strangest: dict, batch: "_Batch", side: int, lengths, charac
 # ---- report -----------------------------------------------------------------------------------------------------------------------------
 
 
-def report_of(
-    files, options: Options, read: dict, chosen: dict, encoded: dict, fates, tokenizer: Tokenizer, out: Path, work: Path, pool, progress
-) -> dict:
-    """All that the report tells, as JSON."""
-    from .report import vocabulary_table
+@dataclass(frozen=True)
+class Result:
+    """The results of the steps, for the report."""
 
-    splits = {side: Split.open(out / side, verify=False) for side in SIDES}
-    characters = np.zeros(64, np.int64)
-    for first, records in chunks(work / "documents.bin", RECORD):
-        kept = fates[first : first + len(records)] <= VALIDATION
-        characters += np.bincount(length_bin(records["characters"][kept]), minlength=64)
-    tokens = np.zeros(64, np.int64)
-    for split in splits.values():
-        last = np.empty(0, np.int64)
-        for _, starts in chunks(split.folder / STARTS, split.starts.dtype):  # read, since mapped pages count as memory
-            tokens += np.bincount(length_bin(np.diff(np.concatenate([last, starts]))), minlength=64)
-            last = starts[-1:]
-    task = progress.add_task("comparing vocabularies", total=None)
-    texts = [_some(splits[side], tokenizer, n) for side, n in zip(SIDES, (MEASURED_CHARACTERS, MEASURED_CHARACTERS // 5), strict=True)]
-    table = vocabulary_table(*texts, pool, lambda done, total: progress.update(task, completed=done, total=total))
-    return {
-        "files": len(files),
-        "bytes": sum(Path(f).stat().st_size for f in files if Path(f).is_file()),
-        "documents_read": read["documents"],
-        "normalised": read["normalised"],
-        "errors": read["errors"],
-        "first_errors": read["first_errors"],
-        "selection": chosen,
-        "options": asdict(options),
-        "vocab_size": tokenizer.vocab_size,
-        "splits": {
-            side: {
-                "documents": split.n_documents,
-                "characters": split.characters,
-                "tokens": split.n_tokens,
-                "shards": len(split.shards),
-                "characters_per_token": split.characters / (split.n_tokens - split.n_documents),
-                "byte_fallback_share": encoded["byte_tokens"][i] / (split.n_tokens - split.n_documents),
-            }
-            for i, (side, split) in enumerate(splits.items())
-        },
-        "lengths": {"edges": [length_edge(i) for i in range(65)], "characters": characters.tolist(), "tokens": tokens.tolist()},
-        "vocabularies": table,
-        "strangest": encoded["strangest"],
-    }
+    job: Job
+    tokenizer: Tokenizer
+    status: np.ndarray
+    read: dict  # of `fingerprints`
+    chosen: dict  # of `selection`
+    encoded: dict  # of `encoding`
+
+    def report(self, preset_sizes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict:
+        """The content of report.json."""
+        job, files = self.job, self.job.files
+        splits = [Split.open(job.out / name, verify=False) for name in SPLITS]
+        characters, tokens = self._lengths(splits)
+        task = job.progress.add_task("comparing vocabularies", total=None)
+        train = excerpts(splits[0], self.tokenizer, MEASURED_CHARACTERS)
+        validation = excerpts(splits[1], self.tokenizer, MEASURED_CHARACTERS // 5)
+        ((_, presets),) = job.workers.map(preset_sizes, [(None, ())])
+        track = lambda done, total: job.progress.update(task, completed=done, total=total)
+        table = report.vocabulary_table(train, validation, presets, job.workers, track)
+        return {
+            "files": len(files),
+            "bytes": sum(Path(f).stat().st_size for f in files if Path(f).is_file()),
+            "documents_read": self.read["documents"],
+            **{key: self.read[key] for key in ("normalised", "errors", "first_errors")},
+            "selection": self.chosen,
+            "options": asdict(job.options),
+            "vocab_size": self.tokenizer.vocab_size,
+            "splits": {
+                name: {
+                    "documents": split.n_documents,
+                    "characters": split.characters,
+                    "tokens": split.n_tokens,
+                    "shards": len(split.shards),
+                    "characters_per_token": split.characters / (split.n_tokens - split.n_documents),
+                    "byte_fallback_share": n_bytes / (split.n_tokens - split.n_documents),
+                }
+                for name, split, n_bytes in zip(SPLITS, splits, self.encoded["byte_tokens"], strict=True)
+            },
+            "lengths": {"edges": [2 ** (i / 4) for i in range(65)], "characters": characters.tolist(), "tokens": tokens.tolist()},
+            "vocabularies": table,
+            "strangest": self.encoded["strangest"],
+        }
+
+    def _lengths(self, splits: list[Split]) -> tuple[np.ndarray, np.ndarray]:
+        # Histograms of the lengths in characters and tokens: four bars for each doubling.
+        bars = lambda lengths: np.bincount(np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64).clip(0, 63), minlength=64)
+        characters, tokens = np.zeros(64, np.int64), np.zeros(64, np.int64)
+        for first, records in chunks(self.job.documents, RECORD):
+            characters += bars(records["characters"][self.status[first : first + len(records)] <= VALIDATION])
+        for split in splits:
+            last = np.empty(0, np.int64)
+            for _, starts in chunks(split.folder / STARTS, split.starts.dtype):  # read, since mapped pages count as memory
+                tokens += bars(np.diff(np.concatenate([last, starts])))
+                last = starts[-1:]
+        return characters, tokens
 
 
-def _some(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
-    # At most about so many characters, as runs of documents from places evenly spread over the split, since each page of the mapped shards
-    # that is touched counts as memory. A document longer than its place's share is cut off. Decoding gives them back as they were.
+def excerpts(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
+    """At most about `characters` of a split, as documents at places evenly spread over it. Long documents are cut."""
+    # Runs of documents, since each page of the mapped shards that is touched counts as memory.
     places = evenly(split.n_documents, PLACES)
     left, texts = round(split.n_tokens * characters / split.characters), []  # tokens
     for k, (first, stop) in enumerate(pairwise([*places, split.n_documents])):
@@ -459,108 +431,7 @@ def _some(split: Split, tokenizer: Tokenizer, characters: int) -> list[str]:
     return texts
 
 
-def length_bin(lengths: np.ndarray) -> np.ndarray:
-    """The bar of the histogram that each length belongs to: four to a doubling."""
-    return np.floor(4 * np.log2(np.maximum(lengths, 1))).astype(np.int64).clip(0, 63)
-
-
-def length_edge(i: int) -> float:
-    return 2 ** (i / 4)
-
-
-# ---- machinery: batches, workers, files -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Batch:
-    texts: list[str]
-    groups: list[str | None]
-    lines: list[tuple[int, int]]  # (number of the file, line)
-    place: list[int]  # after it: number of the file, documents read of that file
-    errors: dict
-    first_errors: list[str]
-    bytes_read: int
-    of_side: list | None = None
-
-
-def _batches(reader: Reader, place: list[int]) -> Iterator[_Batch]:
-    texts, groups, lines, characters = [], [], [], 0
-    (file, n_of_file), last = place, None
-
-    def batch():
-        return _Batch(texts, groups, lines, [file, n_of_file], dict(reader.errors), list(reader.first_errors), reader.bytes_read)
-
-    for number, document in reader.read(file, n_of_file):
-        if number != file:
-            file, n_of_file = number, 0
-        n_of_file += 1
-        texts.append(document.text)
-        groups.append(document.group)
-        lines.append((number, document.line))
-        characters += len(document.text)
-        if len(texts) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
-            last = batch()
-            yield last
-            texts, groups, lines, characters = [], [], [], 0
-    if texts:
-        yield batch()
-
-
-_encoder: BulkEncoder | None = None  # of a worker
-
-
-def _set_up_worker(tokenizer: str | None) -> None:
-    global _encoder
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes share the cores already
-    if tokenizer:
-        _encoder = BulkEncoder(Tokenizer.load(tokenizer))
-    if parent := parent_process():  # die with it, also where it is killed
-        Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
-class _Workers:
-    """Worker processes; with one, this process does the work."""
-
-    def __init__(self, n: int | None, tokenizer: str | None):
-        self.n = n or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self._tokenizer, self._pool = tokenizer, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def use(self, tokenizer: Path) -> None:
-        """From now on the workers encode with this one."""
-        if self._tokenizer is None:
-            self.stop()
-        self._tokenizer = str(tokenizer)
-        if self.n == 1:
-            _set_up_worker(self._tokenizer)
-
-    def map(self, function: Callable, items: Iterable[tuple]) -> Iterator[tuple]:
-        """(item, function(*arguments)) for each (item, arguments), in order, a few ahead."""
-        if self.n == 1:
-            yield from ((item, function(*arguments)) for item, arguments in items)
-            return
-        if not self._pool:
-            # Not forked: this process may have threads.
-            self._pool = ProcessPoolExecutor(self.n, get_context("spawn"), _set_up_worker, (self._tokenizer,))
-        ahead = deque()
-        for item, arguments in items:
-            ahead.append((item, self._pool.submit(function, *arguments)))
-            if len(ahead) > 2 * self.n:
-                item, future = ahead.popleft()
-                yield item, future.result()
-        for item, future in ahead:
-            yield item, future.result()
-
-    def stop(self) -> None:
-        """End the processes, and with them what they hold; the next call starts others."""
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+# ---- the output folder ------------------------------------------------------------------------------------------------------------------
 
 
 def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> dict:
@@ -569,18 +440,18 @@ def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> 
         stat = Path(name).stat() if Path(name).is_file() else None
         listing[name] = [stat.st_size, stat.st_mtime_ns] if stat else None
     chosen = asdict(options) | {"vocab_size": None if tokenizer else options.vocab_size, "tokenizer": tokenizer and tokenizer.hash}
-    del chosen["skip_errors"]  # who was stopped by an error may go on with skip
+    del chosen["skip_errors"]  # a run that was stopped by an error may continue with skip
     return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
 
 
 def _is_finished(out: Path, recipe: dict) -> bool:
-    """Raises ValueError where `out` holds something else."""
-    begun = {out / WORK, temporary_of(out / RECIPE)}  # by a run that was killed before it could say what it makes
+    # Raises UserError if `out` holds something else.
+    begun = {out / WORK, temporary_of(out / RECIPE)}  # of a run that was killed before it wrote its recipe
     if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
         raise UserError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
-    found = _read_json(out / RECIPE)
-    if not found:
+    if not (out / RECIPE).is_file():
         return False
+    found = read_json_object(out / RECIPE, remedy=REMEDY)
     is_finished = found.pop("finished", False)
     differing = [key for key in recipe if recipe[key] != found.get(key)]
     if differing:
@@ -590,7 +461,7 @@ def _is_finished(out: Path, recipe: dict) -> bool:
 
 
 def _missing(out: Path) -> str:
-    # What of the finished data is no longer there, in words.
+    # What is missing from the finished data, in words.
     try:
         open_data(out, verify=False)
     except (FileNotFoundError, ValueError) as error:
@@ -598,14 +469,14 @@ def _missing(out: Path) -> str:
     return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < 80 else text[:77] + "…"
 
 
 @contextmanager
-def _only_one(work: Path):
-    # The lock goes with the process, however it ends.
+def _only_one(work: Path) -> Iterator[None]:
+    # The operating system releases the lock when the process ends.
     try:
         import fcntl
     except ImportError:  # Windows
@@ -620,22 +491,14 @@ def _only_one(work: Path):
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    columns = TextColumn("{task.description:24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left")
+    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
-def _open_at(path: Path, size: int):
-    # For appending after the first `size` bytes.
+def _open_at(path: Path, size: int) -> BinaryIO:
+    # Open for appending after the first `size` bytes.
     file = open(path, "r+b" if path.exists() else "wb")
-    file.seek(0, os.SEEK_END)
-    if file.tell() < size:
+    if file.seek(0, os.SEEK_END) < size:
         file.close()
         raise UserError(f"{path} has fewer bytes than were written; {REMEDY}")
     file.truncate(size)
@@ -643,10 +506,6 @@ def _open_at(path: Path, size: int):
     return file
 
 
-def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with atomic_file(path) as aside:
-        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+def _write(path: Path, value: dict) -> None:
+    with atomic_file(path) as temporary:
+        write_json(temporary, value)

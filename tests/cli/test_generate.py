@@ -16,11 +16,11 @@ def run(folder, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
 
 
-def test_a_seed_repeats_and_the_end_says_how_fast_and_how_much_memory(tiny_run, seed):
+def test_a_seed_repeats_and_speed_and_memory_are_reported(tiny_run, seed):
     folder = tiny_run / "step-00000006"
     one = run(folder, "--prompt", "小兔子", "--seed", str(seed % 1000), "--max-new-tokens", "8")
     three = run(folder, "--prompt", "小兔子", "--seed", str(seed % 1000), "--max-new-tokens", "8", "--samples", "3")
-    assert three.stdout.startswith(one.stdout) and three.stdout.count("小兔子") >= 3  # a sample is what it is alone
+    assert three.stdout.startswith(one.stdout) and three.stdout.count("小兔子") >= 3  # a sample does not depend on the others
     text = one.stdout.removesuffix("\n")
     assert text == "小兔子" + LLM.load(folder).generate("小兔子", seed=seed % 1000, max_new_tokens=8)
     for result in (one, three):
@@ -31,7 +31,7 @@ def test_a_seed_repeats_and_the_end_says_how_fast_and_how_much_memory(tiny_run, 
         assert 1 <= n_tokens <= 24 and 0 < peak < 300 and 50 < runtime < 2000
 
 
-def test_a_terminal_is_asked_for_prompts(tiny_run):
+def test_a_terminal_is_interactive(tiny_run):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "tritale.cli.main", "generate", "--model", str(tiny_run / "step-00000006"), "--max-new-tokens", "5"]
@@ -65,7 +65,7 @@ def test_a_terminal_is_asked_for_prompts(tiny_run):
         (["--min-p", "2"], "min_p is 2"),
         (["--stop", ""], "none of them empty"),
         (["--samples", "0"], "--samples is 0"),
-        (["--device", "tpu"], "device 'tpu' is not here"),
+        (["--device", "tpu"], "device 'tpu' is not available"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments, message, tiny_run):

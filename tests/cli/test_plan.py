@@ -15,7 +15,7 @@ from tritale.training import processes
 
 @pytest.fixture(autouse=True)
 def plain_heap(monkeypatch):
-    monkeypatch.setattr(processes, "keep_heap", lambda: None)  # a setting for a process that only trains, not for pytest's
+    monkeypatch.setattr(processes, "keep_heap", lambda: None)  # changes the whole process
 
 
 def overrides(out_dir, **options) -> list[str]:
@@ -23,30 +23,30 @@ def overrides(out_dir, **options) -> list[str]:
     return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
 
-def test_the_plan_tells_what_train_tells(tiny_run, capsys, tmp_path):
+def test_plan_and_train_print_the_same_rows(tiny_run, capsys, tmp_path):
     main(["plan", "--no-measure", *overrides(tiny_run)])
     ours = capsys.readouterr().out
     theirs = train(tiny_run).stdout  # the run is complete: it validates and ends
     for row in ("model", "step", "run", "learning rate"):
         line = next(line for line in theirs.splitlines() if line.startswith(f"{row}  ") or line.startswith(f"{row} "))
-        told = " ".join(line.removeprefix(row).split())
-        assert told in " ".join(ours.split())
+        value = " ".join(line.removeprefix(row).split())
+        assert value in " ".join(ours.split())
     assert "vLLM on a CPU does not take heads of 16" in ours and "vLLM on a CPU does not take heads of 16" in theirs
 
 
-def test_a_measured_plan_tells_a_time(tiny_run):
+def test_a_measured_plan_prints_a_time(tiny_run):
     command = [sys.executable, "-m", "tritale.cli.main", "plan", *overrides(tiny_run)]
     out = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
     assert "for 6 steps of" in " ".join(out.split()) and "tokens/s (measured now" in " ".join(out.split())
 
 
-def test_data_that_is_given_by_numbers(tmp_path, capsys):
+def test_data_can_be_given_by_numbers(tmp_path, capsys):
     main(["plan", "--no-measure", "--tokens", "1000000", "--vocab-size", "700", "--processes", "2", *overrides(tmp_path)])
     out = " ".join(capsys.readouterr().out.split())
-    assert "1,000,000 tokens" in out and "vocabulary 700 (as given)" in out and "3,906 an epoch" in out and "2 ×" in out
+    assert "1,000,000 tokens" in out and "vocabulary 700 (as given)" in out and "3,906 steps per epoch" in out and "2 ×" in out
 
 
-def test_data_that_train_could_not_read_is_told(tmp_path, capsys):
+def test_data_that_train_could_not_read_is_reported(tmp_path, capsys):
     plan = lambda source, *more: main(["plan", "--no-measure", *more, *overrides(tmp_path, data__source=source)])
     plan(tmp_path / "nowhere")
     out = capsys.readouterr().out

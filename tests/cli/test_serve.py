@@ -22,11 +22,12 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_serves_on_the_loopback_until_ctrl_c(run):
+def test_it_serves_on_the_loopback_address_until_ctrl_c(run):
     command = [sys.executable, "-m", "tritale.cli.main", "serve", str(run), "--port", "0"]
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process of a background job would inherit that it is ignored
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores SIGINT, and its children inherit that
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=listens)
     try:
+        assert process.stdout and process.stderr
         line = process.stdout.readline()
         url = re.match(r"(http://127\.0\.0\.1:\d+)  2 checkpoints of .*, newest step-00000002; Ctrl-C ends", line)
         assert url, line + process.stderr.read()
@@ -55,7 +56,7 @@ def test_serves_on_the_loopback_until_ctrl_c(run):
         (["RUN", "--slots", "0"], "--slots is 0"),
         (["RUN", "--queue", "3"], "--queue is 3"),
         (["RUN", "--max-tokens", "0"], "--max-tokens is 0"),
-        (["RUN", "--device", "tpu"], "device 'tpu' is not here"),
+        (["RUN", "--device", "tpu"], "device 'tpu' is not available"),
     ],
 )
 def test_bad_input_ends_with_a_message(arguments, message, run, tmp_path, monkeypatch):
@@ -76,7 +77,7 @@ def test_a_checkpoint_being_written_or_damaged_is_named(run, tmp_path):
         main(["serve", str(tmp_path), "--port", "0"])
 
 
-def test_without_the_extra_the_command_to_install_it_is_named(run, monkeypatch):
+def test_missing_packages_are_named(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="fastapi and uvicorn not found; run: pip install fastapi uvicorn"):
         main(["serve", str(run)])

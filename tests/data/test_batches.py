@@ -1,12 +1,14 @@
 import random
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from tritale.data.batches import IGNORED, Batches, eval_batches
+from tritale.data.batches import IGNORED, Batch, Batches, eval_batches
 from tritale.data.shards import Split, write_split
+from tritale.data.tokenizer import Tokenizer
 
 CONTEXT, MICRO, GLOBAL = 16, 4, 16
 
@@ -29,7 +31,7 @@ class CountingTokenizer:
 
 
 def make_split(folder, lengths) -> Split:
-    return write_split(folder, ("x" * int(n) for n in lengths), CountingTokenizer(), max_shard_tokens=1000)
+    return write_split(folder, ("x" * int(n) for n in lengths), cast(Tokenizer, CountingTokenizer()), max_shard_tokens=1000)
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def split(tmp_path, seed) -> Split:
 
 
 def make_batches(split, seed=1, **changes) -> Batches:
-    return Batches(split, **({"context": CONTEXT, "micro_batch": MICRO, "global_batch": GLOBAL, "seed": seed} | changes))
+    options: dict = {"context": CONTEXT, "micro_batch": MICRO, "global_batch": GLOBAL, "seed": seed} | changes
+    return Batches(split, **options)
 
 
 def epoch(batches, number=0):
@@ -54,9 +57,14 @@ def epoch(batches, number=0):
     return [batch for step in steps for batch in batches.step(step)]
 
 
-def segments(batch):
+def borders(batch: Batch) -> torch.Tensor:
+    assert batch.cu_seqlens is not None
+    return batch.cu_seqlens
+
+
+def segments(batch: Batch):
     """(tokens, targets) of each segment."""
-    ends, n = batch.cu_seqlens.tolist(), batch.tokens.numel()
+    ends, n = borders(batch).tolist(), batch.tokens.numel()
     assert ends[0] == 0 and all(a < b or a == b == n for a, b in pairwise([*ends, n]))
     return [(batch.tokens[0, a:b].tolist(), batch.targets[0, a:b].tolist()) for a, b in pairwise(ends) if a < b]
 
@@ -75,7 +83,7 @@ def test_order_is_a_pure_function_of_seed_epoch_and_step(split, seed):
     random.Random(seed).shuffle(steps)
     for step in steps:
         for a, b in zip(expected[step], again.step(step), strict=True):
-            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and torch.equal(borders(a), borders(b))
     first = lambda batches, step: next(batches.step(step)).tokens
     assert not torch.equal(first(batches, 0), first(batches, batches.steps_per_epoch))  # another epoch
     assert not torch.equal(first(batches, 0), first(make_batches(split, seed + 1), 0))  # another seed
@@ -142,7 +150,7 @@ def test_shapes_and_dtypes_never_change(split, seed):
     assert {(b.tokens.shape, b.targets.shape, b.tokens.dtype, b.targets.dtype) for b in found} == {
         ((1, MICRO * CONTEXT), (1, MICRO * CONTEXT), torch.int64, torch.int64)
     }
-    assert len({b.cu_seqlens.shape for b in found}) == 1 and {b.cu_seqlens.dtype for b in found} == {torch.int32}
+    assert len({borders(b).shape for b in found}) == 1 and {borders(b).dtype for b in found} == {torch.int32}
 
 
 def test_a_micro_batch_with_more_segments_than_likely_is_still_whole(split, seed):
@@ -156,7 +164,7 @@ def test_segment_bound_is_close_to_what_occurs(tmp_path, seed):
     lengths = np.random.default_rng(seed).integers(30, 400, 3000)
     batches = make_batches(make_split(tmp_path / "a", lengths), seed, context=128, micro_batch=16, global_batch=16)
     most = max(len(segments(batch)) for batch in epoch(batches))
-    assert most < len(epoch(batches)[0].cu_seqlens) - 1 < 2.5 * most
+    assert most < len(borders(epoch(batches)[0])) - 1 < 2.5 * most
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -170,7 +178,7 @@ def test_step_is_the_same_on_any_number_of_processes(split, seed, world_size, do
         dealt = [batch for turn in zip(*(r.step(step) for r in ranks), strict=True) for batch in turn]
         for ours, theirs in zip(alone.step(step), dealt, strict=True):
             assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.targets, theirs.targets)
-            assert document_mask is False or torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+            assert document_mask is False or torch.equal(borders(ours), borders(theirs))
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -191,7 +199,7 @@ def test_eval_segments_do_not_depend_on_the_micro_batch(split, micro_batch):
     batches = list(eval_batches(split, context=CONTEXT, micro_batch=micro_batch))
     found = [segment for batch in batches for segment in segments(batch)]
     assert all(len(tokens) <= CONTEXT for tokens, _ in found)  # padding as well
-    assert len({b.cu_seqlens.shape for b in batches}) == 1
+    assert len({borders(b).shape for b in batches}) == 1
     real = [tokens for tokens, targets in found if IGNORED not in targets]
     assert all(set(targets) == {IGNORED} for _, targets in found if IGNORED in targets)
     documents = (split.document(i).tolist() for i in range(split.n_documents))
@@ -210,7 +218,7 @@ def test_eval_segments_do_not_depend_on_the_micro_batch(split, micro_batch):
         ({"global_batch": 4000}, r"less than one step of global_batch \(4000\) × context \(16\) = 64,000; lower global_batch to \d+"),
         ({"context": 10**6}, "lower micro_batch or context, or add stories"),
         ({"context": 0}, r"context \(0\) must be at least 1"),
-        ({"rank": 2, "world_size": 2}, r"rank \(2\) must be one of 0 … 1"),
+        ({"rank": 2, "world_size": 2}, r"rank \(2\) must be from 0 to 1"),
         ({"seed": -1}, r"seed \(-1\)"),
     ],
 )

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from tritale.evaluation.measures import CorpusIndex, cast, distinct, ends_properly, longest_loop, repeated_share
-from tritale.stories.generator import story
+from tritale.evaluation.measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share
 
 
 def random_text(rng: random.Random, n: int, letters: str = "小明ab。") -> str:
@@ -38,7 +37,7 @@ def test_a_planted_loop_is_found_with_its_piece_and_place(seed):
     rng = random.Random(seed)
     before, piece = "从前有个人。", f"男人问：“你们想要什么{rng.randrange(10)}？”"
     found = longest_loop(before + piece * 4 + "好")
-    assert (found.piece, found.start, found.length) == (piece, len(before), 4 * len(piece))
+    assert found and (found.piece, found.start, found.length) == (piece, len(before), 4 * len(piece))
     assert longest_loop("") is None and longest_loop("小兔跑") is None
 
 
@@ -70,54 +69,6 @@ def test_distinct_counts_over_all_texts_together():
 )
 def test_proper_endings(text, whole):
     assert ends_properly(text) is whole
-
-
-def test_every_built_in_story_is_consistent_and_ends_properly(seed):
-    for i in range(300):
-        s = story(seed, i)
-        found = cast(s.text)
-        assert found.is_consistent, (found, s.text)
-        assert set(found.heroes + found.adults) <= set(s.characters)
-        assert ends_properly(s.text)
-
-
-@pytest.mark.parametrize(
-    ("text", "is_consistent"),
-    [
-        ("", False),
-        ("的的的。", False),
-        ("喜欢挖土。", False),  # about nobody
-        ("从前，豆豆爱画画。", True),
-        ("从前，豆豆爱画画。豆豆去公园。冬冬哭了。", False),  # the second hero comes from nowhere
-        ("从前，豆豆爱画画。豆豆去公园，看见冬冬坐在石头上。", True),
-        ("从前，豆豆爱画画。豆豆迷路了！\n就在这时，冬冬抱着皮球路过。", True),
-        ("豆豆有一个最要好的朋友，名字叫冬冬。", True),
-        ("小狐狸和小狗是好朋友。小狗笑了。小狐狸也笑了。", True),
-    ],
-)
-def test_a_story_has_a_hero_and_introduces_the_second(text, is_consistent):
-    assert cast(text).is_consistent is is_consistent
-
-
-def test_a_second_hero_without_introduction_is_noticed_in_any_built_in_story(seed):
-    for i in range(100):
-        text = story(seed, i).text
-        first, *more = cast(text).heroes
-        if not more:
-            other = "冬冬" if first != "冬冬" else "豆豆"
-            assert cast(f"{text}{other}笑了。").strangers == (other,)
-
-
-def test_a_person_or_a_thing_from_nowhere_is_noticed(seed):
-    rng, noticed = random.Random(seed), 0
-    for i in range(100):
-        s = story(seed, i)
-        adults = [name for name in ("爷爷", "孙大叔", "山羊婆婆") if name not in s.characters]
-        assert not cast(s.text + f"突然，汤姆、妞妞和{'小狐狸'}来了。").is_consistent
-        changed = s.text + "".join(f"{name}来了。" for name in adults)
-        assert not cast(changed).is_consistent
-        noticed += not cast(s.text + f"他拿出{rng.choice(['口琴', '望远镜'])}和贝壳。").is_consistent
-    assert noticed == 100
 
 
 def test_longest_overlap_is_that_of_plain_search(seed):

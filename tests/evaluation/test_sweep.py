@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tritale.cli.main import main
 from tritale.data.shards import Split
-from tritale.evaluation.sweep import REPEATS, Run, Sweep, every_nth, findings, lasting, read_prompts
+from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts, read_prompts
+from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
 from tritale.model.checkpoint import read_json
@@ -111,31 +112,34 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
     still = "\n".join(findings(rows[:3], REAL, ABOUT))
     assert "Repetition is still 9.0%" in still and "Coherent from step 60,000 on: at least 50%" in still
     always = "\n".join(findings(rows[-1:], REAL, ABOUT))
-    assert "at every checkpoint looked at" in always and "has at least 112 characters" in always
+    assert "at every measured checkpoint" in always and "has at least 112 characters" in always
     assert "Not coherent yet: 30%" in "\n".join(findings(rows[:2], REAL, ABOUT))
-    assert lasting(rows, lambda r: r["repeated_4grams"] < REPEATS) == 80_000 and lasting(rows[:1], lambda r: False) is None
+    assert (
+        first_step_that_lasts(rows, lambda r: r["repeated_4grams"] < REPEATS) == 80_000
+        and first_step_that_lasts(rows[:1], lambda r: False) is None
+    )
 
 
 def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
-    sweep = Sweep(Run.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
-    real = sweep.run.data()[0]
+    sweep = Sweep(TrainedRun.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
+    real = sweep.run.data(sweep.llm.tokenizer)[0]
     text = sweep.llm.tokenizer.decode(real.document(5).tolist())
-    loop = sweep._story("", 0, "他们有了新朋友。" * 20, 100, is_whole=True)
+    loop = sweep._story("", 0, "他们有了新朋友。" * 20, 100, is_complete=True)
     assert loop["repeated_4grams"] > 0.9 and loop["loop"] == [0, 160, "他们有了新朋友。"] and not loop["is_coherent"]
-    told = sweep._story("", 0, text, 100, is_whole=True)
+    told = sweep._story("", 0, text, 100, is_complete=True)
     assert told["is_coherent"] and told["overlap"] == [0, len(text)]  # a story of the training text is found to be copied whole
-    assert not sweep._story("", 0, text, 100, is_whole=False)["ends_properly"]  # cut off by the context
+    assert not sweep._story("", 0, text, 100, is_complete=False)["ends_properly"]  # cut off by the context
     assert sweep.reference["consistent"] == 1 and sweep.reference["repeated_4grams"] < 0.1
 
 
 def test_a_few_characters_or_people_of_the_prompt_alone_are_no_coherent_story(tiny_run):
-    sweep = Sweep(Run.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
+    sweep = Sweep(TrainedRun.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
     assert 100 < sweep.about["shortest_coherent"] < 175  # the generator's stories have 220 to 350 characters
-    short = sweep._story("", 0, "从前，豆豆爱画画。", 9, is_whole=True)
+    short = sweep._story("", 0, "从前，豆豆爱画画。", 9, is_complete=True)
     assert short["is_consistent"] and short["ends_properly"] and not short["is_coherent"]
-    unnamed = sweep._story("小兔和小熊是好朋友，", 0, "天黑了。", 9, is_whole=True)
+    unnamed = sweep._story("小兔和小熊是好朋友，", 0, "天黑了。", 9, is_complete=True)
     assert unnamed["cast"]["heroes"] and not unnamed["is_consistent"]
-    nobody = sweep._story("", 0, "喜欢挖土。", 9, is_whole=True)
+    nobody = sweep._story("", 0, "喜欢挖土。", 9, is_complete=True)
     assert not nobody["is_consistent"] and not nobody["is_coherent"]
 
 
@@ -171,7 +175,7 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
     whole = trainer.pop("config")
     for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
         file.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(SystemExit, match=r"does not say how the run was trained .*data.source.*move step-00000006 away"):
+        with pytest.raises(SystemExit, match=r"lacks keys of the run's config .*data.source.*move step-00000006 away"):
             main([command[0], str(run_dir), *command[1:]])
 
 
@@ -183,7 +187,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(run_dir, capsys):
     report = report_of(run_dir)
     assert [r["step"] for r in report["checkpoints"]] == [6] and list(report["left_out"]) == ["step-00000003"]
     printed = capsys.readouterr().out
-    assert "step-00000003 is left out" in printed and "step-00000009 is not finished" in printed
+    assert "step-00000003 is left out" in printed and "step-00000009 is incomplete" in printed
 
 
 @pytest.mark.parametrize("command", [["sweep"], ["average", "--last", "2"]])
@@ -199,7 +203,7 @@ def test_what_is_not_a_run_is_said(tiny_run, tmp_path, command):
     empty.mkdir()
     assert "has no checkpoints" in message(empty)
     (empty / ".step-00000003.0123abcd.tmp").mkdir()
-    assert "step-00000003 is being written at this moment" in message(empty)
+    assert "step-00000003 is being written" in message(empty)
     assert "is being written or was left" in message(empty / ".step-00000003.0123abcd.tmp")
 
 
@@ -262,12 +266,12 @@ def test_the_average_is_the_mean_of_the_weights_and_a_whole_checkpoint(run_dir, 
 
 
 def test_an_average_is_no_checkpoint_to_go_on_from(run_dir):
-    before = step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)
+    before = step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)
     main(["average", str(run_dir), "--last", "2"])
     state.remove_leftovers(run_dir)
     state.remove_old(run_dir, keep_last=2, best_step=None)
-    assert (step_folders(run_dir), state.newest_whole(run_dir, warn=pytest.fail)) == before
-    assert list(Run.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
+    assert (step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)) == before
+    assert list(TrainedRun.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):
         main(["average", str(run_dir), "--last", "2"])
 

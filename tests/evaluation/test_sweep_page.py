@@ -1,15 +1,16 @@
 """The page of a sweep, as a browser shows it: everything there, nothing fetched, no error, and what a model wrote is text."""
 
 import math
-import random
 import re
-import shutil
-from itertools import pairwise
 
 import pytest
+from chromium import TEXT_BOXES, headless_chromium
 from jinja2 import UndefinedError
 
-from tritale.evaluation.sweep_page import BOTTOM, HEIGHT, LINE, TOP, WIDTH, chart, csp_hash, page, pieces, spread, ticks, write_sweep
+from tritale.common.charts import WIDTH
+from tritale.evaluation.sweep_page import chart, csp_hash, page, pieces, write_sweep
+
+browser = pytest.fixture(scope="module")(headless_chromium)
 
 EVIL = '<script>document.title = "owned"</script><img src="https://example.com/x.png" onerror="document.title=1">&lt;b&gt;{{ 7 * 7 }}'
 
@@ -43,22 +44,6 @@ def report(**changes) -> dict:
     } | changes  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium and chromedriver here (Debian: apt install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1240,900"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
 def shown(browser, side: str) -> list[str]:
     return [e.text for e in browser.find_elements("css selector", f"#stories-{side} .story")]
 
@@ -83,7 +68,7 @@ def test_the_sliders_put_two_checkpoints_side_by_side(browser, tmp_path):
     path.write_text(page(report()), encoding="utf-8")
     browser.get(path.as_uri())
     assert "第100步，第0个" in shown(browser, "a")[0] and "第400步，第0个" in shown(browser, "b")[0]
-    browser.find_element("id", "after").click()
+    browser.find_element("id", "next").click()
     assert "第100步，第1个" in shown(browser, "a")[0] and "sample 2 of 2" in browser.find_element("id", "sample").text
     browser.find_element("id", "slide-a").send_keys("\ue014")  # the right arrow key
     assert "第200步" in shown(browser, "a")[0] and "第400步" in shown(browser, "b")[0]
@@ -103,7 +88,7 @@ def test_one_checkpoint_and_data_without_a_cast_make_a_page_too():
     for s in rows[0]["stories"]:
         s |= {"cast": None, "is_consistent": None, "loop": None}
     html = page(report(checkpoints=rows, checks_cast=False, left_out={}, reference=whole["reference"] | {"consistent": None}))
-    assert html.count("<polyline") == 10 and "keep people" not in html and "<script>document" not in html
+    assert html.count("<polyline") == 10 and "consistent cast" not in html and "<script>document" not in html
 
 
 def test_a_report_that_cannot_be_json_or_a_page_leaves_no_file(tmp_path):
@@ -130,24 +115,12 @@ def test_marks_cut_the_text_without_changing_it():
     assert [(t, m) for t, m in found if m] == [("他", "copy"), ("送给送给", "copy loop"), ("送给送给送给", "loop")]
 
 
-@pytest.mark.parametrize("axis", [0.6, 0.07, 0.2])
-def test_labels_of_dashed_lines_stand_beside_the_plot_and_apart(axis):
-    rows = [{"step": step, "repeated_4grams": axis / k} for k, step in enumerate((100, 200), 1)]
-    drawn = chart(rows, {"repeated_4grams": 0.0163}, None, "Repeated", "%", {"repeated_4grams": "model"}, True)
-    assert [(label, value) for _, _, label, value in drawn["dashed"]] == [("threshold", "5"), ("real", "1.63")]
-    assert all(x <= drawn["right"] <= WIDTH - 60 for x, _, _ in drawn["lines"][0]["points"])
-    (line, a), (line2, b) = [(y, at) for y, at, _, _ in drawn["dashed"]]
-    assert b - a >= LINE and max(abs(a - line), abs(b - line2)) <= LINE
-
-
-def test_labels_keep_apart_and_above_the_axis(seed):
-    rng = random.Random(seed)
-    for _ in range(100):
-        wanted = sorted(rng.uniform(TOP, HEIGHT - BOTTOM) for _ in range(rng.randrange(4)))
-        found = spread(wanted)
-        assert all(b - a >= LINE - 1e-9 for a, b in pairwise(found)) and all(y <= HEIGHT - BOTTOM for y in found)
-        if all(b - a >= LINE for a, b in pairwise(wanted)):
-            assert found == wanted
+def test_each_single_line_is_compared_with_held_out_stories():
+    rows = [{"step": step, "repeated_4grams": 0.6 / step, "val_bits_per_char": 3.0} for step in (100, 200)]
+    repetition = chart(rows, {"repeated_4grams": 0.0163}, 0.4, "Repeated", "% of all", {"repeated_4grams": "model"})
+    assert re.findall(r'class="label"[^>]*>([^<]*)', repetition) == ["threshold 5", "held-out 1.63"]
+    validation = chart(rows, {}, 0.4, "Validation", "bits", {"val_bits_per_char": "validation"})
+    assert re.findall(r'class="label"[^>]*>([^<]*)', validation) == ["entropy 0.4"]
 
 
 def test_in_a_browser_no_label_is_on_another_or_outside_its_chart(browser, tmp_path):
@@ -157,18 +130,6 @@ def test_in_a_browser_no_label_is_on_another_or_outside_its_chart(browser, tmp_p
         row["repeated_4grams"] = 0.6
     path.write_text(page(whole | {"reference": whole["reference"] | {"repeated_4grams": 0.0163, "length": 1234.0}}), encoding="utf-8")
     browser.get(path.as_uri())
-    boxes = browser.execute_script(
-        "return [...document.querySelectorAll('svg.chart')].map(s => [...s.querySelectorAll('.label')].map(t => "
-        "{const b = t.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height]}))"
-    )
+    boxes = browser.execute_script(TEXT_BOXES.replace("'text'", "'.label'"))
     assert [len(labels) for labels in boxes] == [1, 2, 1, 0, 0, 1, 1]
-    for labels in boxes:
-        assert all(right <= WIDTH for _, _, right, _ in labels)
-        assert all(b[1] >= a[3] - 1 for a, b in pairwise(labels))
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 3), (0, 0.42), (0, 209_000), (0, 97), (0, 0), (0, 1e-4)])
-def test_ticks_are_few_round_and_reach_both_ends(low, high):
-    found = ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
-    assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
+    assert all(right <= WIDTH for labels in boxes for _, _, right, _ in labels)

@@ -1,4 +1,4 @@
-"""Generation is Hugging Face's, alone and in a batch, by native.c and by PyTorch."""
+"""Generation equals that of Hugging Face, alone and in a batch, with native.c and with PyTorch."""
 
 import math
 import platform
@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tritale.common.sampling import SamplingSettings
 from tritale.data.tokenizer import Tokenizer
-from tritale.inference import LLM, Sampling, Writer, native
-from tritale.inference.decoder import Decoder
+from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
 from tritale.inference.sampling import candidates
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
@@ -21,13 +21,13 @@ CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈
 
 
 def random_prompts(n: int, longest: int = 20) -> list[str]:
-    """Texts of different length, the first of them empty."""
+    """Prompts of different lengths; the first is empty."""
     length = lambda i: int(torch.randint(1, longest, ())) if i else 0
     return ["".join(CHARACTERS[j] for j in torch.randint(len(CHARACTERS), (length(i),)).tolist()) for i in range(n)]
 
 
 def save(folder, tokenizer: Tokenizer, **shape):
-    """A checkpoint with weights so large that its choices are clear."""
+    """A checkpoint with large random weights, so that the logits differ clearly."""
     model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, n_head=4, n_kv_head=2, head_dim=14, **shape))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -47,15 +47,15 @@ SHAPES = {"mistral": {"window": 20}, "qwen3": {"qk_norm": True, "tie_embeddings"
 
 @pytest.fixture(params=SHAPES)
 def folder(request, tmp_path, tokenizer, seed):
-    """Both forms of checkpoint: one without QK-norm and with a window, one with QK-norm."""
+    """Both architectures: Mistral with a window, Qwen3 with QK-norm."""
     return save(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
 
 
 @pytest.fixture(params=["native", "pytorch"])
 def path(request, monkeypatch) -> str:
-    """What computes the passes."""
-    if request.param == "native" and isinstance(native.library(), str):
-        pytest.skip(native.library())
+    """What runs the forward passes."""
+    if request.param == "native" and (problem := native.problem()):
+        pytest.skip(problem)
     if request.param == "pytorch":
         monkeypatch.setattr(native, "can_run", lambda model: False)
     return request.param
@@ -71,7 +71,7 @@ def llm(folder, path) -> LLM:
 
 @pytest.mark.parametrize("form", ["trained", "mistral", "qwen3"])
 def test_greedy_tokens_are_those_of_transformers(form, request, tmp_path, tokenizer, monkeypatch, seed):
-    """20 prompts of different length in one batch against one after the other; a trained checkpoint, and both forms with random weights."""
+    """20 prompts in one batch; a trained checkpoint, and both architectures with random weights."""
     transformers = pytest.importorskip("transformers")
     if form == "trained":
         folder = request.getfixturevalue("tiny_run") / "step-00000006"
@@ -124,11 +124,11 @@ def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, t
 
     decoder = llm.decoder(slots=500, capacity=16)
     for i in range(500):
-        decoder.add(ids, Sampling(seed=seed + i, **settings))
+        decoder.add(Sequence(list(ids), Sampling(seed=seed + i, **settings)))
     counts, choose = torch.zeros(len(p), dtype=torch.float64), decoder._choose
 
-    def choose_often(logits):  # each text draws its first token 40 times
-        tokens = [choose(logits.clone()) for _ in range(n // 500)]
+    def choose_often(sequences, logits):  # each sequence draws its first token 40 times
+        tokens = [choose(sequences, logits.clone()) for _ in range(n // 500)]
         counts.add_(torch.bincount(torch.tensor(tokens).flatten(), minlength=len(p)))
         return tokens[0]
 
@@ -137,7 +137,7 @@ def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, t
     assert counts.sum() == n
 
     assert counts[p == 0].sum() == 0
-    rare = p * n < 5  # together one class
+    rare = p * n < 5  # counted as one class
     expected = torch.cat([p[~rare], p[rare].sum(0, keepdim=True)]) * n
     observed = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
     expected, observed = expected[expected > 0], observed[expected > 0]
@@ -147,7 +147,7 @@ def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, t
     assert z < 5, f"chi-square {chi2:.1f} at {df} degrees of freedom"
 
 
-@pytest.mark.parametrize("vocab_size", [50, 5000])  # below and above the first look at the likeliest
+@pytest.mark.parametrize("vocab_size", [50, 5000])  # below and above FIRST_LOOK
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "repetition_penalty"])
 def test_filters_keep_what_transformers_keeps(name, vocab_size, seed):
     settings = OFF | FILTERS[name] | {"repetition_penalty": 1.0}
@@ -156,13 +156,14 @@ def test_filters_keep_what_transformers_keeps(name, vocab_size, seed):
         p, ids = candidates(logits, **{k: v for k, v in settings.items() if k != "repetition_penalty"})
         p = p if ids is None else torch.zeros_like(logits).scatter(-1, ids, p)
         expected = their_scores(torch.zeros(4, 1, dtype=torch.int64), logits, settings).softmax(-1)
-        assert ((p > 0) != (expected > 0)).sum() <= 4 * (spread < 1)  # where p is flat, rounding decides at the edge
+        assert ((p > 0) != (expected > 0)).sum() <= 4 * (spread < 1)  # if p is flat, rounding decides at the limit
         torch.testing.assert_close(p, expected, atol=2e-3 / vocab_size if spread < 1 else 1e-5, rtol=1e-4)
 
 
 def test_tokens_as_likely_as_the_kth_stay(seed):
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
     p, ids = candidates(logits, temperature=1.0, top_k=2, top_p=1.0, min_p=0.0)
+    assert ids is not None
     kept = [sorted(ids[i][p[i] > 0].tolist()) for i in range(2)]
     assert kept == [[1, 2, 3, 5], [0, 1]]
 
@@ -187,39 +188,41 @@ def test_a_batch_of_32_gives_each_prompt_what_it_gives_alone(settings, llm, seed
     assert together == alone
 
 
-def test_more_prompts_than_slots_wait_their_turn(llm, monkeypatch, seed):
+def test_more_prompts_than_slots_give_the_same_completions(llm, monkeypatch, seed):
     prompts = random_prompts(11)
     expected = llm.complete(prompts, seed=seed, max_new_tokens=12)
     monkeypatch.setattr("tritale.inference.llm.MAX_SLOTS", 3)
     assert llm.complete(prompts, seed=seed, max_new_tokens=12) == expected
 
 
-def test_texts_join_and_leave_without_disturbing_the_others(llm, seed):
+def test_adding_and_removing_sequences_does_not_change_the_others(llm, seed):
     prompts = [llm.tokenizer.encode(p, bos=True) for p in random_prompts(12)]
     alone = []
     for ids in prompts:
-        one = llm.decoder(slots=1)
-        handle = one.add(ids, Sampling(temperature=0))
-        alone.append([one.step()[handle] for _ in range(10)])
+        one, sequence = llm.decoder(slots=1), Sequence(list(ids), Sampling(temperature=0))
+        one.add(sequence)
+        alone.append([one.step()[sequence] for _ in range(10)])
     decoder, running, written, waiting = llm.decoder(slots=4), {}, {i: [] for i in range(12)}, list(range(12))
     while waiting or running:
         while waiting and decoder.free and torch.rand(()) < 0.7:
             i = waiting.pop()
-            running[decoder.add(prompts[i], Sampling(temperature=0))] = i
-        for handle, token in decoder.step().items():
-            written[running[handle]].append(token)
-        for handle, i in list(running.items()):
-            if len(written[i]) == 10 or torch.rand(()) < 0.03:  # some leave early
-                decoder.remove(handle)
-                del running[handle]
+            sequence = Sequence(list(prompts[i]), Sampling(temperature=0))
+            decoder.add(sequence)
+            running[sequence] = i
+        for sequence, token in decoder.step().items():
+            written[running[sequence]].append(token)
+        for sequence, i in list(running.items()):
+            if len(written[i]) == 10 or torch.rand(()) < 0.03:  # some are removed early
+                decoder.remove(sequence)
+                del running[sequence]
     for i, tokens in written.items():
         assert tokens == alone[i][: len(tokens)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_logits_are_pytorchs_and_the_same_bits_in_any_company(dtype, folder, seed):
-    if isinstance(native.library(), str):
-        pytest.skip(native.library())
+def test_native_logits_match_pytorch_and_do_not_depend_on_the_batch(dtype, folder, seed):
+    if problem := native.problem():
+        pytest.skip(problem)
     llm = LLM.load(folder, device="cpu", dtype=dtype)
     c, tokens = llm.model.config, torch.randint(600, (5, 40))
     tokens = tokens.clamp(max=c.vocab_size - 1)
@@ -229,25 +232,24 @@ def test_native_logits_are_pytorchs_and_the_same_bits_in_any_company(dtype, fold
     together = forward(tokens.flatten(), *flat(5), cache(5), torch.arange(200)).clone()
     one = cache(3)
     for i in range(40):
-        at = [torch.tensor([x]) for x in (2, i)]
-        logits = forward(tokens[4, i : i + 1].clone(), *at, one, torch.tensor([0]))
+        logits = forward(tokens[4, i : i + 1].clone(), torch.tensor([2]), torch.tensor([i]), one, torch.tensor([0]))
         assert torch.equal(logits[0], together[160 + i]), i
     torch.testing.assert_close(together, llm.model.float()(tokens).detach().flatten(0, 1), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_col", [1, 7, 8, 1001])
 def test_native_argmax_is_the_first_of_the_largest(n_col, seed):
-    if isinstance(native.library(), str):
-        pytest.skip(native.library())
+    if problem := native.problem():
+        pytest.skip(problem)
     logits = torch.randn(5, n_col + 3)[:, :n_col]
     logits[1, n_col // 3] = logits[1, n_col // 2] = logits[1, -1] = 9.0
     logits[2] = -torch.inf
     first = [next(i for i, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
     assert native.argmax(logits).tolist() == first
     for i in range(1, n_col):  # NaN hides no other number
-        spoilt = logits[:1].clone()
-        spoilt[0, i], spoilt[0, 0] = torch.nan, 20.0
-        assert native.argmax(spoilt).item() == 0
+        wrong = logits[:1].clone()
+        wrong[0, i], wrong[0, 0] = torch.nan, 20.0
+        assert native.argmax(wrong).item() == 0
 
 
 def test_weights_that_are_not_finite_are_named(llm):
@@ -276,19 +278,19 @@ def test_weights_copied_into_the_model_are_used(llm):
         ids.append(llm.model(torch.tensor([ids]))[0, -1].argmax().item())
         if ids[-1] == llm.tokenizer.eot_id:
             break
-    assert before != after == "".join(writer_pieces(llm.tokenizer, ids[len(llm.tokenizer.encode("小兔", bos=True)) :]))
+    assert before != after == "".join(pieces_of(llm.tokenizer, ids[len(llm.tokenizer.encode("小兔", bos=True)) :]))
 
 
-# --- Text ----------------------------------------------------------------------------------------------------------------------------
+# --- Detokenizing -------------------------------------------------------------------------------------------------------------------
 
 
-def writer_pieces(tokenizer: Tokenizer, tokens: list[int], **settings) -> list[str]:
-    writer = Writer(tokenizer, Sampling(**settings), 1, 10_000)
-    return [writer.push(token) for token in tokens]
+def pieces_of(tokenizer: Tokenizer, tokens: list[int], **settings) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, Sampling(**settings), 1, 10_000)
+    return [detokenizer.push(token) for token in tokens]
 
 
-def test_stream_yields_whole_characters_and_joins_to_the_text(llm, seed):
-    """Weights at random write many single bytes, most of which make no character."""
+def test_stream_yields_whole_characters_and_joins_to_the_completion(llm, seed):
+    """Random weights generate many single bytes, most of which form no character."""
     for i in range(8):
         settings = {"max_new_tokens": 50, "temperature": 1.5, "top_k": None, "top_p": 1.0, "seed": seed + i}
         pieces = list(llm.stream("小兔", **settings))
@@ -296,14 +298,14 @@ def test_stream_yields_whole_characters_and_joins_to_the_text(llm, seed):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_in_bytes_comes_out_whole(tokenizer):
+def test_a_character_of_several_bytes_is_returned_whole(tokenizer):
     tokens = [4 + byte for byte in "龘🐰".encode()]
-    assert writer_pieces(tokenizer, tokens) == ["", "", "龘", "", "", "", "🐰"]
-    assert writer_pieces(tokenizer, [tokens[0], *tokens]) == ["", "", "", "龘", "", "", "", "🐰"]  # a byte too many is dropped
-    assert "".join(writer_pieces(tokenizer, tokens[:5], max_new_tokens=5)) == "龘"
+    assert pieces_of(tokenizer, tokens) == ["", "", "龘", "", "", "", "🐰"]
+    assert pieces_of(tokenizer, [tokens[0], *tokens]) == ["", "", "", "龘", "", "", "", "🐰"]  # an incomplete character is dropped
+    assert "".join(pieces_of(tokenizer, tokens[:5], max_new_tokens=5)) == "龘"
 
 
-def test_a_text_ends_before_a_stop_string(llm, seed):
+def test_a_completion_ends_before_a_stop_string(llm, seed):
     settings = {"max_new_tokens": 40, "seed": seed, "temperature": 1.0, "top_k": None}
     text = llm.generate("小兔", **settings)
     while len(text) < 8:
@@ -316,11 +318,11 @@ def test_a_text_ends_before_a_stop_string(llm, seed):
     assert llm.complete(["小兔"], stop=stop, **settings)[0].finish_reason == "stop"
 
 
-def test_the_beginning_of_a_stop_string_is_held_back_and_given_when_it_is_none(tokenizer):
+def test_a_partial_match_of_a_stop_string_is_held_back(tokenizer):
     ids = [4 + ord(c) for c in "aabaabac"]
-    assert writer_pieces(tokenizer, ids, stop="aabac") == ["", "", "", "", "aab", "", "", ""]
-    assert writer_pieces(tokenizer, [*ids[:6], 4 + ord("x")], stop="aabac") == ["", "", "", "", "aab", "", "aabx"]
-    assert writer_pieces(tokenizer, [*ids[:3], 0], stop="aabac") == ["", "", "", "aab"]  # the text ended
+    assert pieces_of(tokenizer, ids, stop="aabac") == ["", "", "", "", "aab", "", "", ""]
+    assert pieces_of(tokenizer, [*ids[:6], 4 + ord("x")], stop="aabac") == ["", "", "", "", "aab", "", "aabx"]
+    assert pieces_of(tokenizer, [*ids[:3], 0], stop="aabac") == ["", "", "", "aab"]  # the sequence ended
 
 
 def test_finish_reasons_and_lengths(llm, seed):
@@ -338,7 +340,7 @@ def test_finish_reasons_and_lengths(llm, seed):
 
 
 def test_a_padded_vocabulary_is_never_drawn(tmp_path, tokenizer, path, seed):
-    """A model may have more entries than its tokenizer, for speed; those have no text."""
+    """A model may have more entries than its tokenizer, for speed; the additional ones have no text."""
     folder = save(tmp_path / "m", tokenizer)
     wide = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size + 40))
     wide.embedding.data[tokenizer.vocab_size :] *= 50
@@ -369,13 +371,13 @@ def test_perplexity_is_that_of_a_plain_computation(llm, seed):
         assert llm.bits_per_char(text) == pytest.approx(nll / math.log(2) / len(text), rel=1e-4)
 
 
-@pytest.mark.parametrize("n", [64, 65, 95, 96, 97, 200])  # tokens to judge; the context is 64
+@pytest.mark.parametrize("n", [64, 65, 95, 96, 97, 200])  # tokens to predict; the context is 64
 def test_a_long_text_is_read_in_windows_half_a_context_apart(n, llm, seed):
-    text = "".join(string.ascii_letters[i] for i in torch.randint(52, (n,)).tolist())  # a token a letter
+    text = "".join(string.ascii_letters[i] for i in torch.randint(52, (n,)).tolist())  # one token per letter
     ids = torch.tensor(llm.tokenizer.encode(text, bos=True))
     assert len(ids) == n + 1
     total = 0.0
-    for i in range(1, n + 1):  # ids[i], after what its window has before it
+    for i in range(1, n + 1):  # ids[i], predicted from its window
         start = 0 if i <= 64 else min((i - 65) // 32 * 32 + 32, n - 64)
         logits = llm.model(ids[None, start:i])[0, -1].double()
         total += F.cross_entropy(logits, ids[i]).item()
@@ -411,7 +413,7 @@ def test_settings_out_of_range_are_refused(settings, message, tmp_path, tokenize
         llm.generate(**settings)
     if isinstance(settings.get("prompt", ""), str):
         with pytest.raises(ValueError, match=message):
-            llm.stream(**settings)  # at once, not at the first piece
+            llm.stream(**settings)  # at the call, not at the first piece
 
 
 def test_an_empty_text_has_no_perplexity(tmp_path, tokenizer):
@@ -420,14 +422,14 @@ def test_an_empty_text_has_no_perplexity(tmp_path, tokenizer):
         llm.perplexity("")
 
 
-def test_a_text_with_half_a_surrogate_pair_is_refused(tmp_path, tokenizer):
+def test_half_a_surrogate_pair_is_refused(tmp_path, tokenizer):
     llm = LLM.load(save(tmp_path / "m", tokenizer), device="cpu")
     for measure in (llm.generate, llm.perplexity, llm.bits_per_char):
         with pytest.raises(ValueError, match=r"character 3 of the text .*\\ud800.* is not valid Unicode"):
             measure("小兔\ud800")
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path, tokenizer):
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, tokenizer):
     folder = save(tmp_path / "run" / "step-00000002", tokenizer)
     with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint"):
         LLM.load(tmp_path / "nowhere")
@@ -453,62 +455,64 @@ def test_a_decoder_refuses_what_it_cannot_hold(tmp_path, tokenizer):
     assert decoder.step() == {}
     for ids in ([], [1] * 4):
         with pytest.raises(ValueError, match="between 1 and 3 fit"):
-            decoder.add(ids, Sampling())
-    handle = decoder.add([0, 5, 6], Sampling(seed=1))
+            decoder.add(Sequence(ids, Sampling()))
+    sequence = Sequence([0, 5, 6], Sampling(seed=1))
+    decoder.add(sequence)
     with pytest.raises(ValueError, match="all 1 slots are taken"):
-        decoder.add([0], Sampling())
-    with pytest.raises(ValueError, match="no text 99"):
-        decoder.remove(99)
-    decoder.step(), decoder.step()
+        decoder.add(Sequence([0], Sampling()))
+    with pytest.raises(ValueError, match="not among the 1"):
+        decoder.remove(Sequence([0, 5, 6], Sampling(seed=1)))
+    for _ in range(2):
+        decoder.step()
     with pytest.raises(ValueError, match="fill their 4 tokens"):
         decoder.step()
-    decoder.remove(handle)
+    decoder.remove(sequence)
     assert decoder.free == 1
 
 
 # --- Compiling -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_working_compiler_a_sentence_says_so(tmp_path, monkeypatch):
+def test_a_missing_or_broken_compiler_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
-    assert "could not" in native.library.__wrapped__()
+    assert "could not" in str(native.load_library())
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\nprintf 'native.c: In function x:\\nnative.c:4:2: error: impossible\\n' >&2; exit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    assert "(native.c:4:2: error: impossible)" in native.library.__wrapped__()
+    assert "(native.c:4:2: error: impossible)" in str(native.load_library())
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert "no C compiler" in native.library.__wrapped__()
+    assert "no C compiler" in str(native.load_library())
     assert list(tmp_path.rglob("*.so")) == []
 
 
 def test_the_library_is_compiled_once_and_kept(tmp_path, monkeypatch):
-    if isinstance(native.library(), str):
-        pytest.skip(native.library())
+    if problem := native.problem():
+        pytest.skip(problem)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not isinstance(native.library.__wrapped__(), str)
+    assert not isinstance(native.load_library(), str)
     kept = list((tmp_path / "tritale").iterdir())
     assert len(kept) == 1 and kept[0].suffix == ".so"
     with monkeypatch.context() as patch:
         patch.setattr(native.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
-        assert not isinstance(native.library.__wrapped__(), str)
-    whole = kept[0].read_bytes()
+        assert not isinstance(native.load_library(), str)
+    complete = kept[0].read_bytes()
     kept[0].unlink()  # a new file: this process has mapped the old one
-    kept[0].write_bytes(whole[:8000])
-    assert not isinstance(native.library.__wrapped__(), str)
-    assert kept[0].read_bytes() == whole
+    kept[0].write_bytes(complete[:8000])
+    assert not isinstance(native.load_library(), str)
+    assert kept[0].read_bytes() == complete
 
 
 def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed):
-    if isinstance(native.library(), str) or platform.machine() != "x86_64":
+    if native.problem() or platform.machine() != "x86_64":
         pytest.skip("not an x86 with a compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("=native", "=x86-64-v2") for flag in native.FLAGS))
-    plain = native.library.__wrapped__()
+    plain = native.load_library()
     assert not isinstance(plain, str), plain
     llm, prompts = LLM.load(folder, device="cpu"), random_prompts(7)
-    settings = {"temperature": 0, "max_new_tokens": 10}
+    settings: SamplingSettings = {"temperature": 0, "max_new_tokens": 10}
     expected = llm.generate(prompts, **settings)
-    monkeypatch.setattr(native, "library", lambda: plain)
+    monkeypatch.setattr(native, "_library", lambda: plain)
     assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts] == expected

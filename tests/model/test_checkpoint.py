@@ -1,4 +1,4 @@
-"""A checkpoint on disk is a Hugging Face model, whole or not there."""
+"""A checkpoint on disk is a Hugging Face model, and it is complete or absent."""
 
 import json
 
@@ -50,13 +50,13 @@ def test_loading_gives_the_same_model(shape, tmp_path, seed):
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     tokens = torch.randint(512, (1, 30))
-    assert torch.equal(model(tokens), again(tokens))  # the tables of positions are not on disk
+    assert torch.equal(model(tokens), again(tokens))  # the rotary tables are not on disk
     half = load_model(tmp_path / "m", dtype=torch.bfloat16)
     assert torch.equal(half.embedding, model.embedding.bfloat16()) and torch.equal(half.cos, model.cos)
     assert (half.head is half.embedding) == model.config.tie_embeddings
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint_whole(tmp_path, seed):
+def test_a_failed_save_leaves_the_earlier_checkpoint_complete(tmp_path, seed):
     model = random_model()
     folder = write(tmp_path / "m", model)
     with pytest.raises(OSError, match="No space"), atomic_folder(folder) as temporary:
@@ -92,15 +92,15 @@ def test_a_damaged_file_is_named(tmp_path):
     "change, message",
     [
         ({"model_type": ["mistral"]}, "model_type"),
-        ({"vocab_size": "x"}, "vocab_size is 'x', not a whole number from 1"),
+        ({"vocab_size": "x"}, "vocab_size is 'x', not an integer of at least 1"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"head_dim": 14.0}, r"head_dim is 14\.0"),
         ({"sliding_window": "5"}, "sliding_window is '5'"),
         ({"rope_parameters": []}, None),
-        ({"rope_parameters": "x"}, "rope_parameters is 'x', no object"),
-        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None, not a number from 0"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x', not an object"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None, not a number of at least 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"initializer_range": "x"}, "initializer_range is 'x'"),
     ],
@@ -109,7 +109,7 @@ def test_a_value_of_the_wrong_kind_is_named(change, message, tmp_path):
     folder = write(tmp_path / "m", random_model())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    if message is None:  # nothing there: the other place holds it
+    if message is None:  # empty: rope_theta is read from the other key
         assert load_model(folder).config.rope_theta == 3000
         return
     with pytest.raises(ValueError, match=message):
@@ -120,5 +120,21 @@ def test_another_architecture_is_refused(tmp_path):
     folder = write(tmp_path / "m", random_model())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' is not one this project reads"):
+    with pytest.raises(ValueError, match="model_type is 'gpt2'; supported are mistral, qwen3"):
         load_model(folder)
+
+
+def test_a_newer_format_is_refused_and_one_without_a_number_is_format_1(tmp_path):
+    folder = write(tmp_path / "m", random_model())
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tritale_format") == 1
+    (folder / "config.json").write_text(json.dumps(config))
+    load_model(folder)
+    for value, message in (
+        (2, "format 2; this version of tritale reads formats up to 1: install a newer version"),
+        ("1", "format '1'"),
+        (0, "format 0"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"tritale_format": value}))
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)

@@ -1,7 +1,8 @@
-"""Exports are read by the programs they are for, and give the same logits; where such a program is missing, its own file reader judges."""
+"""The target programs read the exports and give the same logits. Without llama.cpp, gguf's own reader checks the file."""
 
 import heapq
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ SHAPES = {
 
 
 def checkpoint(folder, tokenizer, **changes):
-    """A checkpoint with random weights, its norms too, large enough that logits differ."""
-    shape = dict(vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, width=96, mlp_width=160, context=96)
-    model = GPT(GPTConfig(**shape | {"rope_theta": 20_000.0} | changes))
+    """A checkpoint with random weights and norms, large enough that the logits differ."""
+    config = GPTConfig(tokenizer.vocab_size, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, width=96, mlp_width=160, context=96)
+    model = GPT(replace(config, rope_theta=20_000.0, **changes))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.1) if p.ndim == 2 else p.uniform_(0.5, 1.5)
@@ -68,19 +69,20 @@ def test_litgpt_loads_the_export_and_gives_the_same_logits(model_folder, tmp_pat
 def test_the_lines_of_a_litgpt_user_run_on_the_export(tmp_path, tokenizer, seed):
     litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
     out = tmp_path / "step-00001000"
-    export_litgpt(LLM.load(checkpoint(tmp_path / "step-00000001", tokenizer), device="cpu"), out)
+    ours = LLM.load(checkpoint(tmp_path / "step-00000001", tokenizer), device="cpu")
+    export_litgpt(ours.model, ours.tokenizer, out)
     llm = litgpt.LLM.load(model=str(out))
     text = llm.generate(prompt="汤姆和杰瑞是好朋友，", max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=30)
     assert isinstance(text, str)
 
 
-def test_lit_model_holds_plain_tensors_only_and_no_more_of_them_than_the_model(model_folder, tmp_path):
+def test_lit_model_holds_only_plain_tensors_and_each_once(model_folder, tmp_path):
     llm = LLM.load(model_folder, device="cpu")
     export_litgpt(llm.model, llm.tokenizer, tmp_path / "lit")
     state = torch.load(tmp_path / "lit" / "lit_model.pth", weights_only=True)
     assert all(type(t) is torch.Tensor for t in state.values())
     n_parameters = sum(p.numel() for p in llm.model.parameters())
-    assert (tmp_path / "lit" / "lit_model.pth").stat().st_size < 4 * n_parameters + 50_000  # a tied head is in it once
+    assert (tmp_path / "lit" / "lit_model.pth").stat().st_size < 4 * n_parameters + 50_000  # a tied head is stored once
     assert torch.equal(state["lm_head.weight"], llm.model.head)
 
 
@@ -92,7 +94,7 @@ def read_gguf(path):
 
 
 def gguf_logits(fields: dict, tensors: dict, tokens: list[int]) -> np.ndarray:
-    """The model as llama.cpp defines it, in float64 from the file alone: rotary pairs are neighbours in "llama", halves in "qwen3"."""
+    """llama.cpp's definition of the model in float64, from the file alone. Rotary pairs are adjacent in "llama", halves in "qwen3"."""
     arch = fields["general.architecture"]
     value = lambda name: fields[f"{arch}.{name}"]
     n_head, n_kv, d = value("attention.head_count"), value("attention.head_count_kv"), value("attention.key_length")
@@ -126,7 +128,7 @@ def gguf_logits(fields: dict, tensors: dict, tokens: list[int]) -> np.ndarray:
     return norm(x, w["output_norm.weight"]) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
-def test_the_gguf_file_alone_defines_the_same_logits(model_folder, tmp_path):
+def test_the_gguf_file_gives_the_same_logits(model_folder, tmp_path):
     llm, out = LLM.load(model_folder, device="cpu"), tmp_path / "model.gguf"
     pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
     main(["export", str(model_folder), "--to", "gguf", "--out", str(out)])
@@ -147,7 +149,7 @@ def test_the_gguf_file_alone_defines_the_same_logits(model_folder, tmp_path):
 
 
 def llama_cpp_tokens(text: str, texts: list[str], scores: list[float], types: list[int]) -> list[int]:
-    """llama.cpp's tokenizer "llama" (llm_tokenizer_spm): join the neighbours whose union has the highest score, the leftmost of equals."""
+    """llama.cpp's tokenizer "llama" (llm_tokenizer_spm): join the neighbours whose union has the highest score, the leftmost first."""
     ids = {t: i for i, t in enumerate(texts)}
     parts = list(text.replace(" ", "▁"))
     before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
@@ -174,7 +176,7 @@ def llama_cpp_tokens(text: str, texts: list[str], scores: list[float], types: li
     return result
 
 
-def test_llama_cpp_reads_a_text_as_the_same_tokens(tokenizer, seed):
+def test_llama_cpp_encodes_to_the_same_ids(tokenizer, seed):
     pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
     texts, scores, types = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 3)
     assert len(texts) == len(set(texts)) == tokenizer.vocab_size + 3
@@ -187,7 +189,7 @@ LLAMA_PROMPT = "汤姆和杰瑞是好朋友，他们 love 龘。"
 
 @pytest.fixture
 def whole_characters(tmp_path, tokenizer, seed, request):
-    """A checkpoint that never writes a single byte: llama.cpp's server withholds the tokens of an unfinished character."""
+    """A checkpoint that never generates a byte token: llama.cpp's server holds back the tokens of an incomplete character."""
     folder = checkpoint(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
     llm = LLM.load(folder, device="cpu")
     with torch.no_grad():
@@ -200,7 +202,7 @@ def whole_characters(tmp_path, tokenizer, seed, request):
 
 
 @pytest.mark.parametrize("whole_characters", list(SHAPES), indirect=True)
-def test_llama_cpp_writes_the_same_greedy_text_with_the_same_probabilities(whole_characters):
+def test_llama_cpp_generates_the_same_greedy_tokens_with_the_same_probabilities(whole_characters):
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed (pip install xllamacpp)")
     llm, out = whole_characters
     params = xllamacpp.CommonParams()
@@ -235,7 +237,7 @@ def test_llama_cpp_python_gives_the_same_logits(whole_characters):
     np.testing.assert_allclose(np.array(theirs.scores[: len(ids)]), ours, atol=5e-3)
 
 
-def test_what_cannot_be_exported_is_said(tmp_path, tokenizer, seed):
+def test_an_export_that_is_not_possible_is_refused(tmp_path, tokenizer, seed):
     folder, out = checkpoint(tmp_path / "step-00000001", tokenizer, window=8), tmp_path / "there"
     out.mkdir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):
@@ -251,7 +253,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, tokenizer, seed):
         main(["export", str(tmp_path / ".step-00000002.0123abcd.tmp"), "--to", "litgpt", "--out", str(tmp_path / "lit")])
 
 
-def test_without_the_package_gguf_its_extra_is_named(tmp_path, tokenizer, seed, monkeypatch):
+def test_a_missing_package_gguf_is_named(tmp_path, tokenizer, seed, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(SystemExit, match=r"tritale\[export\]"):
         main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "model.gguf")])

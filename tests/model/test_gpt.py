@@ -1,4 +1,4 @@
-"""The model's arithmetic: shapes, masks, cache, presets."""
+"""Shapes, masks, the KV cache and presets of the model."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_microstories_has_the_architecture_of_the_series():
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_packed_documents_give_the_logits_they_give_alone(qk_norm, seed):
-    model, tokens = small(qk_norm=qk_norm, context=32), torch.randint(512, (1, 40))  # together longer than the context
+def test_packed_documents_give_the_same_logits_as_alone(qk_norm, seed):
+    model, tokens = small(qk_norm=qk_norm, context=32), torch.randint(512, (1, 40))  # longer than the context in total
     cu_seqlens = torch.tensor([0, 7, 8, 31, 40, 40], dtype=torch.int32)
     packed = model(tokens, cu_seqlens=cu_seqlens)
     for start, end in ((0, 7), (7, 8), (8, 31), (31, 40)):
@@ -35,7 +35,7 @@ def test_packed_documents_give_the_logits_they_give_alone(qk_norm, seed):
 
 @pytest.mark.parametrize("shape", [{}, {"window": 6}, {"qk_norm": True, "tie_embeddings": False}])
 def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
-    """Three texts of different length side by side: their beginnings flattened, then a token of each a step."""
+    """Three sequences of different lengths: first their beginnings in one pass, then one token of each per step."""
     model, tokens, lengths = small(**shape).requires_grad_(False), torch.randint(512, (3, 21)), (4, 9, 1)
     c = model.config
     cache = torch.zeros(c.n_layer, 2, 5, 30, c.n_kv_head, c.head_dim, dtype=torch.float64)
@@ -69,8 +69,8 @@ def test_residual_matrices_start_smaller_with_depth():
     assert stds[0] / stds[1] == pytest.approx(2, rel=0.02)
 
 
-def test_attention_starts_as_a_copier():
-    """Each head writes what it reads along the same directions, in every grouping of heads."""
+def test_attention_starts_as_a_copy_operation():
+    """The product of a head's output and value matrices is symmetric and positive semidefinite, for any grouping of heads."""
     for shape in ({}, {"n_kv_head": 1}, {"n_head": 2, "n_kv_head": 1, "head_dim": 16}):
         model = GPT(GPTConfig.preset("quickstart", **shape))
         c, block = model.config, model.blocks[-1]

@@ -1,4 +1,4 @@
-"""Checkpoints whose text is known beforehand, and a server in this process."""
+"""Checkpoints that generate a known text, and a server in this process."""
 
 import contextlib
 import socket
@@ -12,13 +12,13 @@ import torch
 import uvicorn
 
 from tritale.data.tokenizer import Tokenizer
-from tritale.inference.scheduler import Engine
+from tritale.inference.engine import Engine
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
 from tritale.serve.app import make_app
 from tritale.stories.generator import story
 
-ENDLESS = "从前有一只小兔"  # then 从前 again, until it is stopped
+ENDLESS = "从前有一只小兔"  # repeated until the completion ends
 SCRIPT, IMAGE = "<script>hacked()\n", "<img src onerror=hacked()>"
 
 
@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, tokenizer: Tokenizer, model: GPT) -> Path:
 
 
 def tiny(tokenizer: Tokenizer, context: int = 512) -> GPT:
-    """A model with weights so large that its choices are clear."""
+    """A model with large random weights, so that the logits differ clearly."""
     model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, tie_embeddings=False, context=context))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -43,8 +43,8 @@ def tiny(tokenizer: Tokenizer, context: int = 512) -> GPT:
 
 @torch.no_grad()
 def reciting(tokenizer: Tokenizer, text: str, *, is_endless: bool = False) -> GPT:
-    """A model that writes `text` and ends, or writes it over and over: with nothing but the embedding and the head, each token decides the
-    next. No token may be twice in the text."""
+    """A model that generates `text` and ends, or repeats it. Only the embedding and the head are not zero, so each token determines the
+    next. No token may occur twice in the text."""
     ids = tokenizer.encode(text)
     assert len(set(ids)) == len(ids), [tokenizer.decode([i]) for i in ids]
     model = tiny(tokenizer)
@@ -79,8 +79,8 @@ def running(folder: Path, *, slots: int = 16, queue: int = 32, **settings) -> It
         listener.close()
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
-    """Long, because the machine may be busy with other things."""
+def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
+    """The timeout is long, because the machine may be busy."""
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "waited in vain"

@@ -1,17 +1,18 @@
-"""`/v1/completions` and its neighbours, over HTTP, from a server with checkpoints whose text is known."""
+"""The HTTP API, with checkpoints that generate a known text."""
 
 import concurrent.futures
 import json
 import shutil
 import socket
 import time
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
 from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_checkpoint
-from tritale.inference import LLM, Decoder, Writer
+from tritale.inference import LLM, Decoder, Detokenizer
 
 CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈妈说：“你看！”🐰龘x1 "
 
@@ -23,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer):
-    """A run with three checkpoints, and one that is being written."""
+    """A run with three checkpoints and one that is being written."""
     folder = tmp_path_factory.mktemp("serve") / "run"
     for step in (100, 1000):
         write_checkpoint(folder / f"step-{step:08d}", tokenizer, reciting(tokenizer, ENDLESS, is_endless=True))
@@ -49,7 +50,7 @@ def client(server):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Each step takes at least 10 ms, as with a real model, so that requests meet."""
+    """Each step takes at least 10 ms, as with a larger model, so that requests overlap."""
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self: (time.sleep(0.01), step(self))[1])
 
@@ -66,7 +67,7 @@ def error(response) -> dict:
 
 
 def events(response) -> list:
-    """What server-sent events carry."""
+    """The data of server-sent events."""
     lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     return [line.removeprefix("data: ") for line in lines]
@@ -76,7 +77,7 @@ def random_prompts(n: int) -> list[str]:
     return ["".join(CHARACTERS[j] for j in torch.randint(len(CHARACTERS), (int(torch.randint(1, 20, ())),)).tolist()) for _ in range(n)]
 
 
-# --- what is written -----------------------------------------------------------------------------------------------------------------
+# --- completions ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_text_is_that_of_LLM_generate(client, run, seed):
@@ -96,7 +97,7 @@ def test_greedy_text_is_that_of_LLM_generate(client, run, seed):
 
 def test_sampled_texts_draw_with_seed_plus_their_index(client, run, seed):
     prompts, llm = random_prompts(2), LLM.load(run / "step-00000900", device="cpu")
-    settings = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
+    settings: dict[str, Any] = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
     answer = ask(client, model="step-00000900", prompt=prompts, n=3, seed=seed, max_tokens=20, top_k=0, **settings)
     expected = llm.complete([p for p in prompts for _ in range(3)], seed=seed, max_new_tokens=20, top_k=None, **settings)
     assert [c["text"] for c in answer["choices"]] == [c.text for c in expected]
@@ -104,32 +105,32 @@ def test_sampled_texts_draw_with_seed_plus_their_index(client, run, seed):
     assert answer["usage"]["prompt_tokens"] == sum(len(llm.encode_prompt(p)) for p in prompts)  # not times n
 
 
-def test_what_is_left_out_has_the_projects_defaults(client, run, seed):
+def test_omitted_fields_have_the_defaults_of_Sampling(client, run, seed):
     answer = ask(client, model="step-00000900", prompt="小兔", seed=seed)
     assert answer["choices"][0]["text"] == LLM.load(run / "step-00000900", device="cpu").generate("小兔", seed=seed)
     assert ask(client, max_tokens=1)["model"] == "step-00001000"
 
 
-def test_stream_joins_to_the_whole(client, seed):
+def test_stream_joins_to_the_same_completion(client, seed):
     body = {"model": "step-00000900", "prompt": random_prompts(2), "n": 2, "seed": seed, "max_tokens": 60, "temperature": 1.0}
-    whole = ask(client, **body)
+    complete = ask(client, **body)
     with client.stream("POST", "/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         *chunks, done = events(response)
     chunks = [json.loads(chunk) for chunk in chunks]
-    assert done == "[DONE]" and chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+    assert done == "[DONE]" and chunks[-1]["usage"] == complete["usage"] and chunks[-1]["choices"] == []
     texts, reasons = [""] * 4, [None] * 4
     for chunk in chunks[:-1]:
         assert chunk["id"] == chunks[0]["id"] and len(chunk["choices"]) == 1
         choice = chunk["choices"][0]
-        assert reasons[choice["index"]] is None  # nothing comes after the last piece
+        assert reasons[choice["index"]] is None  # nothing follows the last piece
         texts[choice["index"]] += choice["text"]
         reasons[choice["index"]] = choice["finish_reason"]
-    assert texts == [c["text"] for c in whole["choices"]] and reasons == [c["finish_reason"] for c in whole["choices"]]
+    assert texts == [c["text"] for c in complete["choices"]] and reasons == [c["finish_reason"] for c in complete["choices"]]
     assert len(chunks) > 40  # in pieces
 
 
-def test_text_ends_before_a_stop_string(client):
+def test_a_completion_ends_before_a_stop_string(client):
     for stop, expected in (
         (["狗", "一只"], "从前有"),
         ("小兔从", "从前有一只"),
@@ -142,12 +143,12 @@ def test_text_ends_before_a_stop_string(client):
     assert choice["finish_reason"] == "length" and choice["text"].startswith(ENDLESS * 2)
 
 
-def test_text_ends_where_the_context_is_full(client, tokenizer):
+def test_a_completion_ends_when_the_context_is_full(client, tokenizer):
     answer = ask(client, prompt=ENDLESS * 30, temperature=0, max_tokens=2000)
     assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 512
 
 
-# --- requests side by side -----------------------------------------------------------------------------------------------------------
+# --- concurrent requests -------------------------------------------------------------------------------------------------------------
 
 
 def test_concurrent_requests_are_batched(client, server, slow):
@@ -171,13 +172,13 @@ def test_requests_beyond_the_slots_wait_and_those_beyond_the_queue_are_refused(r
             assert server.engine.status()["running"] == 2 and server.engine.status()["waiting"] == 3
             refused = client.post("/v1/completions", json={"prompt": ""})
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-            assert error(refused)["type"] == "rate_limit_error" and "3 texts wait already" in error(refused)["message"]
+            assert error(refused)["type"] == "rate_limit_error" and "3 sequences wait already" in error(refused)["message"]
             assert client.get("/health").json()["waiting"] == 3
             assert [f.result()["usage"]["completion_tokens"] for f in futures] == [200, 200, 5, 5, 5]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slots(stream, server, client, slow):
+def test_a_disconnected_client_frees_its_slots(stream, server, client, slow):
     body = {"prompt": "", "temperature": 0, "max_tokens": 500, "n": 3, "stream": stream}
     before = server.engine.n_steps
     with (
@@ -186,11 +187,11 @@ def test_a_client_that_goes_away_frees_its_slots(stream, server, client, slow):
     ):
         wait_until(lambda: server.engine.status()["running"] == 3)
     wait_until(lambda: server.engine.status()["running"] == 0)
-    assert server.engine.n_steps - before < 450  # not because they were done
+    assert server.engine.n_steps - before < 450  # they were cancelled, not finished
 
 
 def open_post(server, body: dict) -> socket.socket:
-    """A request whose answer nobody waits for."""
+    """Send a request without reading the response."""
     host, port = server.url.removeprefix("http://").split(":")
     connection, data = socket.create_connection((host, int(port))), json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -198,7 +199,7 @@ def open_post(server, body: dict) -> socket.socket:
     return connection
 
 
-def test_a_client_that_goes_away_leaves_the_queue(run, slow):
+def test_a_disconnected_client_is_removed_from_the_queue(run, slow):
     with running(run, slots=1, queue=2) as server, open_post(server, {"max_tokens": 500, "temperature": 0}):
         wait_until(lambda: server.engine.status()["running"] == 1)
         with open_post(server, {"max_tokens": 500, "temperature": 0, "stream": True}):
@@ -207,7 +208,7 @@ def test_a_client_that_goes_away_leaves_the_queue(run, slow):
         assert server.engine.status()["running"] == 1
 
 
-def test_requests_under_way_get_an_error_when_the_server_stops(run, slow):
+def test_unfinished_requests_get_an_error_when_the_server_stops(run, slow):
     with running(run) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(client.post, "/v1/completions", json={"max_tokens": 500, "temperature": 0})
@@ -218,7 +219,7 @@ def test_requests_under_way_get_an_error_when_the_server_stops(run, slow):
         assert client.post("/v1/completions", json={}).status_code == 503
 
 
-def test_a_step_that_fails_ends_its_texts_and_not_the_server(client, server, monkeypatch):
+def test_a_step_that_fails_ends_its_requests_and_not_the_server(client, server, monkeypatch):
     def fail(self):
         raise RuntimeError("out of memory")
 
@@ -230,12 +231,12 @@ def test_a_step_that_fails_ends_its_texts_and_not_the_server(client, server, mon
 
 
 @pytest.mark.parametrize("place", ["__init__", "push"])
-def test_a_text_that_fails_ends_its_request_and_not_the_server(place, client, monkeypatch):
+def test_a_detokenizer_that_fails_ends_its_request_and_not_the_server(place, client, monkeypatch):
     def fail(*args):
         raise KeyError(4096)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, place, fail)
+        patch.setattr(Detokenizer, place, fail)
         response = client.post("/v1/completions", json={"max_tokens": 5, "n": 2})
     assert response.status_code == 500 and "4096" in error(response)["message"]
     assert ask(client, prompt="", max_tokens=7, temperature=0)["choices"][0]["text"]
@@ -244,7 +245,7 @@ def test_a_text_that_fails_ends_its_request_and_not_the_server(place, client, mo
 # --- checkpoints ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_whole_checkpoints_are_listed_newest_first(client):
+def test_complete_checkpoints_are_listed_newest_first(client):
     models = client.get("/v1/models").json()
     assert models["object"] == "list"
     assert [m["id"] for m in models["data"]] == ["step-00001000", "step-00000900", "step-00000100"]
@@ -268,17 +269,17 @@ def test_two_checkpoints_stay_in_memory_and_a_third_waits_for_a_place(run, slow)
         ask(client, model=oldest, max_tokens=2)
         assert loaded() == [oldest, newest]
         ask(client, model=newest, max_tokens=2)
-        ask(client, model=middle, max_tokens=2)  # the oldest was not used for longest
+        ask(client, model=middle, max_tokens=2)  # replaces the least recently used
         assert loaded() == [middle, newest]
         endless = {"prompt": "", "temperature": 0}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             futures = [pool.submit(ask, client, model=newest, **endless, max_tokens=300)]
             wait_until(lambda: server.engine.status()["running"] == 1)
-            ask(client, model=oldest, max_tokens=2)  # takes the place of the one that nobody uses
+            ask(client, model=oldest, max_tokens=2)  # replaces the idle one
             assert loaded() == [oldest, newest] and server.engine.status()["running"] == 1
             futures.append(pool.submit(ask, client, model=oldest, **endless, max_tokens=100))
             wait_until(lambda: server.engine.status()["running"] == 2)
-            ask(client, model=middle, max_tokens=2)  # waits until those of `oldest` are done
+            ask(client, model=middle, max_tokens=2)  # waits until the requests for `oldest` are finished
             assert loaded()[0] == middle and server.engine.status()["running"] == 1
             for future, n in zip(futures, (300, 100), strict=True):
                 assert future.result()["usage"]["completion_tokens"] == n
@@ -293,7 +294,7 @@ def test_checkpoints_come_go_and_change_while_the_server_runs(tmp_path, tokenize
         assert greedy() == "从前"
         write_checkpoint(folder / "step-00000002", tokenizer, reciting(tokenizer, "小兔"))
         assert greedy() == "小兔" and greedy(model="step-00000001") == "从前"
-        shutil.rmtree(folder / "step-00000002")  # a run that was resumed from before it writes it again
+        shutil.rmtree(folder / "step-00000002")  # a resumed run writes this step again
         write_checkpoint(folder / "step-00000002", tokenizer, reciting(tokenizer, "妈妈"))
         assert greedy() == "妈妈"
         shutil.rmtree(folder / "step-00000001")
@@ -303,12 +304,12 @@ def test_checkpoints_come_go_and_change_while_the_server_runs(tmp_path, tokenize
         assert response.status_code == 500 and "damaged" in error(response)["message"]
 
 
-def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokenizer, monkeypatch):
+def test_a_damaged_checkpoint_does_not_affect_the_others(tmp_path, tokenizer, monkeypatch):
     folder = tmp_path / "run"
     write_checkpoint(folder / "step-00000003", tokenizer, reciting(tokenizer, "从前"))
-    spoilt = tiny(tokenizer)
-    spoilt.embedding.data *= torch.nan
-    write_checkpoint(folder / "step-00000002", tokenizer, spoilt)
+    not_finite = tiny(tokenizer)
+    not_finite.embedding.data *= torch.nan
+    write_checkpoint(folder / "step-00000002", tokenizer, not_finite)
     write_checkpoint(folder / "step-00000001", tokenizer, tiny(tokenizer))
     (folder / "step-00000001" / "config.json").write_text("[]")
     with running(folder) as server, httpx.Client(base_url=server.url, timeout=120) as client:
@@ -330,7 +331,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokeniz
     [
         ({"prompt": "小兔子" * 1000}, 400, "prompt", "shorten it to 511"),
         ({"prompt": ["小兔", "小兔子" * 1000], "stream": True}, 400, "prompt", "shorten it to 511"),
-        ({"prompt": []}, 400, "prompt", "at least one text"),
+        ({"prompt": []}, 400, "prompt", "at least one prompt"),
         ({"prompt": [1, 2]}, 400, "prompt", "string"),
         ({"prompt": 3}, 400, "prompt", "string"),
         ({"prompt": "小" * 100_000}, 413, None, "262144 bytes"),
@@ -348,7 +349,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokeniz
         ({"stop": ["x"] * 17}, 400, "stop", "at most 16"),
         ({"stop": "x" * 201}, 400, "stop", "200 characters"),
         ({"stop": ""}, 400, "stop", "none of them empty"),
-        ({"logprobs": 3}, 400, None, "logprobs is 3, which this server cannot do"),
+        ({"logprobs": 3}, 400, None, "logprobs is 3, which this server does not support"),
         ({"echo": True}, 400, None, "echo"),
         ({"temprature": 1}, 400, "temprature", "not permitted"),
         ({"model": "step-00000007"}, 404, "model", "step-00000007"),
@@ -356,7 +357,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_the_others_be(tmp_path, tokeniz
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict | list) else None,
 )
-def test_bad_input_is_named_in_openais_form(body, status, param, message, client):
+def test_bad_input_gives_openais_error_object(body, status, param, message, client):
     response = client.post("/v1/completions", json=body)
     found = error(response)
     assert response.status_code == status and found["param"] == param and message in found["message"], found
@@ -364,12 +365,12 @@ def test_bad_input_is_named_in_openais_form(body, status, param, message, client
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b'{"temperature": NaN}', b"[" * 100_000])
-def test_what_is_not_json_is_refused(content, client):
+def test_a_body_that_is_not_json_is_refused(content, client):
     response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400 and error(response)["type"] == "invalid_request_error"
 
 
-def test_what_openai_knows_and_asks_for_nothing_is_accepted(client):
+def test_neutral_values_of_openais_other_fields_are_accepted(client):
     neutral = {
         "best_of": 1,
         "echo": False,
@@ -392,7 +393,7 @@ def test_pages_of_other_sites_are_refused(client, server):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"{server.url}.evil.example"):
         assert post(origin=origin).status_code == 403
     for kind in ("text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"):
-        assert post(**{"content-type": kind}).status_code == 415  # a form can send these without asking first
+        assert post(**{"content-type": kind}).status_code == 415  # a form can send these without a preflight request
     preflight = client.options("/v1/completions", headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
     assert preflight.status_code >= 400 and not any(name.startswith("access-control") for name in preflight.headers)
 

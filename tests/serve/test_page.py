@@ -12,13 +12,14 @@ from tests.serve.servers import ENDLESS, IMAGE, SCRIPT, reciting, running, train
 from tritale.inference import Decoder
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium and chromedriver here: apt install chromium chromium-driver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="Chromium or chromedriver not found: apt install chromium chromium-driver")
 
 
 def start_chromium(profile: Path):
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
+    assert BROWSER and DRIVER
     options.binary_location = BROWSER
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,860", f"--user-data-dir={profile}"):
         options.add_argument(argument)
@@ -28,7 +29,7 @@ def start_chromium(profile: Path):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Checkpoints that write HTML, and one that never ends; each step takes 10 ms, so that one can see it write."""
+    """Checkpoints that generate HTML, and one that never ends. Each step takes 10 ms, so that streaming is visible."""
     folder, tokenizer = tmp_path_factory.mktemp("page") / "run", train_tokenizer()
     write_checkpoint(folder / "step-00000001", tokenizer, reciting(tokenizer, SCRIPT))
     write_checkpoint(folder / "step-00000002", tokenizer, reciting(tokenizer, IMAGE))
@@ -49,10 +50,10 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, server):
-    """The page, freshly loaded; afterwards: no error in the console, no request to anyone but the server."""
+    """The page, freshly loaded. After the test: no error in the console, no request to another server."""
     chromium.get("about:blank")
     for kind in ("browser", "performance"):
-        chromium.get_log(kind)  # what came before
+        chromium.get_log(kind)  # discard earlier entries
     chromium.get(server.url)
     wait_until(lambda: len(chromium.find_elements("css selector", "#model option")) == 3)
     yield chromium
@@ -101,7 +102,7 @@ def test_a_story_is_streamed_with_the_settings_chosen(page, server):
     choose(page, max_tokens="5")
     write(page)
     wait_until(lambda: len(stories(page)) == 2 and not is_writing(page))
-    assert stories(page)[1] == late and len(stories(page)[0]) < len(late)  # the newest on top, the others stay
+    assert stories(page)[1] == late and len(stories(page)[0]) < len(late)  # the newest is on top
 
 
 def test_stop_ends_the_story_and_frees_the_slot(page, server):
@@ -137,21 +138,21 @@ def test_html_in_a_story_is_text(step, html, page):
     assert page.execute_script("return window.isHacked") is None
 
 
-def test_what_the_server_refuses_is_shown(chromium, page):
+def test_an_error_of_the_server_is_shown(chromium, page):
     choose(page, prompt="<i>小兔</i>" * 500)
     page.find_element("id", "write").click()
     wait_until(lambda: chromium.find_element("id", "error").is_displayed())
     assert "shorten" in chromium.find_element("id", "error").text and stories(page) == []
     assert chromium.find_element("id", "empty").is_displayed()
-    assert any("400" in entry["message"] for entry in chromium.get_log("browser"))  # Chromium's own note of the status
+    assert any("400" in entry["message"] for entry in chromium.get_log("browser"))  # Chromium logs the status
     choose(page, prompt="", max_tokens="2")
     write(page)
     wait_until(lambda: not is_writing(page))
     assert not chromium.find_element("id", "error").is_displayed()
 
 
-def test_the_policy_keeps_out_what_is_not_the_pages_own(chromium, server):
-    """Were something ever inserted as HTML, it could neither run nor ask another server."""
+def test_the_content_security_policy_blocks_other_scripts_and_servers(chromium, server):
+    """HTML that is inserted by mistake can neither run nor request another server."""
     chromium.get(server.url)
     chromium.get_log("browser")
     chromium.execute_script("""
@@ -169,7 +170,7 @@ def test_the_policy_keeps_out_what_is_not_the_pages_own(chromium, server):
 
 
 def screenshot(folder: Path, target: Path) -> None:
-    """docs/serve.png: two stories of a run, as a reader sees them. `python -m tests.serve.test_page out/quickstart docs/serve.png`"""
+    """docs/serve.png: two stories of a run. `python -m tests.serve.test_page out/quickstart docs/serve.png`"""
     with running(folder) as server:
         driver = start_chromium(Path("/tmp/tritale-screenshot-profile"))
         try:

@@ -1,4 +1,4 @@
-"""The story generator: pure, exact about its own entropy, and consistent in what it tells."""
+"""The story generator: pure, exact about its own entropy, and consistent."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from tritale.stories.words import CHARACTERS, PLACES, THINGS
 N = 5000
 FEATURES = {"对话", "转折", "坏结局", "寓意", "冲突", "伏笔"}
 NAMES = sorted((c.name for c in CHARACTERS), key=len, reverse=True)
-# Things a plot mentions in passing, whatever its own thing is.
+# Things that the text of a plot mentions besides its drawn thing.
 PROPS = {
     "贪吃": {"皮球", "西瓜", "苹果", "盘子"},
     "生日": {"蛋糕"},
@@ -24,12 +24,12 @@ PROPS = {
 
 
 @pytest.fixture(scope="module")
-def told():
+def stories():
     return [story(1, i) for i in range(N)]
 
 
 class Enumerator(Chooser):
-    """Takes prescribed branches, notes how many there were, and multiplies their exact probabilities."""
+    """Takes given branches, records how many there were, and multiplies their exact probabilities."""
 
     def __init__(self, path):
         self.path, self.seen, self.bits, self.probability = path, [], 0.0, Fraction(1)
@@ -75,7 +75,7 @@ def test_probabilities_of_a_small_grammar_sum_to_one_and_bits_are_their_logarith
         assert bits == pytest.approx(-math.log2(p), abs=1e-9)
 
 
-def test_drawn_frequencies_match_the_bits_the_chooser_claims():
+def test_drawn_frequencies_match_the_bits_of_the_chooser():
     template, counts, claimed, n = parse("[在[这里|那里]|]<mood><end>。", TABLES), Counter(), {}, 40000
     for i in range(n):
         chooser, out = Chooser(7, i), []
@@ -89,7 +89,7 @@ def test_drawn_frequencies_match_the_bits_the_chooser_claims():
         assert abs(k - n * p) < 5 * math.sqrt(n * p * (1 - p)), text
 
 
-def test_famous_pair_takes_a_tenth_and_every_cast_is_priced_exactly():
+def test_famous_pair_takes_a_tenth_and_the_bits_of_every_cast_are_exact():
     plot = next(p for p in S.PLOTS if p.cast == "AB" and not p.things)
     pairs, n_places = {}, len(S._tagged("place", plot.place))
     n = len(S._HEROES)
@@ -126,14 +126,14 @@ def test_chooser_counts_every_draw_of_a_story():
         assert chooser.price > 50
 
 
-def test_same_number_same_story_in_any_order(told):
+def test_same_number_same_story_in_any_order(stories):
     for i in (4999, 0, 17, 2500):
-        assert story(1, i) == told[i]
-    assert story(2, 17) != told[17]
+        assert story(1, i) == stories[i]
+    assert story(2, 17) != stories[17]
     assert story(1, 2**63).text != story(1, 0).text
 
 
-def test_hash_is_pinned_so_that_stories_stay_what_they_were():
+def test_hash_is_pinned_so_that_stories_do_not_change():
     chooser = Chooser(42, VALIDATION_START + 5)
     assert [chooser.below(1000) for _ in range(6)] == [660, 706, 918, 850, 316, 684]
 
@@ -145,39 +145,39 @@ def test_draws_are_even():
         assert chi2 < n - 1 + 5 * math.sqrt(2 * (n - 1)) + 5, n
 
 
-def test_no_story_is_told_twice_and_validation_is_new():
+def test_no_story_occurs_twice_and_validation_is_new():
     texts = [story(0, TRAIN_START + i).text for i in range(20000)] + [story(0, VALIDATION_START + i).text for i in range(2000)]
     assert len(set(texts)) == 22000
 
 
-def test_there_is_enough_to_tell(told):
+def test_there_is_enough_variety(stories):
     assert len(S.PLOTS) >= 16
     assert len(CHARACTERS) == len({c.name for c in CHARACTERS}) >= 60
     assert {"汤姆", "杰瑞"} <= {c.name for c in CHARACTERS}
     assert len(THINGS) == len({t.name for t in THINGS}) >= 60
     assert len(PLACES) == len({p.name for p in PLACES}) >= 30
-    assert {s.plot for s in told} == {p.name for p in S.PLOTS}
+    assert {s.plot for s in stories} == {p.name for p in S.PLOTS}
     # 2^H lies below the number of stories; H = the mean of the bits.
-    assert sum(s.bits for s in told) / N > math.log2(1e9)
-    assert entropy_bits_per_char(told) == pytest.approx(sum(s.bits for s in told) / sum(len(s.text) for s in told))
+    assert sum(s.bits for s in stories) / N > math.log2(1e9)
+    assert entropy_bits_per_char(stories) == pytest.approx(sum(s.bits for s in stories) / sum(len(s.text) for s in stories))
 
 
-def test_lengths(told):
-    assert all(100 <= len(s.text) <= 350 for s in told)
+def test_lengths(stories):
+    assert all(100 <= len(s.text) <= 350 for s in stories)
 
 
-def test_prompt_opening_and_famous_pair_are_common(told):
-    opening = sum(re.match(r"(\w+)和(\w+)是好朋友，", s.text) is not None for s in told) / N
+def test_prompt_opening_and_famous_pair_are_common(stories):
+    opening = sum(re.match(r"(\w+)和(\w+)是好朋友，", s.text) is not None for s in stories) / N
     assert 0.12 < opening < 0.25
-    famous = sum(s.characters[:2] == ("汤姆", "杰瑞") and f"{s.characters[0]}和{s.characters[1]}" in s.text for s in told)
+    famous = sum(s.characters[:2] == ("汤姆", "杰瑞") and f"{s.characters[0]}和{s.characters[1]}" in s.text for s in stories)
     assert famous / N > 0.04
 
 
-def test_nobody_and_nothing_appears_from_nowhere(told):
+def test_nobody_and_nothing_appears_from_nowhere(stories):
     name = re.compile("|".join(NAMES))
     thing = re.compile("|".join(sorted((t.name for t in THINGS), key=len, reverse=True)))
     measure = {t.name: t.measure for t in THINGS}
-    for s in told:
+    for s in stories:
         assert set(name.findall(s.text)) == set(s.characters), s
         assert set(name.findall(s.summary)) <= set(s.characters), s
         assert s.characters[0] in s.summary, s
@@ -190,9 +190,9 @@ def test_nobody_and_nothing_appears_from_nowhere(told):
                 assert m in (measure[t], "口"), (m, s)  # 咬了一口桃子
 
 
-def test_pronouns_fit_the_characters(told):
+def test_pronouns_fit_the_characters(stories):
     pronoun = {c.name: c.pronoun for c in CHARACTERS}
-    for s in told:
+    for s in stories:
         allowed = {pronoun[n] for n in s.characters}
         if "他们" in s.text:
             assert len({pronoun[n] for n in s.characters[:2]}) == 2 or pronoun[s.characters[0]] == "他", s
@@ -202,17 +202,17 @@ def test_pronouns_fit_the_characters(told):
         assert set(re.findall("[他她](?!们)", s.text.replace("其他", ""))) <= allowed, s
 
 
-def test_words_and_features_are_true(told):
-    for s in told:
+def test_words_and_features_are_true(stories):
+    for s in stories:
         assert 2 <= len(s.words) <= 5 and len(set(s.words)) == len(s.words), s
         assert all(w in s.text for w in s.words), s
         assert set(s.features) <= FEATURES
         assert ("对话" in s.features) == ("“" in s.text), s
-    assert {f for s in told for f in s.features} == FEATURES
+    assert {f for s in stories for f in s.features} == FEATURES
 
 
-def test_text_is_clean(told):
-    for s in told:
+def test_text_is_clean(stories):
+    for s in stories:
         for text in (s.text, s.summary):
             assert not re.search(r"[\[\]{}<>|¶#a-zA-Z0-9 ]", text), text
             assert not re.search(r"[，。！？：；、]{2}|^[，。！？”]|[，。！？：]\n?”?[，。]|\n\n|“”|[：，]$|的的|了了|，”", text), text

@@ -1,4 +1,4 @@
-"""train.py through the Triton kernels, interpreted on the CPU: the losses of the PyTorch path."""
+"""train.py through the Triton kernels, interpreted on the CPU, has the losses of the PyTorch path."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from runs import REPOSITORY, command, losses, train
 
 from tritale.kernels import dispatch
 
-# Runs train.py and prints how often each kernel was launched, and the devices' own launches beside it.
+# Runs train.py and prints the number of launches of each kernel.
 COUNTED = """
 import collections, json, runpy, sys
 from triton.runtime.interpreter import GridExecutor
@@ -47,11 +47,11 @@ def test_trains_through_the_kernels_with_the_losses_of_pytorch(tmp_path, options
     plain, ours = losses(tmp_path / "torch"), losses(tmp_path / "triton")
     assert list(ours) == [1, 2, 3] and ours == pytest.approx(plain, rel=2e-5)  # written with six digits
 
-    steps, n_layer, n_norm = 6, 2, 5  # micro-batches; the norms are two a layer and the last
+    steps, n_layer, n_norm = 6, 2, 5  # steps: micro-batches; n_norm: two per layer and the last
     rope = "_qk_norm_rope_{}" if options else "_rope"
     least = {
         "_rms_norm_fwd": steps * n_norm, "_rms_norm_bwd": steps * n_norm,
-        rope.format("fwd"): steps * n_layer * (1 if options else 2),  # `_rope` is its own backward, and so is `_glu`
+        rope.format("fwd"): steps * n_layer * (1 if options else 2),  # `_rope` and `_glu` also compute their backward
         rope.format("bwd"): steps * n_layer,
         "_glu": steps * n_layer * 2,
         "_flash_attention_fwd": steps * n_layer, "_flash_attention_bwd_dq": steps * n_layer, "_flash_attention_bwd_dkv": steps * n_layer,

@@ -1,6 +1,7 @@
-"""Muon against PyTorch's, and the learning rate's course."""
+"""Muon compared with PyTorch's, and the learning-rate schedule."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tritale.training.optimizer import Muon, build_optimizers, lr_factor
 def test_muon_in_bf16_takes_pytorchs_steps(shape, seed):
     start, grads = torch.randn(2, *shape), torch.randn(5, 2, *shape)
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    options = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    options: dict[str, Any] = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
     a = Muon(ours, dtype=torch.bfloat16, **options)
     b = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
     for step in grads:

@@ -1,8 +1,9 @@
-"""The plan against what is really built, held and written, and each remark where it belongs and where it does not."""
+"""The plan compared with what is built, allocated and written; each warning when it applies and when it does not."""
 
 import contextlib
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
 from tritale.data.shards import Split
+from tritale.evaluation.compatibility import compatibility_warnings
 from tritale.kernels import dispatch
 from tritale.model import GPT
 from tritale.model.run_folder import step_folders
 from tritale.training import plan as planning
 from tritale.training.config import RunConfig, parse
 from tritale.training.plan import DataFacts, DeviceFacts, known_data, plan
-from tritale.training.step import Trial, measure, random_batch
+from tritale.training.processes import Processes
+from tritale.training.step import TrainingStep, measure, random_batch
 
+HERE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 CPU = DeviceFacts(
     name="CPU, 1 threads",
     kind="cpu",
@@ -34,7 +38,7 @@ CPU = DeviceFacts(
     flops_source="measured now",
 )
 DATA = DataFacts("somewhere", vocab_size=6400, tokens=640_000_000, documents=3_900_000, characters=1_000_000_000)
-# Nothing to remark: heads of 64, rows of 256 and 512, small embedding, decays.
+# Without warnings: heads of 64, rows of 256 and 512, a small embedding, a schedule that decays.
 CLEAN = {
     "model.n_layer": 8,
     "model.n_head": 4,
@@ -60,15 +64,16 @@ def configured(**changes) -> RunConfig:
     return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()})
 
 
-def remarks(data=DATA, device=CPU, **changes) -> str:
-    return " | ".join(f"{r.text} → {r.remedy}" for r in plan(configured(**changes), data, device).remarks)
+def warnings(data=DATA, device=CPU, **changes) -> str:
+    planned = plan(configured(**changes), data, device)
+    return " | ".join(f"{w.text} → {w.remedy}" for w in (*planned.warnings, *compatibility_warnings(planned.shape)))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_of_the_project_can_be_planned(path):
     config = parse(["--config", str(path)])
     planned = plan(config, DataFacts("given", config.data.vocab_size, 2_000_000_000), CPU)
-    assert planned.parameters > 0 and not any("anneals" in r.text for r in planned.remarks)
+    assert planned.parameters > 0 and not any("anneals" in w.text for w in planned.warnings)
 
 
 def test_the_series_run_has_the_series_numbers():
@@ -79,12 +84,12 @@ def test_the_series_run_has_the_series_numbers():
     assert p.rates[0] == pytest.approx(5e-7) and p.rates[2] == 0 and 2e-4 < p.rates[1] < 3e-4
     assert round(plan(config, DataFacts("series", 6400, None), CPU).parameters / 1e6, 1) == 13.9
     endless = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=int(3e12 / 262_144)))
-    text = " ".join(r.text for r in plan(endless, DataFacts("series", 65_024, 640_000_000), CPU).warnings)
+    text = " ".join(w.text for w in plan(endless, DataFacts("series", 65_024, 640_000_000), CPU).warnings)
     assert "4,688 epochs" in text and "still 100.0% of its peak" in text
 
 
-def test_a_clean_plan_has_no_remarks():
-    assert remarks() == ""
+def test_a_clean_plan_has_no_warnings():
+    assert warnings() == ""
 
 
 @pytest.mark.parametrize(
@@ -94,16 +99,16 @@ def test_a_clean_plan_has_no_remarks():
         ({"optim.schedule": "wsd", "optim.decay_fraction": 0.01}, {}, "never anneals.*decay_fraction is 0.01"),
         ({"optim.warmup_steps": 19_000}, {}, "never anneals.*warmup_steps 2000"),
         ({"train.max_steps": 400_000}, {}, "20 epochs.*max_steps 312496"),
-        ({}, {"vocab_size": 65_024}, "embedding.*--vocab-size 6400 it is 24% of 6.9 M"),
+        ({}, {"vocab_size": 65_024}, "embedding.*--vocab-size 6400 the embedding is 24% of 6.9 M"),
         ({}, {"vocab_size": 200_000, "tokens": None}, "embedding"),
         ({}, {"tokens": 30_000}, r"less than one step.*global_batch 56 "),
-        ({}, {"free_memory": 5 * 10**8}, r"a micro-batch of 8 needs .* and 500 MB are free.*micro_batch 4"),
+        ({}, {"free_memory": 5 * 10**8}, r"a micro-batch of 8 needs .* 500 MB are free.*micro_batch 4"),
         ({}, {"free_memory": 10**7}, "a smaller model"),
         ({}, {"free_disk": 10**9}, "the checkpoints will take .*keep_last"),
         ({}, {"precision": "bf16"}, "no bf16 instructions"),
         ({}, {"compiler_missing": "No working C++ compiler"}, r"torch.compile is off.*apt install g\+\+"),
-        ({"model.window": 128}, {}, "llama.cpp knows no sliding window.*128"),
-        ({"model.head_dim": 40}, {}, "kernels pad heads of 40 to 48, 20%.*head_dim (32|48)"),
+        ({"model.window": 128}, {}, "llama.cpp has no sliding window.*128"),
+        ({"model.head_dim": 40}, {}, "kernels pad heads of 40 to 48, which wastes 20%.*head_dim (32|48)"),
         ({"model.head_dim": 300}, {}, "FlashAttention does not take heads of 300.*Triton.*head_dim 256"),
         ({"model.head_dim": 20}, {}, "FlashAttention does not take heads of 20.*FlexAttention"),
         ({"model.head_dim": 48}, {}, "vLLM on a CPU does not take heads of 48.*head_dim 64"),
@@ -112,19 +117,20 @@ def test_a_clean_plan_has_no_remarks():
         ({"model.mlp_width": 540}, {}, r"rows of 540 \(mlp_width\) to f16"),
     ],
 )
-def test_each_remark_is_made_with_its_remedy(changes, facts, message):
+def test_each_warning_is_made_with_its_remedy(changes, facts, message):
     data = dataclasses.replace(DATA, **{k: v for k, v in facts.items() if hasattr(DATA, k)})
     device = dataclasses.replace(CPU, **{k: v for k, v in facts.items() if hasattr(CPU, k)})
-    assert re.search(message, remarks(data, device, **changes))
+    assert re.search(message, warnings(data, device, **changes))
 
 
-def test_what_is_just_inside_is_not_remarked():
-    """The nearest values that are fine: 16 epochs, half embedding, a window as long as the context, heads that are no power of two."""
+def test_values_just_inside_a_limit_make_no_warning():
+    """16 epochs, a usual min_lr_ratio, a window as long as the context, heads that need no padding."""
+    assert DATA.tokens
     steps_per_epoch = DATA.tokens // (64 * 512)
-    assert "epochs" not in remarks(train__max_steps=16 * steps_per_epoch)
-    assert "anneals" not in remarks(optim__min_lr_ratio=0.1)
-    assert "window" not in remarks(model__window=512)
-    assert "kernels pad" not in remarks(model__head_dim=96) and remarks(model__head_dim=96, model__n_head=8, model__n_kv_head=8) == ""
+    assert "epochs" not in warnings(train__max_steps=16 * steps_per_epoch)
+    assert "anneals" not in warnings(optim__min_lr_ratio=0.1)
+    assert "window" not in warnings(model__window=512)
+    assert "kernels pad" not in warnings(model__head_dim=96) and warnings(model__head_dim=96, model__n_head=8, model__n_kv_head=8) == ""
 
 
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
@@ -132,24 +138,24 @@ def test_what_is_just_inside_is_not_remarked():
 def test_parameters_and_persistent_memory_are_the_models(matrices, shape):
     config = configured(optim__matrices=matrices, model__n_layer=2, **shape)
     p = plan(config, dataclasses.replace(DATA, vocab_size=700), dataclasses.replace(CPU, compiler_missing="not here"))
-    trial = Trial(p, torch.device("cpu"))
-    trial.backward(random_batch(p, 1), 512)
-    trial.update()
-    tensors = [t for o in trial.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim]
-    assert p.parameters == sum(t.numel() for t in trial.model.parameters())
-    assert p.memory.weights == sum(t.nbytes for t in trial.model.parameters())
-    assert p.memory.gradients == sum(t.grad.nbytes for t in trial.model.parameters())
+    step = TrainingStep(p, HERE)
+    step.backward(random_batch(p, 1))
+    step.update()
+    tensors = [t for o in step.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim]
+    assert p.parameters == sum(t.numel() for t in step.model.parameters())
+    assert p.memory.weights == sum(t.nbytes for t in step.model.parameters())
+    assert p.memory.gradients == sum(t.grad.nbytes for t in step.model.parameters() if t.grad is not None)
     assert p.memory.optimizer == sum(t.nbytes for t in tensors)
 
 
 def saved_bytes(model, batch, *, bf16=False) -> int:
-    """Bytes that forward keeps for backward, each storage once, but for parameters and inputs."""
+    """Bytes that the forward pass saves for the backward pass, each storage once, without parameters and inputs."""
     own = [*model.parameters(), *model.buffers(), batch.tokens, batch.targets]
     sizes = {t.untyped_storage()._cdata: 0 for t in own}
-    alive = []
+    alive: list[torch.UntypedStorage] = []
 
     def pack(t):
-        alive.append(t.untyped_storage())  # so that no address is given out again
+        alive.append(t.untyped_storage())  # so that no address is reused
         sizes.setdefault(alive[-1]._cdata, alive[-1].nbytes())
         return t
 
@@ -160,7 +166,7 @@ def saved_bytes(model, batch, *, bf16=False) -> int:
 
 
 def expected_saved(p, micro_batch) -> int:
-    """The estimate of the same: activations, and the two gradients that the loss makes in forward."""
+    """The estimate of `saved_bytes`: activations, and the two gradients that the loss computes in the forward pass."""
     rows, item = micro_batch * p.sequence, 4 if p.device.precision == "fp32" else 2
     needs = planning.memory(p.config, p.shape, p.device, micro_batch, p.parameters, 0)
     return needs.activations + 4 * p.shape.vocab_size * p.shape.width + rows * p.shape.width * item
@@ -173,15 +179,15 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_what_forward_keeps(shape, seed):
+def test_activations_are_what_the_forward_pass_saves(shape, seed):
     p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=900), CPU)
     model = GPT(p.shape)
     assert saved_bytes(model, random_batch(p, 4)) == pytest.approx(expected_saved(p, 4), rel=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_of_the_gpu_path_are_what_forward_keeps(shape, seed, monkeypatch):
-    """bf16 through the ops of the Triton kernels, on tensors without contents: shapes and sizes are the real ones."""
+def test_activations_of_the_gpu_path_are_what_the_forward_pass_saves(shape, seed, monkeypatch):
+    """bf16 through the ops of the Triton kernels, on fake tensors of the real shapes."""
     if not dispatch.has_triton() or torch.cuda.is_available():
         pytest.skip("needs the Triton ops on a CPU")
     device = dataclasses.replace(CPU, precision="bf16", runs_triton=True)
@@ -193,10 +199,11 @@ def test_activations_of_the_gpu_path_are_what_forward_keeps(shape, seed, monkeyp
 
 
 def allocated_peak(work) -> int:
-    """Most bytes that torch's allocator gave out at once during `work`, from the profiler's memory events."""
+    """Peak bytes allocated by torch's allocator during `work`, from the profiler's memory events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    kineto: Any = profile.profiler and profile.profiler.kineto_results  # its stubs lack nbytes
+    events = sorted((e for e in kineto.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     now = peak = 0
     for event in events:
         now += event.nbytes()
@@ -207,16 +214,16 @@ def allocated_peak(work) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab_size", [900, 20_000])
 def test_the_peak_of_a_step_is_within_a_tenth_of_the_estimate(shape, vocab_size, seed):
-    """Weights, gradients, optimizer state, activations, and the loss's chunk or one more gradient of the embedding, of a real step."""
+    """Weights, gradients, optimizer state, activations, and the loss's chunk or one more gradient of the embedding, in a real step."""
     p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=vocab_size), CPU)
-    batch, held = random_batch(p, 8), []
+    batch, held = random_batch(p, 8), list[TrainingStep]()
 
     def step():
-        held[0].backward(batch, batch.tokens.numel())
+        held[0].backward(batch)
         held[0].update()
 
     def work():
-        held.append(Trial(p, torch.device("cpu")))
+        held.append(TrainingStep(p, HERE))
         step()
         step()
 
@@ -247,11 +254,11 @@ def test_the_plan_of_a_run_is_the_run(tiny_run):
     assert p.checkpoints == len(folders)
     for folder in folders.values():
         written = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-        assert p.checkpoint <= written < p.checkpoint + 50_000  # beside the tensors: names, steps, random state
+        assert p.checkpoint <= written < p.checkpoint + 50_000  # plus names, steps, random state
     assert known_data(config).tokens == split.n_tokens
 
 
-def test_built_in_data_that_is_not_there_is_estimated_well(tiny_run, tmp_path):
+def test_the_size_of_built_in_data_is_estimated(tiny_run, tmp_path):
     options = TINY | {"out_dir": tmp_path, "data.stories": 60}
     config = parse([part for k, v in options.items() for part in (f"--{k}", str(v))])
     facts, split = known_data(config), Split.open(tiny_run / "data" / "train")
@@ -259,7 +266,7 @@ def test_built_in_data_that_is_not_there_is_estimated_well(tiny_run, tmp_path):
     assert facts.tokens == pytest.approx(split.n_tokens, rel=0.05)
 
 
-def test_data_that_is_nowhere_is_said_to_be_unknown(tmp_path):
+def test_missing_data_is_reported_as_unknown(tmp_path):
     config = configured(data__source=str(tmp_path / "none"), model__preset="microstories-44m")
     p = plan(config, known_data(config), CPU)
     assert p.epochs is None and "no data at" in p.rows()["data"] and "tokens unknown" in p.rows()["data"]
@@ -273,15 +280,15 @@ def test_micro_batches_that_do_not_divide_the_step_are_refused():
         plan(configured(), DATA, dataclasses.replace(CPU, count=3))
 
 
-def test_a_measured_step_takes_time_and_more_micro_batches_take_more():
+def test_more_micro_batches_take_more_time():
     data = dataclasses.replace(DATA, vocab_size=500)
     changes = dict(model__n_layer=1, model__context=64, train__compile=False)
     plans = (plan(configured(train__global_batch=n, **changes), data, CPU) for n in (8, 512))
-    small, large = (measure(p, torch.device("cpu"), lambda items, _: items) for p in plans)
+    small, large = (measure(p, HERE, lambda items, _: items) for p in plans)
     assert small[1] == large[1] == 8 and 0 < small[0] < large[0] / 8
 
 
-def test_an_unfinished_folder_is_not_taken_for_data(tmp_path):
+def test_an_unfinished_split_is_not_used(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished token split"):
         known_data(configured(data__source=str(tmp_path)))

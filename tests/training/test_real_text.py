@@ -1,4 +1,4 @@
-"""Real text that is not ours, through the same code: 2,276 stories in Traditional Chinese, where they lie beside the project."""
+"""Training on 2,276 real stories in Traditional Chinese, if they are on this machine."""
 
 import csv
 import hashlib
@@ -13,11 +13,11 @@ from tritale.data.tokenizer import Tokenizer
 STORIES = REPOSITORY.parent / "shared" / "data" / "tiny_chinese_stories.csv"
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason=f"{STORIES} is not there")
+@pytest.mark.skipif(not STORIES.exists(), reason=f"{STORIES} does not exist")
 def test_training_on_real_stories_falls_well_below_the_unigram_entropy(tmp_path):
     with STORIES.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))
-    # Stories come in groups of three of one theme: whole groups go to one side.
+    # Stories come in groups of three with one theme; a group is in one split.
     parts = {"train": [], "validation": []}
     for row in rows:
         in_validation = hashlib.sha256(row["theme"].encode()).digest()[0] < 16

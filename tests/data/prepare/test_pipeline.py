@@ -1,4 +1,4 @@
-"""`prepare` end to end: nothing lost, nothing on both sides, and the same bytes however often it was killed."""
+"""`prepare` end to end: nothing lost, no document in both splits, and the same bytes however often it was killed."""
 
 import errno
 import hashlib
@@ -18,12 +18,14 @@ import pytest
 from rich.console import Console
 
 from tritale.cli.main import main
+from tritale.cli.prepare import PRESETS, preset_sizes
 from tritale.data.built_in import open_data
-from tritale.data.prepare import pipeline as module
+from tritale.data.prepare import deduplicate, documents, pipeline, splitting, tokenize
 from tritale.data.prepare import report as prepare_report
-from tritale.data.prepare.pipeline import Options, normalise, prepare
-from tritale.data.prepare.read import Fields
-from tritale.data.prepare.report import PRESETS, VOCABULARIES
+from tritale.data.prepare.deduplicate import NEAR, RECORD, TRAIN, VALIDATION, normalise
+from tritale.data.prepare.documents import Fields, Reader
+from tritale.data.prepare.pipeline import Options, prepare
+from tritale.data.prepare.report import VOCABULARIES
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
 from tritale.stories.generator import story
@@ -38,8 +40,8 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 16)
-    monkeypatch.setattr(module, "BATCHES_PER_COMMIT", 2)
+    monkeypatch.setattr(documents, "BATCH_DOCUMENTS", 16)
+    monkeypatch.setattr(pipeline, "BATCHES_PER_COMMIT", 2)
     monkeypatch.setattr(prepare_report, "VOCABULARIES", VOCABULARIES[:1])
 
 
@@ -54,10 +56,10 @@ def write_jsonl(path: Path, texts: list[str], **more: list) -> Path:
 
 
 def run(inputs, out: Path, tokenizer: Path, **options) -> dict:
-    return prepare([str(i) for i in inputs], out, Options(tokenizer=str(tokenizer), **options), workers=1)
+    return prepare([str(i) for i in inputs], out, Options(tokenizer=str(tokenizer), **options), preset_sizes=preset_sizes, workers=1)
 
 
-def texts_by_side(out: Path) -> tuple[list[str], list[str]]:
+def texts_by_split(out: Path) -> tuple[list[str], list[str]]:
     tokenizer, *splits = open_data(out)
     train, validation = ([tokenizer.decode(split.document(i)) for i in range(split.n_documents)] for split in splits)
     return train, validation
@@ -72,7 +74,7 @@ def test_every_document_comes_back_once_and_in_order(tmp_path, tokenizer_folder,
     texts = stories(seed, 200)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.2, max_shard_tokens=2000)
-    train, validation = texts_by_side(tmp_path / "out")
+    train, validation = texts_by_split(tmp_path / "out")
     held_out = set(validation)
     assert train == [t for t in texts if t not in held_out] and validation == [t for t in texts if t in held_out]
     assert 15 <= len(validation) <= 70  # 40 ± 5.7
@@ -98,7 +100,7 @@ def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path, seed):
     report = prepare(
         [str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", Options(vocab_size=2000, val_fraction=0.3), workers=1
     )
-    train, validation = texts_by_side(tmp_path / "out")
+    train, validation = texts_by_split(tmp_path / "out")
     assert sorted(train + validation) == sorted(texts)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == saved(Tokenizer.train(train, 2000), tmp_path / "other")
     assert report["vocab_size"] == Tokenizer.load(tmp_path / "out" / "tokenizer").vocab_size
@@ -112,11 +114,11 @@ def saved(tokenizer: Tokenizer, folder: Path) -> bytes:
 def test_text_is_normalised_and_nothing_else(tmp_path, tokenizer_folder):
     texts = ["  e\u0301 ①ｱ\r\n一\r二\n\n", "从前", "山上"]
     report = run([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out", tokenizer_folder, val_documents=1)
-    train, validation = texts_by_side(tmp_path / "out")
+    train, validation = texts_by_split(tmp_path / "out")
     assert sorted(train + validation) == sorted(["  é ①ｱ\n一\n二\n\n", "从前", "山上"]) and report["normalised"] == 1
 
 
-# ---- duplicates, sides, leaks ---------------------------------------------------------------------------------------------------------
+# ---- duplicates, splits, leaks ---------------------------------------------------------------------------------------------------------
 
 
 def test_planted_exact_duplicates_are_all_removed(tmp_path, tokenizer_folder, seed):
@@ -127,14 +129,14 @@ def test_planted_exact_duplicates_are_all_removed(tmp_path, tokenizer_folder, se
     draw.shuffle(mixed)
     files = [write_jsonl(tmp_path / f"{i}.jsonl", mixed[i::3]) for i in range(3)]
     report = run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3)
-    train, validation = texts_by_side(tmp_path / "out")
+    train, validation = texts_by_split(tmp_path / "out")
     assert sorted(train + validation) == sorted(texts)
     assert (report["selection"]["exact_duplicates"], report["selection"]["blank"]) == (71, 2)
     in_order = dict.fromkeys(map(normalise, mixed[0::3] + mixed[1::3] + mixed[2::3]))
     assert train == [t for t in in_order if t in set(train)]  # the first of each stays
     off = run(files, tmp_path / "off", tokenizer_folder, val_fraction=0.3, dedup="off")
-    assert sum(map(len, texts_by_side(tmp_path / "off"))) == 151 + 71
-    assert off["selection"]["exact_leaks"] == 0  # without groups equal texts have the same side
+    assert sum(map(len, texts_by_split(tmp_path / "off"))) == 151 + 71
+    assert off["selection"]["exact_leaks"] == 0  # without groups equal texts are in the same split
 
 
 def altered(text: str, draw: random.Random) -> str:
@@ -159,19 +161,19 @@ def test_planted_near_duplicates_and_leaks_are_all_removed(tmp_path, tokenizer_f
     draw.shuffle(mixed)
     file = write_jsonl(tmp_path / "a.jsonl", mixed)
     exact = run([file], tmp_path / "exact", tokenizer_folder, val_fraction=0.4)
-    sides = [set(side) for side in texts_by_side(tmp_path / "exact")]
-    n_leaks = sum((copy in sides[1]) != (text in sides[1]) for copy, text in copies.items())
+    splits = [set(texts) for texts in texts_by_split(tmp_path / "exact")]
+    n_leaks = sum((copy in splits[1]) != (text in splits[1]) for copy, text in copies.items())
     assert n_leaks > 5 and exact["selection"]["near_duplicates"] == 0 and exact["selection"]["near_leaks"] is None
 
     report = run([file], tmp_path / "near", tokenizer_folder, val_fraction=0.4, dedup="near")
-    train, validation = texts_by_side(tmp_path / "near")
+    train, validation = texts_by_split(tmp_path / "near")
     kept = set(train + validation)
     for copy, text in copies.items():
         assert (copy in kept) + (text in kept) == 1
-        if (copy in sides[1]) != (text in sides[1]):  # what leaked: the one in validation stays
-            assert (copy if copy in sides[1] else text) in validation
+        if (copy in splits[1]) != (text in splits[1]):  # what leaked: the one in validation stays
+            assert (copy if copy in splits[1] else text) in validation
     assert kept >= set(texts[60:]) and len(kept) == 120
-    assert set(validation) <= sides[1] and set(train) <= sides[0]
+    assert set(validation) <= splits[1] and set(train) <= splits[0]
     chosen = report["selection"]
     assert (chosen["near_duplicates"], chosen["near_across_sides_removed"], chosen["near_leaks"]) == (60, n_leaks, 0)
 
@@ -182,18 +184,18 @@ def test_the_near_leak_check_sees_planted_leaks(tmp_path, seed, monkeypatch):
     texts = random_texts(seed, 40)
     both = texts + [altered(text, draw) for text in texts[:15]]
     path = tmp_path / "signatures.bin"
-    path.write_bytes(module.select.signatures(both).tobytes())
-    fates = np.array([module.VALIDATION] * 40 + [module.TRAIN] * 15, np.uint8)
-    leaks = module.select.count_near_leaks(path, fates, 0.7)
-    assert 15 <= leaks <= 15 * module.select.BANDS
-    assert module.select.count_near_leaks(path, np.full(55, module.TRAIN, np.uint8), 0.7) == 0
+    path.write_bytes(deduplicate.signatures(both).tobytes())
+    status = np.array([VALIDATION] * 40 + [TRAIN] * 15, np.uint8)
+    leaks = splitting.count_near_leaks(path, status, 0.7)
+    assert 15 <= leaks <= 15 * deduplicate.BANDS
+    assert splitting.count_near_leaks(path, np.full(55, TRAIN, np.uint8), 0.7) == 0
     # With all documents sorted in many small parts the same are found.
-    monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 7)
-    monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 11)
-    assert module.select.count_near_leaks(path, fates, 0.7) == leaks
-    assert module.select.near_duplicates(path, fates, 0.7) == 15
-    assert (fates == module.NEAR).tolist() == [False] * 40 + [True] * 15  # validation stays
-    assert module.select.count_near_leaks(path, fates, 0.7) == 0
+    monkeypatch.setattr(deduplicate, "SORTED_AT_ONCE", 7)
+    monkeypatch.setattr(deduplicate, "ROWS_AT_ONCE", 11)
+    assert splitting.count_near_leaks(path, status, 0.7) == leaks
+    assert deduplicate.near_duplicates(path, status, 0.7) == 15
+    assert (status == NEAR).tolist() == [False] * 40 + [True] * 15  # validation stays
+    assert splitting.count_near_leaks(path, status, 0.7) == 0
 
 
 def test_signatures_estimate_the_jaccard_similarity(seed):
@@ -203,7 +205,7 @@ def test_signatures_estimate_the_jaccard_similarity(seed):
     for other in [text[: len(text) // 2] + random_texts(seed + 1, 1)[0], altered(text, draw), "一二", "一二三四五六", ""]:
         shingles = lambda t: {t[i : i + 5] for i in range(max(1, len(t) - 4))} - {""}
         a, b = shingles(text), shingles(other)
-        signature = module.select.signatures([other, text, other])
+        signature = deduplicate.signatures([other, text, other])
         assert (signature[0] == signature[2]).all()
         assert (signature[0] == signature[1]).mean() == pytest.approx(len(a & b) / len(a | b), abs=0.2)
 
@@ -213,8 +215,8 @@ def test_small_parts_find_the_same_exact_duplicates(tmp_path, tokenizer_folder, 
     texts = draw.choices(stories(seed, 40), k=100)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     one = run([file], tmp_path / "a", tokenizer_folder, val_fraction=0.3)
-    monkeypatch.setattr(module.select, "SORTED_AT_ONCE", 9)
-    monkeypatch.setattr(module.select, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(deduplicate, "SORTED_AT_ONCE", 9)
+    monkeypatch.setattr(deduplicate, "ROWS_AT_ONCE", 7)
     two = run([file], tmp_path / "b", tokenizer_folder, val_fraction=0.3)
     assert digests(tmp_path / "a") == digests(tmp_path / "b") and one["lengths"] == two["lengths"]
     assert sum(two["lengths"]["tokens"]) == len(set(texts))
@@ -226,7 +228,7 @@ def test_adding_data_never_moves_a_document(tmp_path, tokenizer_folder, seed):
     more = write_jsonl(tmp_path / "a.jsonl", texts[120:] + texts[:20])  # read before the others
     run([first], tmp_path / "small", tokenizer_folder, val_fraction=0.2)
     run([tmp_path / "*.jsonl"], tmp_path / "large", tokenizer_folder, val_fraction=0.2)
-    small, large = texts_by_side(tmp_path / "small"), texts_by_side(tmp_path / "large")
+    small, large = texts_by_split(tmp_path / "small"), texts_by_split(tmp_path / "large")
     assert set(small[0]) <= set(large[0]) and set(small[1]) <= set(large[1]) and len(large[0]) + len(large[1]) == 300
     assert more.exists()
 
@@ -245,14 +247,14 @@ def test_a_number_of_validation_documents_is_kept_exactly(tmp_path, tokenizer_fo
 
 
 def test_the_fraction_of_a_number_of_validation_documents_holds_out_the_same(tmp_path, seed):
-    sides = np.random.default_rng(seed).integers(0, 2**64, 1000, np.uint64)
-    records = np.zeros(1000, module.RECORD)
-    records["side"] = sides
+    hashes = np.random.default_rng(seed).integers(0, 2**64, 1000, np.uint64)
+    records = np.zeros(1000, RECORD)
+    records["split_hash"] = hashes
     (tmp_path / "documents.bin").write_bytes(records.tobytes())
     for n in range(1, 1000, 37):
-        threshold = module.select.threshold_of_documents(tmp_path / "documents.bin", np.zeros(1000, np.uint8), n)
-        assert (sides < np.uint64(threshold)).sum() == n  # but for two sides that agree in 53 bits
-        assert module.select.threshold_of_fraction(float(repr(threshold / 2**64))) == threshold
+        threshold = splitting.threshold_of_documents(tmp_path / "documents.bin", np.zeros(1000, np.uint8), n)
+        assert (hashes < np.uint64(threshold)).sum() == n  # except for two hashes that agree in 53 bits
+        assert splitting.threshold_of_fraction(float(repr(threshold / 2**64))) == threshold
 
 
 @pytest.mark.parametrize("how", ["val_fraction", "val_documents"])
@@ -268,12 +270,12 @@ def test_a_copy_in_a_training_group_does_not_move_a_held_out_text(tmp_path, toke
         fields=fields,
         **{how: {"val_fraction": 0.3, "val_documents": 12}[how]},
     )
-    train, validation = texts_by_side(tmp_path / "small")
+    train, validation = texts_by_split(tmp_path / "small")
     in_training = groups[texts.index(train[0])]
     write_jsonl(tmp_path / "a.jsonl", validation, theme=[in_training] * len(validation))  # read before the others
     fraction = first["selection"]["val_fraction"]
     run([tmp_path / "*.jsonl"], tmp_path / "large", tokenizer_folder, fields=fields, val_fraction=fraction)
-    assert texts_by_side(tmp_path / "large") == (train, validation)
+    assert texts_by_split(tmp_path / "large") == (train, validation)
 
 
 def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path, tokenizer_folder, seed):
@@ -285,16 +287,16 @@ def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path
     file = write_jsonl(tmp_path / "a.jsonl", all_texts, theme=all_groups)
     fields = Fields("text", group_key="theme")
     report = run([file], tmp_path / "out", tokenizer_folder, fields=fields, val_fraction=0.3)
-    train, validation = texts_by_side(tmp_path / "out")
-    threshold = module.select.threshold_of_fraction(0.3)
-    held_out = {group for group in all_groups if module._record("", group)[1] < threshold}
+    train, validation = texts_by_split(tmp_path / "out")
+    threshold = splitting.threshold_of_fraction(0.3)
+    held_out = {group for group in all_groups if deduplicate.record("", group)[1] < threshold}
     held_out_texts = {t for t, group in zip(all_texts, all_groups, strict=True) if group in held_out}
     assert set(validation) == held_out_texts
     assert sorted(train + validation) == sorted(texts) and report["selection"]["exact_leaks"] == 0
     n_leaks = sum((groups[i] in held_out) != (all_groups[240 + j] in held_out) for j, i in enumerate(copies))
     assert report["selection"]["exact_across_sides_removed"] == n_leaks > 0
     off = run([file], tmp_path / "off", tokenizer_folder, fields=fields, val_fraction=0.3, dedup="off")
-    assert off["selection"]["exact_leaks"] == n_leaks  # found, and told
+    assert off["selection"]["exact_leaks"] == n_leaks  # found and reported
     assert "share documents" in (tmp_path / "off" / "report.html").read_text(encoding="utf-8")
 
 
@@ -302,11 +304,11 @@ def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path
 
 DRIVER = """
 import os, random, resource, signal, sys
-from tritale.data import shards; from tritale.data.prepare import pipeline as module, report as prepare_report
+from tritale.data import shards
+from tritale.data.prepare import deduplicate, documents, pipeline, report
 from tritale.data.prepare.pipeline import Options, prepare
 out, tokenizer, dedup, kill_at, file_limit, batch, *inputs = sys.argv[1:]
-module.BATCH_DOCUMENTS, module.BATCHES_PER_COMMIT, prepare_report.VOCABULARIES = int(batch), 2, (512,)
-prepare_report._bodies = lambda: dict.fromkeys(prepare_report.PRESETS, (1, 1))  # does not import torch
+documents.BATCH_DOCUMENTS, pipeline.BATCHES_PER_COMMIT, report.VOCABULARIES = int(batch), 2, (512,)
 n = 0
 def counted(function):
     def counting(*args, **kwargs):
@@ -318,8 +320,8 @@ def counted(function):
     return counting
 os.fsync, os.rename, os.replace = map(counted, (os.fsync, os.rename, os.replace))
 shards.SplitWriter.add = counted(shards.SplitWriter.add)
-module.SplitWriter.finish = counted(module.SplitWriter.finish)
-module._fingerprint = counted(module._fingerprint)
+shards.SplitWriter.finish = counted(shards.SplitWriter.finish)
+deduplicate.fingerprints = counted(deduplicate.fingerprints)
 if int(file_limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_limit), int(file_limit)))
 try:
@@ -336,19 +338,25 @@ def drive(inputs, out: Path, tokenizer, dedup: str, kill_at=0, file_limit=0, bat
     return subprocess.run([sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, encoding="utf-8")
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, seed):
+def number_after(word: str, text: str) -> int:
+    match = re.search(rf"{word} (\d+)", text)
+    assert match, text
+    return int(match[1])
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, seed):
     draw = random.Random(seed)
     dedup = draw.choice(["near", "exact"]) if importable("rensa") else "exact"
     files = [write_jsonl(tmp_path / f"{i}.jsonl", stories(seed + i, 60)) for i in range(3)]
-    whole = drive(files, tmp_path / "whole", "", dedup)
-    n_steps = int(re.search(r"steps (\d+)", whole.stdout)[1])
+    complete = drive(files, tmp_path / "complete", "", dedup)
+    n_steps = number_after("steps", complete.stdout)
     assert n_steps > 60
     for _ in range(6):
         killed = drive(files, tmp_path / "killed", "", dedup, kill_at=draw.randrange(1, n_steps // 3))
         assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
     assert drive(files, tmp_path / "killed", "", dedup).returncode == 0
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-    one, two = (json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8")) for name in ("whole", "killed"))
+    assert digests(tmp_path / "killed") == digests(tmp_path / "complete")
+    one, two = (json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8")) for name in ("complete", "killed"))
     assert one == two
     assert not list((tmp_path / "killed").glob("*.partial")) and not (tmp_path / "killed" / "work").exists()
 
@@ -360,9 +368,9 @@ def importable(name: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path, tokenizer_folder, seed):
+def test_a_full_disk_is_named_and_the_next_run_resumes(tmp_path, tokenizer_folder, seed):
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 200))
-    run([file], tmp_path / "whole", tokenizer_folder, val_fraction=0.2, max_shard_tokens=3000)
+    run([file], tmp_path / "complete", tokenizer_folder, val_fraction=0.2, max_shard_tokens=3000)
     for limit in (2000, 4500):  # of the fingerprints; of the first shard
         full = drive([file], tmp_path / "full", tokenizer_folder, "exact", file_limit=limit)
         assert full.returncode == 1 and os.strerror(errno.EFBIG) in full.stderr
@@ -370,7 +378,7 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path, tokenizer_folde
         assert "Traceback" not in full.stderr
         assert not (tmp_path / "full" / "train").exists() and not (tmp_path / "full" / "validation").exists()
     assert drive([file], tmp_path / "full", tokenizer_folder, "exact").returncode == 0
-    assert digests(tmp_path / "full") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "full") == digests(tmp_path / "complete")
 
 
 def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tmp_path, tokenizer_folder, seed):
@@ -410,20 +418,20 @@ def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):
     pytest.importorskip("fcntl")
     (tmp_path / "out" / "work").mkdir(parents=True)
-    with module._only_one(tmp_path / "out" / "work"):
+    with pipeline._only_one(tmp_path / "out" / "work"):
         with pytest.raises(ValueError, match="another tritale prepare is writing"):
             run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))], tmp_path / "out", tokenizer_folder)
 
 
 def test_an_input_that_shrinks_between_the_passes_is_noticed(tmp_path, tokenizer_folder, seed, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))
-    encoding = module.encoding
+    encoding = pipeline.encoding
 
     def shrink(*arguments):
         write_jsonl(file, stories(seed, 40))
         return encoding(*arguments)
 
-    monkeypatch.setattr(module, "encoding", shrink)
+    monkeypatch.setattr(pipeline, "encoding", shrink)
     with pytest.raises(ValueError, match="an input file has changed"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     assert not (tmp_path / "out" / "train").exists()
@@ -451,7 +459,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer_folder, seed):
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         done = drive([tmp_path / "a.jsonl"], tmp_path / f"out{copies}", tokenizer_folder, "exact", batch=512)
         assert done.returncode == 0, done.stderr
-        peaks.append(int(re.search(r"peak (\d+)", done.stdout)[1]) / 1024)
+        peaks.append(number_after("peak", done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 12, peaks  # MiB; the text alone would take 20
 
 
@@ -460,21 +468,21 @@ def test_long_documents_are_cut_to_what_is_measured(tmp_path, tokenizer_folder, 
     long = "".join(stories(seed, 400))  # some 120,000 characters
     for n, texts in enumerate([[long[i:] for i in range(6)], [*stories(seed, 500), long], stories(seed, 500), ["龘" * 5000]]):
         split = write_split(tmp_path / str(n), texts, tokenizer)
-        some = module._some(split, tokenizer, 10_000)
+        some = pipeline.excerpts(split, tokenizer, 10_000)
         assert 3_000 < sum(map(len, some)) < 13_000 and all(any(t.startswith(s) for t in texts) for s in some)
-        assert module._some(split, tokenizer, 10 * split.characters) == texts
+        assert pipeline.excerpts(split, tokenizer, 10 * split.characters) == texts
 
 
 def test_long_documents_are_cut_for_the_tokenizer(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 300)
+    monkeypatch.setattr(tokenize, "PIECE", 300)
     long = "".join(stories(seed, 40))
     file = write_jsonl(tmp_path / "a.jsonl", [long[i:] for i in range(6)])
     path = tmp_path / "documents.bin"
-    records = np.array([module._record(long[i:], None) for i in range(6)], module.RECORD)
+    records = np.array([deduplicate.record(long[i:], None) for i in range(6)], RECORD)
     for hashes in (0, 2**64 - 1):  # all are wanted; none is
         records["hash"] = hashes
         path.write_bytes(records.tobytes())
-        texts = module.sample([str(file)], Options(), np.zeros(6, np.uint8), tmp_path, 1000)
+        texts = tokenize.sample(Reader([str(file)], Fields()), np.zeros(6, np.uint8), path, 1000)
         assert 1000 <= sum(map(len, texts)) <= 1100 and long.startswith("".join(texts)[:1000]) and max(map(len, texts)) <= 300
 
 
@@ -490,7 +498,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     with open(raw / "a.jsonl", "a", encoding="utf-8") as file:
         file.write('{"text": 3}\n{"text": "没完\n')
     command = ["prepare", "--input", str(raw), "--tokenizer", str(tokenizer_folder), "--workers", "1", "--val-documents", "5"]
-    with pytest.raises(SystemExit, match=r"tritale prepare: .*a\.jsonl:63 has a number under 'text', not text"):
+    with pytest.raises(SystemExit, match=r"tritale prepare: .*a\.jsonl:63: a number under 'text', not a string"):
         main([*command, "--out", str(out)])
     assert not (out / "train").exists()
     main([*command, "--on-error", "skip", "--out", str(out)])
@@ -501,7 +509,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page
     assert not re.search(r"(src|href)=|http", page)
-    assert page.count("<svg") == 3 and "a.jsonl:61" in page
+    assert page.count("<svg") == 4 and "a.jsonl:61" in page
     kinds = {kind: [entry["excerpt"] for entry in entries] for kind, entries in report["strangest"].items()}
     assert sum(map(len, kinds.values())) == 10
     by_length = sorted(texts, key=len)
@@ -515,8 +523,8 @@ def test_the_report_counts_what_is_in_the_shards(tmp_path, tokenizer_folder, see
     texts = stories(seed, 100)
     report = run([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     tokenizer, *splits = open_data(tmp_path / "out")
-    for split, side, side_texts in zip(splits, ("train", "validation"), texts_by_side(tmp_path / "out"), strict=True):
-        stats, found = tokenizer.stats(side_texts), report["splits"][side]
+    for split, name, split_texts in zip(splits, ("train", "validation"), texts_by_split(tmp_path / "out"), strict=True):
+        stats, found = tokenizer.stats(split_texts), report["splits"][name]
         assert found["characters_per_token"] == pytest.approx(stats.chars_per_token)
         assert found["byte_fallback_share"] == pytest.approx(stats.byte_fallback_share)
         assert (found["documents"], found["tokens"]) == (split.n_documents, split.n_tokens)
@@ -546,25 +554,25 @@ def test_the_table_of_vocabularies_has_a_row_for_each_size(tmp_path, tokenizer_f
 
 
 def printed_at_80_columns(report: dict) -> str:
-    console = Console(width=80, highlight=False, file=io.StringIO())
-    prepare_report.print_report(report, console)
-    return console.file.getvalue()
+    output = io.StringIO()
+    prepare_report.print_report(report, Console(width=80, highlight=False, file=output))
+    return output.getvalue()
 
 
-def test_the_tables_are_whole_at_80_columns_and_show_control_characters_escaped(tmp_path, tokenizer_folder, seed):
+def test_the_tables_are_complete_at_80_columns_and_show_control_characters_escaped(tmp_path, tokenizer_folder, seed):
     name = "s-of-many-letters-" * 4 + ".jsonl"
     file = write_jsonl(tmp_path / name, [*stories(seed, 50), "\x1b[31m\u3000红\t色\n\u009b1m", *"一二三"])
     report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     printed, page = printed_at_80_columns(report), (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "microstories-44m" in printed and max(map(len, printed.splitlines())) <= 80
-    strangest = printed.partition("The strangest documents")[2].splitlines()
+    strangest = printed.partition("Unusual documents")[2].splitlines()
     cells = [line.split("│")[1:-1] for line in strangest if line.count("│") == 6]
     places = [Path(entry["place"]).name for entries in report["strangest"].values() for entry in entries]
     assert "".join(cell[1].strip() for cell in cells) == "".join(places) and f"{name}:52" in places
     for text in (printed, page):
         assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
     assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
-    assert "max-width: 100%" in page  # the charts
+    assert "width: 100%; height: auto" in page  # the charts
 
 
 @pytest.mark.parametrize(
@@ -605,8 +613,8 @@ def test_splits_need_a_document_each(tmp_path, tokenizer_folder):
 def test_what_was_written_after_the_last_commit_is_cut_off(tmp_path):
     path = tmp_path / "documents.bin"
     path.write_bytes(b"committed, and more")
-    with module._open_at(path, 9) as file:
+    with pipeline._open_at(path, 9) as file:
         file.write(b"!")
     assert path.read_bytes() == b"committed!"
     with pytest.raises(ValueError, match="fewer bytes than were written"):
-        module._open_at(path, 11)
+        pipeline._open_at(path, 11)

@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from tritale.data.prepare.bulk_encoder import BulkEncoder
+from tritale.data.prepare.tokenize import BulkEncoder
 from tritale.data.tokenizer import Tokenizer
 from tritale.stories.generator import story
 

@@ -1,0 +1,59 @@
+"""The input files that --input names, and the optional packages that their formats need."""
+
+import importlib
+import re
+from glob import glob, has_magic
+from pathlib import Path
+from types import ModuleType
+
+from ...common.errors import UserError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = (".gz", ".zst")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+EXTRA = "pip install 'tritale[data]'"
+
+
+def find_files(inputs: list[str]) -> list[str]:
+    """List the files that the paths, globs and folders name: sorted within each, without repetition. Names of data sets stay as they are.
+
+    A folder gives all files below it with a known suffix. Raises FileNotFoundError for an input that names nothing, and UserError for
+    a file of unknown format or with a name that is not UTF-8."""
+    found: dict[Path, str] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            paths = sorted(str(p) for p in path.rglob("*") if p.is_file() and file_format(p) and not p.name.startswith("."))
+        elif path.is_file():
+            paths = [name]
+        elif has_magic(name):
+            paths = sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
+        elif HUB_NAME.fullmatch(name) and not file_format(path):
+            paths = [name]
+        else:
+            raise FileNotFoundError(f"{name} does not exist; --input takes files, folders, globs ('raw/*.jsonl') and names of data sets")
+        if not paths:
+            known = ", ".join(SUFFIXES)
+            raise FileNotFoundError(f"{name} holds no input file; known suffixes: {known}, all but parquet also {' and '.join(COMPRESSED)}")
+        for p in paths:
+            if Path(p).is_file() and not file_format(Path(p)):
+                raise UserError(f"{p} has an unknown format; known suffixes: {', '.join(SUFFIXES)}, then {', '.join(COMPRESSED)}")
+            if any("\ud800" <= character <= "\udfff" for character in p):  # how Python represents bytes that are not UTF-8
+                raise UserError(f"the name of the file {p!r} is not UTF-8; rename it")
+            found.setdefault(Path(p).resolve(), p)
+    return list(found.values())
+
+
+def file_format(path: Path) -> str | None:
+    """The suffix, in lower case, that says how to read `path`, without that of a compression; None if it is unknown."""
+    is_compressed = path.suffix.lower() in COMPRESSED
+    suffix = (Path(path.stem).suffix if is_compressed else path.suffix).lower()
+    return suffix if suffix in SUFFIXES and not (suffix == ".parquet" and is_compressed) else None
+
+
+def import_package(module: str, what: str, command: str = EXTRA) -> ModuleType:
+    """Import an optional module. Raises UserError with the installing `command` if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what} needs the package {module.removesuffix('.parquet')}, which is not installed: {command}") from None

@@ -1,0 +1,364 @@
+"""One reader for each file format: a stream of (record, line).
+
+A record is a dictionary. A record that cannot be read is a BadInput in its place; an error after which the rest of the file cannot be
+read is raised. No file is held in memory completely.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from json.decoder import JSONDecodeError
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...common.errors import UserError
+from .inputs import file_format, import_package
+
+MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into documents
+LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
+BUFFER, CHUNK = 1 << 20, 1 << 20  # bytes; of the stream, of JSON text
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+
+Records = Iterator[tuple[Any, int]]
+
+
+class BadInput(UserError):
+    """A document, or the rest of a file, that cannot be used. `kind` is the same for all errors that are counted together."""
+
+    def __init__(self, file: str, line: int, kind: str, detail: str = ""):
+        super().__init__(f"{file}:{line}: {kind}{detail}")
+        self.line, self.kind = line, kind
+
+
+def records(file: str, raw: io.FileIO, txt_documents: str) -> Records:
+    """Read an open file that is not parquet."""
+    stream, damage = _decompressed(raw, file)
+    kind, line = file_format(Path(file)), 1
+    try:
+        if kind == ".json" and not _is_json_lines(stream):
+            found = _json_values(stream, file)
+        elif kind in (".jsonl", ".ndjson", ".json"):
+            found = _json_lines(stream, file)
+        elif kind in (".csv", ".tsv"):
+            found = _csv_rows(stream, file, "\t" if kind == ".tsv" else ",")
+        else:
+            found = _txt_documents(stream, file, txt_documents)
+        for record, line in found:
+            yield record, line
+    except damage as error:
+        raise BadInput(file, line, "the compressed file is damaged after this line", f" ({error}); fetch it again") from None
+
+
+def _decompressed(raw: io.FileIO, file: str) -> tuple[io.BufferedReader, tuple[type[Exception], ...]]:
+    # The stream, and what it raises if the file is damaged.
+    suffix = Path(file).suffix
+    if suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER), (EOFError, gzip.BadGzipFile, zlib.error)
+    if suffix == ".zst":
+        zstd = import_package(ZSTD, file)
+        return io.BufferedReader(zstd.ZstdFile(raw), BUFFER), (EOFError, zstd.ZstdError)
+    return io.BufferedReader(raw, BUFFER), ()
+
+
+# ---- JSON -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant)
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _is_json_lines(stream: io.BufferedReader) -> bool:
+    # Whether a .json file is not an array and one of its first lines is an object.
+    first = stream.peek(BUFFER).removeprefix(codecs.BOM_UTF8).lstrip()
+    return not first.startswith(b"[") and any(_is_object(line) for line in first.split(b"\n", 4)[:4])
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(_JSON.decode(line.decode("utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(stream: BinaryIO, file: str) -> Records:
+    for number, line in enumerate(_lines(stream), 1):
+        if not line.strip():
+            continue
+        if len(line) > LONGEST_LINE:
+            yield too_long(file, number), number
+            continue
+        try:
+            yield _JSON.decode(line.decode("utf-8")), number
+        except (ValueError, RecursionError) as error:
+            problem = f"{error.msg}, column {error.colno}" if isinstance(error, JSONDecodeError) else str(error)
+            yield not_utf8(line, file, number) or _broken_json(file, number, problem, line.decode("utf-8", "replace")), number
+
+
+def _json_values(stream: BinaryIO, file: str) -> Records:
+    # The elements of one or several arrays, or values one after another.
+    text = _JsonText(stream, file)
+    if text.peek() != "[":
+        while text.peek():
+            yield text.value()
+        return
+    while mark := text.peek():
+        if mark != "[":
+            raise text.broken("only another array may follow an array")
+        text.skip()
+        mark = text.peek()
+        while mark != "]":
+            yield text.value()
+            mark = text.peek()
+            if mark == ",":
+                text.skip()
+            elif mark != "]":
+                raise text.broken("no comma before this element")
+        text.skip()
+
+
+class _JsonText:
+    """A position in JSON text that is read in chunks. (ijson 3.6 is no substitute: it reads half a surrogate pair as "?", gives up the file
+    at an integer above 64 bits or a byte that is not UTF-8, and needs more than 60 GB for 200,000 opening brackets.)"""
+
+    def __init__(self, stream: BinaryIO, file: str):
+        self._stream, self._file, self._line = stream, file, 1
+        self._text, self._position, self._at_end = "", 0, False
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # bytes that are not UTF-8: as in _csv_rows
+
+    def peek(self) -> str:
+        """Skip white space and return the next character, or "" at the end."""
+        while True:
+            match = _JSON_SPACE.match(self._text, self._position)
+            assert match
+            self._advance(match.end())
+            if self._position < len(self._text) or self._at_end:
+                return self._text[self._position : self._position + 1]
+            self._read()
+
+    def skip(self) -> None:
+        """Skip one character."""
+        self._advance(self._position + 1)
+
+    def value(self) -> tuple[Any, int]:
+        """Decode the next value: (value, line), with BadInput for a value that is not UTF-8. Raises BadInput if it is broken."""
+        if not self.peek():
+            raise self.broken("")
+        while True:
+            value, problem = None, None
+            try:
+                value, end = _JSON.raw_decode(self._text, self._position)
+                is_cut = end == len(self._text)
+            except JSONDecodeError as error:
+                problem, end = error.msg, error.pos
+                is_cut = end > len(self._text) - 16 or problem.startswith("Unterminated string")  # 16: more than any word or escape
+            except (ValueError, RecursionError) as error:
+                problem, end, is_cut = str(error), self._position, False
+            is_long = problem is not None and is_cut and len(self._text) - self._position > LONGEST_LINE
+            if self._at_end or is_long or not is_cut:
+                break
+            self._read()
+        line, source = self._line, self._text[self._position : end + (problem is not None)]
+        bad = None if source.isascii() else not_utf8(source.encode("utf-8", "surrogateescape"), self._file, line)
+        if problem is not None:
+            raise bad or (too_long(self._file, line) if is_long else self.broken(problem, end))
+        self._advance(end)
+        return bad or value, line
+
+    def broken(self, problem: str, place: int | None = None) -> BadInput:
+        """The error about the value at the position, found at `place`."""
+        if self._position == len(self._text):
+            return BadInput(self._file, self._line, "the JSON array has no end", "; the file was cut off")
+        line = self._line + self._text.count("\n", self._position, place or self._position)
+        return _broken_json(self._file, line, problem, self._text[self._position : self._position + 60])
+
+    def _advance(self, position: int) -> None:
+        self._line += self._text.count("\n", self._position, position)
+        self._position = position
+
+    def _read(self) -> None:
+        # The amount of unread text at least doubles, so that a long value is not decoded again for each chunk.
+        chunk = self._stream.read(max(CHUNK, 2 * (len(self._text) - self._position)))
+        self._at_end = not chunk
+        self._text, self._position = self._text[self._position :] + self._utf8.decode(chunk, self._at_end), 0
+
+
+# ---- other formats ----------------------------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(stream: BinaryIO, file: str, delimiter: str) -> Records:
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are not UTF-8 become surrogates, which check_text finds. So the place is known, and the next row can be read.
+    line, length = 1, 0  # of the current row: its first line, its bytes so far
+
+    def lines():
+        nonlocal length
+        for raw in _lines(stream):
+            if length > LONGEST_LINE:
+                raise BadInput(file, line, f"a row longer than {LONGEST_LINE // 10**6} MB", "; a quote may be missing there")
+            length += len(raw)
+            yield raw.decode("utf-8", "surrogateescape")
+
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        check_text("".join(header), file, 1)
+        line, length = rows.line_num + 1, 0
+        for row in rows:
+            if len(row) == len(header):
+                yield dict(zip(header, row, strict=True)), line
+            elif row:
+                yield BadInput(file, line, f"{len(row)} fields, but {len(header)} in the header", f" ({', '.join(header)})"), line
+            line, length = rows.line_num + 1, 0
+    except csv.Error as error:
+        raise BadInput(file, line, "broken csv", f" ({error}); a quote may be missing there") from None
+
+
+def _txt_documents(stream: BinaryIO, file: str, documents: str) -> Records:
+    lines, first, length = [], 1, 0
+    for number, raw in enumerate(_lines(stream), 1):
+        line = raw.decode("utf-8", "surrogateescape")
+        if line.strip() or documents == "file":
+            if not lines:
+                first = number
+            lines.append(line)
+            length += len(line)
+            if length > LONGEST_LINE:
+                raise too_long(file, first)
+        elif lines:
+            yield {"text": "".join(lines).rstrip("\r\n")}, first
+            lines, length = [], 0
+    if lines:
+        yield {"text": "".join(lines).rstrip("\r\n")}, first
+
+
+def parquet_rows(file: str, keys: list[str]) -> Records:
+    """Read these columns of a parquet file; the line is the row, from 1."""
+    parquet = import_package("pyarrow.parquet", file)
+    import pyarrow
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file, memory_map=False, pre_buffer=False) as table:
+            present = table.schema_arrow.names
+            if missing := [key for key in keys if key not in present]:
+                raise no_key(file, 1, missing[0], present)
+            for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError:
+                    rows = (_parquet_row(batch.slice(i, 1), file, number + 1) for i in range(len(batch)))
+                for row in rows:
+                    number += 1
+                    yield row, number
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise BadInput(file, number + 1, "not a complete parquet file", f" ({error})") from None
+
+
+def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadInput(file, row, f"not UTF-8 (byte 0x{error.object[error.start]:02X})", "; write the column again as UTF-8")
+
+
+def hub_rows(name: str) -> Records:
+    """Stream the split train of a Hugging Face data set; the line is the row, from 1."""
+    datasets = import_package("datasets", name, "pip install datasets")
+    for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
+        yield row, number
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    # Lines with their ends, without a byte order mark. Of a line longer than any document only the first LONGEST_LINE + 1 bytes.
+    line = stream.readline(LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)
+    while line:
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE + 1)
+        line = stream.readline(LONGEST_LINE + 1)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------------------
+
+
+def check_text(text: str, file: str, line: int) -> None:
+    """Raises BadInput for a text that is not UTF-8 or longer than a document may be."""
+    is_long = False
+    try:
+        is_long = len(text) > MAX_DOCUMENT // 4 and len(text.encode("utf-8")) > MAX_DOCUMENT
+        if not is_long and not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            bad = not_utf8(text.encode("utf-8", "surrogateescape"), file, line)
+        except UnicodeEncodeError:
+            excerpt = _excerpt(text.encode("utf-8", "replace").decode())
+            bad = BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({excerpt})")
+        raise bad or AssertionError from None
+    if is_long:
+        raise too_long(file, line)
+
+
+def too_long(file: str, line: int) -> BadInput:
+    return BadInput(file, line, f"a document longer than {MAX_DOCUMENT // 10**6} MB", "; cut it into documents")
+
+
+def no_key(file: str, line: int, key: str, present: list[str]) -> BadInput:
+    return BadInput(file, line, f"no key {key!r}", f"; keys there: {', '.join(present) or 'none'}")
+
+
+def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
+    """The error about bytes that are not UTF-8, with the encoding that they may have; None if they are UTF-8."""
+    place = _utf8_error(raw)
+    if place is None:
+        return None
+    try:
+        with open(file, "rb", buffering=0) as f:  # more of the file gives a better guess
+            sample = _decompressed(f, file)[0].read(1 << 16)
+    except Exception:
+        sample = raw
+    encoding = _guess_encoding(sample) or _guess_encoding(raw)
+    advice = f"it may be {encoding}: iconv -f {encoding}" if encoding else "convert it, for example from gb18030: iconv -f gb18030"
+    return BadInput(file, line, f"not UTF-8 (byte 0x{raw[place]:02X})", f"; {advice} -t utf-8")
+
+
+def _utf8_error(raw: bytes) -> int | None:
+    # The place of the first error.
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+def _guess_encoding(data: bytes) -> str | None:
+    place = _utf8_error(data)
+    if place is None or place > len(data) - 4:  # the last character is cut
+        return None
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return None
+    best = from_bytes(data).best()
+    # iconv spells utf_16_le of Python as utf-16le.
+    return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
+
+
+def _broken_json(file: str, line: int, problem: str, source: str) -> BadInput:
+    return BadInput(file, line, "broken JSON", f" ({problem}): {_excerpt(source)}")
+
+
+def _excerpt(text: str) -> str:
+    return repr(text[:60].strip())
