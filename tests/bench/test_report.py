@@ -15,8 +15,7 @@ import torch
 from bench import measure, ops, trainers
 from bench.measure import PROCESS_DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
 from bench.report import CHINESE, COLORS, short_table, slower_than_peers, tables
-from bench.test_scaling import TRAINERS as SCALED
-from bench.test_training_step import TRAINERS
+from bench.test_training_step import SCALED_TRAINERS, TRAINERS
 from bench.trainers import status
 from tritale.model.gpt import GPTConfig
 
@@ -73,7 +72,7 @@ def test_a_contender_that_raises_or_dies_leaves_the_others_their_results():
 
 
 def test_every_contender_has_a_colour():
-    names = {c for contenders in ops.CONTENDERS.values() for c in contenders} | {*SCALED, *TRAINERS}
+    names = {c for contenders in ops.CONTENDERS.values() for c in contenders} | {*SCALED_TRAINERS, *TRAINERS}
     assert not {n for n in names if not n.startswith("ours without")} - set(COLORS)
 
 
