@@ -143,7 +143,7 @@ def damages(checkpoint: Path, other: Path, marker: Path) -> list[Damage]:
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         file = path.relative_to(checkpoint).as_posix()
         found += byte_damages(file, path, other / file, marker)
-        if path.suffix == ".json" and file != CHECKSUMS:
+        if path.suffix == ".json" and path.name != CHECKSUMS:
             found += json_damages(file, path)
         if path.suffix == ".safetensors":
             found += tensor_damages(file)
@@ -226,7 +226,8 @@ def verdict(name: str, damage: Damage, run: Path, expected: str, folder: Path, m
         checkpoint = copy / "step-00000003"
         damage.apply(checkpoint / damage.file)
         if not damage.keeps_checksums:
-            (checkpoint / CHECKSUMS).unlink(missing_ok=True)
+            for checksums in checkpoint.rglob(CHECKSUMS):
+                checksums.unlink()
         status, details = outcome(name, copy, checkpoint)
         if marker.exists():
             marker.unlink()
