@@ -1,10 +1,10 @@
-"""The kernels' report card, on any machine: machine code for every GPU generation, and bytes moved against the ideal.
+"""Report on the kernels, on any machine: machine code for every GPU architecture, and bytes moved over the ideal.
 
     python -m bench.kernel_report [--targets sm_86,sm_90] [--ops rms_norm,rope] [--no-traffic] [--json FILE] [--markdown FILE]
 
 Compiles what the ops' own launchers launch (no GPU is needed; minutes the first time, seconds from Triton's cache), counts traffic in the
-interpreter, prints the tables and writes them as JSON and Markdown: where everything is asked for, to bench/results/kernels.json and
-docs/kernels-report.md, and the first table into docs/kernels.md; else to out/.
+interpreter, prints the tables and writes them as JSON and Markdown: a complete report to bench/results/kernels.json and
+docs/kernels-report.md, and its first table into docs/kernels.md; a partial one to out/.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tests.kernels.harness import compile_matrix, traffic_matrix
-from tests.kernels.harness.compile_matrix import MODELS, TARGETS
+from bench import machine_code, traffic
+from bench.machine_code import MODELS, TARGETS
 
 ROOT = Path(__file__).parents[1]
 PAGE, BEGIN, END = ROOT / "docs/kernels.md", "<!-- table: python -m bench.kernel_report -->", "<!-- end of table -->"
@@ -26,14 +26,15 @@ CARDS = {
     "sm_90": "Hopper: H100, H200", "sm_100": "Blackwell: B200", "sm_120": "Blackwell: RTX 50", "gfx942": "CDNA 3: MI300",
 }  # fmt: skip
 KEY = """\
-- **registers** of a thread (255 at most; CDNA 3: 512), **shared** memory of a block, **occupancy**: the part of a processor's warps that
+- **registers** of a thread (255 at most; CDNA 3: 512), **shared** memory of a block, **occupancy**: the fraction of an SM's warps that
   registers, shared memory and tensor memory leave room for.
-- **spilled**: bytes of stack, plus instructions on local memory. 0 everywhere, or a test fails.
+- **spilled**: bytes of stack, plus instructions on local memory. A test requires 0 everywhere.
 - **load**, **store**: bits of the widest access to global memory. Kernels that stream their tensors do so in 128 bits, and a test counts
-  the narrower ones; what remains are a few numbers of each row, and the sums of a matrix product as its units leave them.
+  the narrower ones. What remains are a few numbers of each row, and the sums of a matrix product in the layout of its units.
 - **tensor core**: the instruction that multiplies blocks: HMMA on Ampere, Ada and RTX 50, HGMMA on Hopper, UTCHMMA on B200, MFMA on CDNA.
 - **traffic**: bytes loaded and stored over the ideal, each input read once and each output written once; or over kernels.md's formula."""
 CODE = ("op", "pass", "kernel", "model", "warps", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core")
+Part = tuple[str, str, tuple[str, ...], list[list[str]]]  # title, text, columns, lines
 GLANCE = ("op", "pass", "kernel", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core", "traffic")
 TRAFFIC = ("op", "pass", "loaded", "stored", "from cache", "ideal", "over ideal", "formula", "over formula", "note")
 
@@ -85,7 +86,7 @@ def glance_lines(rows: list[dict], traffic: list[dict]) -> list[list[str]]:
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
         groups.setdefault((r["op"], r["pass"], r["kernel"]), []).append(r)
-    return [[*key, *numbers(group), traffic_of(*key[:2], traffic)] for key, group in groups.items()]
+    return [[op, which, kernel, *numbers(group), traffic_of(op, which, traffic)] for (op, which, kernel), group in groups.items()]
 
 
 def traffic_line(row: dict) -> list[str]:
@@ -105,18 +106,20 @@ def as_json(code: list[dict], traffic: list[dict]) -> str:
     return f'{{"triton": "{version("triton")}",\n{body}}}\n'
 
 
-def as_markdown(parts: list[tuple], models: list[str]) -> str:
+def as_markdown(parts: list[Part], models: list[str]) -> str:
     sizes = ("batch", "context", "width", "n_head", "n_kv_head", "head_dim", "mlp", "vocab")
     shapes = [[m, *(f"{MODELS[m][size]:,}" for size in sizes)] for m in models if m in MODELS]
     head = ("model", "batch", "context", "width", "heads", "k/v heads", "head size", "MLP", "vocabulary")
     text = f"# Kernel report\n\nWritten by `python -m bench.kernel_report` with triton {version('triton')}, on a machine without a GPU. "
-    text += "What the ops launch at these shapes, forward and backward, compiled for every generation; [kernels.md](kernels.md) explains."
+    text += "What the ops launch at these shapes, forward and backward, compiled for every architecture; [kernels.md](kernels.md) explains."
     text += f"\n\n{markdown_table(head, shapes)}\n{KEY}\n\n"
     return text + "\n".join(f"## {title}\n\n{about}\n\n{markdown_table(columns, lines)}" for title, about, columns, lines in parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Report on the kernels: machine code for every GPU architecture, and bytes moved over the ideal."
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -126,29 +129,29 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()
     targets, ops, models = a.targets.split(","), tuple(filter(None, a.ops.split(","))), a.models.split(",")
-    is_whole = tuple(targets) == TARGETS and not ops and models == list(MODELS) and not a.no_traffic
-    json_file = a.json or (ROOT / "bench/results/kernels.json" if is_whole else Path("out/kernels.json"))
-    markdown_file = a.markdown or (ROOT / "docs/kernels-report.md" if is_whole else Path("out/kernels-report.md"))
+    is_complete = tuple(targets) == TARGETS and not ops and models == list(MODELS) and not a.no_traffic
+    json_file = a.json or (ROOT / "bench/results/kernels.json" if is_complete else Path("out/kernels.json"))
+    markdown_file = a.markdown or (ROOT / "docs/kernels-report.md" if is_complete else Path("out/kernels-report.md"))
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)
 
     with Progress(console=console) as progress:
         bar = progress.add_task("compiling", total=None)
-        told = lambda i, n, name: progress.update(bar, completed=i, total=n, description=f"compiled {name}")
-        code = compile_matrix.readings(targets, ops, models, a.processes, told)
+        report = lambda i, n, name: progress.update(bar, completed=i, total=n, description=f"compiled {name}")
+        code = machine_code.readings(targets, ops, models, a.processes, report)
+        moved = []
         if not a.no_traffic:
-            bar_traffic = progress.add_task("counting traffic in the interpreter", total=None)
-        traffic = [] if a.no_traffic else traffic_matrix.readings()
-        if not a.no_traffic:
-            progress.update(bar_traffic, total=1, completed=1)
+            bar = progress.add_task("counting traffic in the interpreter", total=None)
+            moved = traffic.readings()
+            progress.update(bar, total=1, completed=1)
 
     failed = [r for r in code if "error" in r]
     rows = [r for r in code if "error" not in r]
-    parts = [("At a glance", "Every kernel, over all models and generations.", GLANCE, glance_lines(rows, traffic))]
-    if traffic:
+    parts: list[Part] = [("At a glance", "Every kernel, over all models and architectures.", GLANCE, glance_lines(rows, moved))]
+    if moved:
         text = "Bytes, at small shapes. *From cache*: a norm's weight, cos and sin, targets. *Formula*: see [kernels.md](kernels.md)."
-        parts.append(("Traffic", text, TRAFFIC, [traffic_line(r) for r in traffic]))
+        parts.append(("Traffic", text, TRAFFIC, [traffic_line(r) for r in moved]))
     for target in targets:
         parts.append((target, CARDS[target], CODE, code_lines([r for r in rows if r["target"] == target])))
     for title, text, columns, lines in parts:
@@ -159,14 +162,14 @@ def main() -> None:
     for r in failed:
         console.print(f"[red]{r['target']} {r['op']} {r['model']}: {r['error']}")
 
-    for file, text in ((json_file, as_json(code, traffic)), (markdown_file, as_markdown(parts, models))):
+    for file, text in ((json_file, as_json(code, moved)), (markdown_file, as_markdown(parts, models))):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         console.print(f"written: {file}")
-    if is_whole:
+    if is_complete:
         _, _, columns, lines = parts[0]
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{markdown_table(columns, lines)}{END}{rest.partition(END)[2]}")
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{markdown_table(columns, lines)}{END}{rest.partition(END)[2]}", encoding="utf-8")
         console.print(f"written: the table in {PAGE}")
 
 

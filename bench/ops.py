@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.machine_code import MODELS
 from bench.measure import DTYPES, as_list, device, peak, reset_peak
-from tests.kernels.harness.compile_matrix import MODELS
 from tritale import kernels
 from tritale.kernels import reference
 

@@ -5,8 +5,8 @@ y = rms_norm(x, weight)
 """
 
 if __name__ == "kernels":
-    # transformers looks for a package of this name, and finds this folder where the repository's root is on sys.path. A second copy of the
-    # ops would take the place of the first one's under it: here it gets a package with nothing inside.
+    # transformers imports a package of this name if one is on sys.path, as this folder is when the repository's root is. A second import of
+    # the ops would register them twice, so under this name the package is empty.
     __all__ = []
 else:
     from .cross_entropy import cross_entropy

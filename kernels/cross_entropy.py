@@ -1,40 +1,29 @@
+# A constexpr decides which branches of a kernel exist.
+# pyright: reportPossiblyUnboundVariable=false
 """Cross-entropy of given logits, with label smoothing ε, z-loss, soft cap, weights, and the statistics of a training log.
 
     loss_i     = token_weight_i · ((1 − ε)(lse − s_t) + ε (lse − mean(s)) + z · lse²),     lse = log Σ_j exp(s_j),  s after the cap
     d loss/ds_j = token_weight_i · ((1 + 2 z lse) p_j − (1 − ε)[j = t] − ε / V),           p_j = exp(s_j − lse)
 
 Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
-gradient once, over the logits themselves where asked: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
+gradient once, over the logits themselves on request: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
 by memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from . import reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .dispatch import uses_triton
-from .launch import launch_options
-from .triton_compat import jit, tl, triton
+from .launch import cdiv, launch_options
+from .triton_compat import jit, tl
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-@jit
-def tanh(x):
-    """tanh to 1.5 ulp of fp32; Triton's own needs libdevice, which the interpreter lacks."""
-    e = tl.exp(-2 * tl.abs(x))  # no overflow
-    y = (1 - e) / (1 + e)
-    y = tl.where(x < 0, -y, y)
-    if x.dtype == tl.float32:  # 1 − e cancels near 0: there a polynomial (least squares to 0.6); float64 has digits to spare
-        u = x * x
-        p = -0.005893897326590947 * u + 0.02079457971270554
-        p = p * u - 0.05378328274105938
-        p = p * u + 0.13331915191092936
-        p = p * u - 0.33333297506666293
-        y = tl.where(tl.abs(x) < 0.55, x + x * (u * p), y)
-    return y
 
 
 @jit
@@ -48,7 +37,7 @@ def log_sum_exp(top, total):
 
 @jit
 def row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):  # all [M]
-    """(loss, nll) of rows; 0 where ignored. lse − s is taken as (top − s) + log Σ, exact where the logits are large."""
+    """(loss, nll) of rows; 0 if ignored. lse − s is computed as (top − s) + log Σ, which stays exact for large logits."""
     nll = (top - s_target) + log_total
     loss = nll
     if LABEL_SMOOTHING != 0:
@@ -63,11 +52,9 @@ def row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING: tl.const
 def logits_gradient(
     s,  # [M, N], after the cap
     is_target,  # [M, N]
-    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] where the tokens lie along the second axis
+    top, log_total, scale,  # of the tokens: [M, 1], or [1, N] if the second axis is tokens
     vocab_size,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits, in the accumulator's dtype: softmax − 1 is formed before any rounding."""
     d = tl.exp((s - top) - log_total)
@@ -89,16 +76,10 @@ def _cross_entropy_kernel(
     p_targets,  # (N,)
     p_scale,  # (N,) d result / d loss of the row
     p_loss, p_nll, p_top, p_log_total, p_correct,  # (N,), the third and fourth read where WITH_LOSS is off
-    n_rows,
-    vocab_size,
-    stride_logits,
-    stride_gradient,
+    n_rows, vocab_size, stride_logits, stride_gradient,
     IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,  # the options are constexpr: as arguments they would be rounded to fp32
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WITH_LOSS: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,  # as arguments they would be rounded to fp32
+    WITH_LOSS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,  # neighbouring logits that one 128-bit load brings to one thread
@@ -119,12 +100,12 @@ def _cross_entropy_kernel(
         m_g = is_inside[:, None] & (o_g < vocab_size)
         b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
         if SOFTCAP != 0:
-            b_g = SOFTCAP * tanh(b_g / SOFTCAP)
+            b_g = SOFTCAP * tanh(b_g / SOFTCAP, True)
         b_g = tl.where(m_g, b_g, float("-inf"))
         s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
         beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
         n_beats = tl.sum(beats.to(tl.int32), axis=1)
-        # One maximum and one sum per group, which lies in one thread: no exchange between threads inside the loop.
+        # One maximum and one sum per group, which one thread holds: no exchange between threads inside the loop.
         top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
         total = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
         mean = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
@@ -134,7 +115,7 @@ def _cross_entropy_kernel(
             b_s = tl.load(p_row[:, None] + (start + o_v)[None, :], mask=is_valid[:, None] & m_v[None, :], other=float("-inf"))
             b_s = b_s.to(ACC)  # [BLOCK_N, BLOCK_V]
             if SOFTCAP != 0:
-                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP), float("-inf"))
+                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP, True), float("-inf"))
             b_s = tl.reshape(b_s, [BLOCK_N, BLOCK_V // GROUP, GROUP])
             if LABEL_SMOOTHING != 0:
                 m_s = tl.reshape((o_n >= 0)[:, None] & m_v[None, :], [BLOCK_N, BLOCK_V // GROUP, GROUP])
@@ -166,7 +147,7 @@ def _cross_entropy_kernel(
             m_v = o_s < vocab_size
             b_s = tl.load(p_row[:, None] + o_s[None, :], mask=is_valid[:, None] & m_v[None, :], other=0.0).to(ACC)
             if SOFTCAP != 0:
-                b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+                b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
             is_target = o_s[None, :] == target[:, None]
             b_d = logits_gradient(
                 b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
@@ -179,56 +160,42 @@ def launch_cross_entropy(
     logits: Tensor,  # (N, V), rows of unit stride
     targets: Tensor,  # (N,)
     rows: tuple[Tensor, ...],  # loss, nll, top, log_total, correct: (N,)
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    with_loss: bool,
-    gradient: Tensor | None = None,  # (N, V), written where given; may be logits
+    *, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, with_loss: bool,
+    gradient: Tensor | None = None,  # (N, V), written if given; may be logits
     scale: Tensor | None = None,  # (N,)
-) -> None:
-    """One pass over the logits for the rows' losses, one for the gradient, or both in one launch: the row is then still in the cache."""
+) -> None:  # fmt: skip
+    """One pass over the logits for the rows' losses, one for the gradient, or both in one launch while the row is still in the cache."""
     n, vocab_size = logits.shape
     if n == 0:
         return
     out = logits if gradient is None else gradient
     options = launch_options("cross_entropy", logits, vocab_size=vocab_size)
     with torch.cuda.device_of(logits):
-        _cross_entropy_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        _cross_entropy_kernel[(cdiv(n, options["BLOCK_N"]),)](
             logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
             IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
             WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
-            GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+            GROUP=min(16 // logits.itemsize, options["BLOCK_V"]), ACC=accumulator(logits),
             **options,
         )  # fmt: skip
 
 
 def empty_rows(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for loss, nll, top, log_total (in fp32, or fp64 if x is) and correct of n rows."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return *(x.new_empty(n, dtype=wide) for _ in range(4)), x.new_empty(n, dtype=torch.bool)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x with rows of unit stride that do not overlap, itself if it has them."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    """Uninitialised loss, nll, top, log_total (in fp32, or fp64 if x is) and correct of n rows."""
+    loss, nll, top, log_total = (x.new_empty(n, dtype=wide_dtype(x)) for _ in range(4))
+    return loss, nll, top, log_total, x.new_empty(n, dtype=torch.bool)
 
 
 @torch.library.custom_op("tritale::cross_entropy", mutates_args=())
 def _cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float,  # 0: none
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nll, top, log_total, correct) of each row, before weights; lse = top + log_total. Differentiable in loss."""
     rows = empty_rows(logits, logits.shape[0])
     launch_cross_entropy(
-        unit_rows(logits), targets.contiguous(), rows, with_loss=True,
+        unit_stride(logits), targets.contiguous(), rows, with_loss=True,
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
     )  # fmt: skip
     return rows
@@ -249,37 +216,25 @@ def _launch_backward(grad, logits, out, targets, top, log_total, ignore_index, l
 @torch.library.custom_op("tritale::cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(
     grad: Tensor,  # (N,)
-    logits: Tensor,
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _launch_backward(grad, unit_rows(logits), out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
+    logits: Tensor, targets: Tensor, top: Tensor, log_total: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    out = contiguous_like(logits)
+    _launch_backward(grad, unit_stride(logits), out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
     return out
 
 
 @_cross_entropy_backward.register_fake
 def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return contiguous_like(logits)
 
 
 @torch.library.custom_op("tritale::cross_entropy_backward_", mutates_args=("logits",))
 def _cross_entropy_backward_(
     grad: Tensor,  # (N,)
     logits: Tensor,  # becomes the gradient; rows of unit stride that do not overlap
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
+    targets: Tensor, top: Tensor, log_total: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> None:  # fmt: skip
     _launch_backward(grad, logits, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
 
 
@@ -288,19 +243,7 @@ def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_lo
     return None
 
 
-def refuse_double_backward(op: str):
-    """The backward formula of a backward op: it has none, and says so."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op} cannot be differentiated twice: its backward has no derivative. For second derivatives use its definition, "
-            f"tritale.kernels.reference.{op}"
-        )
-
-    return backward
-
-
-_cross_entropy_backward.register_autograd(refuse_double_backward("cross_entropy"))
+_cross_entropy_backward.register_autograd(no_second_derivative("cross_entropy"))
 
 
 def _save(ctx, inputs, output):
@@ -326,8 +269,8 @@ _cross_entropy.register_autograd(_backward, setup_context=_save)
 
 
 def _may_overwrite(logits: Tensor) -> bool:
-    """Whether the gradient may take the place of the logits: not of a leaf (a parameter, a user's input) or a view of one, nor of rows that
-    overlap. Under torch.compile never: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
+    """Whether the gradient may overwrite the logits: not if they are a leaf (a parameter, a user's input), a view of one, or overlap. Never
+    under torch.compile: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
     if torch.compiler.is_compiling():
         return False
     root = logits if logits._base is None else logits._base
@@ -338,20 +281,32 @@ def check_options(reduction: str, label_smoothing: float, softcap: float | None,
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing {label_smoothing} is no share of the loss; choose one in [0, 1]")
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1]")
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap {softcap} leaves no logits; choose a positive one, or None for no cap")
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
     if targets.is_floating_point():
-        raise ValueError(f"targets of {targets.dtype} are no indices into the vocabulary; integers expected")
+        raise ValueError(f"targets are {targets.dtype}; integers expected, the indices into the vocabulary")
     if token_weight is not None and token_weight.shape != targets.shape:
         raise ValueError(f"token_weight {tuple(token_weight.shape)} must have the targets' shape, {tuple(targets.shape)}")
 
 
 def signed_targets(targets: Tensor) -> Tensor:
-    """The targets in a dtype that holds every ignore_index: in uint8, −100 is 156."""
+    """The targets in a dtype that can hold every ignore_index; in uint8, −100 is 156."""
     return targets if targets.dtype in (torch.int32, torch.int64) else targets.long()
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def cross_entropy(
     logits: Tensor,  # (…, V)
     targets: Tensor,  # (…) int
@@ -370,11 +325,11 @@ def cross_entropy(
 
     `mean` divides by the number of targets that are not ignored, or by `normalizer`, a tensor on the device (the targets of the global
     batch, for gradient accumulation); with none left loss and gradients are 0. `token_weight` multiplies the rows' losses. With
-    `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored, detached. Nothing waits for the device.
+    `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 if ignored, detached. Nothing synchronises.
 
     `inplace_backward` lets backward write the gradient over the logits: saves N · V · itemsize bytes; the logits then hold the gradient,
-    and autograd refuses a later use of their values. It is not done to a leaf, under torch.compile, or where backward keeps its graph
-    (`create_graph`). A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU, where checking is free).
+    and autograd refuses a later use of their values. It has no effect on a leaf, under torch.compile, or with
+    `create_graph`. A target that is neither ignored nor in 0 … V − 1 makes the loss NaN (an error on the CPU).
 
     Raises ValueError for an unknown reduction, options out of range, or targets that are not shaped as the rows of the logits."""
     check_options(reduction, label_smoothing, softcap, targets, token_weight)

@@ -20,7 +20,7 @@ _forced = "auto"
 def backend(name: str) -> Iterator[None]:
     """Run the ops inside the block on one implementation: "auto" (by device), "triton" or "torch".
 
-    Raises ValueError for another name, or where Triton is asked for and not installed."""
+    Raises ValueError for another name, or for "triton" if Triton is not installed."""
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -57,12 +57,12 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether looking at x's values costs no wait for a device: then an op checks what it cannot elsewhere. torch.compile has no values."""
+    """Whether reading x's values does not synchronise with a device, so that an op can check them. torch.compile has no values."""
     return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
 
 
 def check_documents(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> None:
-    """Raise ValueError where cu_seqlens cannot be the bounds of documents in a batch of this shape; its values are looked at on the CPU."""
+    """Raise ValueError if cu_seqlens cannot be the bounds of documents in a batch of this shape; values are checked on the CPU only."""
     if n_batch != 1 or cu_seqlens.dim() != 1:
         raise ValueError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} for a batch of ({n_batch}, {n_tokens}) tokens: (documents + 1,) expected, and the batch "
@@ -75,21 +75,9 @@ def check_documents(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> None:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on (fp64 stays), unchanged elsewhere; what a matrix product of torch does."""
+    """The tensors in autocast's dtype if it is on (fp64 stays fp64), as PyTorch's matrix products do; otherwise unchanged."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def forbid_double_backward(op: torch.library.CustomOpDef, name: str) -> None:
-    """Make differentiating `op`, the backward of `name`, raise an error that says what to do."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{name} has no second derivative: its Triton backward cannot be differentiated. Compute this part inside "
-            'tritale.kernels.backend("torch"), where autograd differentiates the plain definition twice'
-        )
-
-    op.register_autograd(backward)

@@ -1,13 +1,13 @@
-"""Attention for the packed sequences of training and for the KV cache of generation, without ever storing the scores.
+"""Attention for the packed sequences of training and for the KV cache of generation; the scores are never stored.
 
     s_ij = scale · q_i · k_j,   c·tanh(s/c) with a soft cap,   p_i = softmax over the keys j in [lo_i, hi_i),   o_i = Σ_j p_ij v_j
     dv_j = Σ_i p_ij do_i,   ds_ij = p_ij (do_i · v_j − do_i · o_i),   dq_i = scale Σ_j ds_ij k_j,   dk_j = scale Σ_i ds_ij q_i
 
-Causal order, sliding window and packed documents all say the same thing: query i sees an interval of keys whose two ends never move back
-as i grows, and key j is seen by such an interval of queries. A block of rows then needs the blocks between its first row's beginning and
-its last row's end, and the blocks between its last row's beginning and its first row's end need no mask. So each kernel has two loops,
-one over the masked edges and one over the unmasked interior, and no block that nobody looks at is ever read. The beginnings and ends
-of documents are two int32 vectors made on the device: the grid depends on the number of tokens alone, and nothing waits for the host.
+Causal order, sliding window and packed documents have one form: query i sees an interval [lo, hi) of keys, neither end of which decreases
+as i grows, and key j is seen by such an interval of queries. A block of rows walks the blocks from its first row's lo to its last row's hi;
+those from its last row's lo to its first row's hi need no mask. So each kernel has two loops, one over the masked edges and one over the
+unmasked interior, and blocks that no row sees are not read. The starts and ends of documents are two int32 vectors made on the device:
+the grid depends on the number of tokens alone, and nothing synchronises with the host.
 
 Forward (arXiv 2205.14135, 2307.08691): online softmax in base 2, which saves the multiplication inside exp; lse = log2 Σ exp2(s log2 e)
 is kept, 4 bytes a row. Backward: one kernel for dQ (it also writes delta_i = do_i · o_i) and one for dK and dV, which walks the queries of
@@ -32,17 +32,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .dispatch import autocast, check_documents
-from .launch import generation, launch_options
-from .triton_compat import jit, tl, triton
+from .launch import architecture, cdiv, launch_options, power_of_two
+from .triton_compat import jit, tl
 
 # --- Kernels -------------------------------------------------------------------------------------------------------------------------
 #
-# A head of D entries is two tiles of D0 and D1 columns, both powers of two as Triton wants them: 48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32.
+# A head of D entries is two tiles of D0 and D1 columns, both powers of two as Triton requires: 48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32.
 # One tile of 64, 128 and 128 would make a third and more of the tensor cores' work padding. D1 = 0: one tile.
 #
-# Strides come divided by ALIGN and are multiplied again inside, so that the compiler knows that a row of a head size like 40 or 72 starts
-# on 16 bytes; of a plain argument it only ever learns divisibility by 16, and would load such rows two bytes at a time.
+# Strides are passed divided by ALIGN and multiplied again inside, so that the compiler sees that a row of a head size like 40 or 72 starts
+# on 16 bytes. It checks plain arguments only for divisibility by 16, and would load such rows two bytes at a time.
 #
 # The score in base 2 is UNIT · q·k, or UNIT · tanh(INNER · q·k) with a soft cap (INNER = 0: none). These are constants of the binary: a
 # float argument would be fp32, too coarse for the fp64 that gradcheck needs.
@@ -117,20 +118,6 @@ def _accumulate(b_w, b_x0, b_x1, b_0, b_1, D1: tl.constexpr):
 
 
 @jit
-def _tanh(x, IS_EXACT: tl.constexpr):
-    """tanh, to an absolute 1e-7 by one exp2; IS_EXACT: to fp32's relative precision near 0 as well, by a polynomial below 0.6."""
-    b_t = 1.0 - 2.0 / (tl.exp2(x * (2 * 1.4426950408889634)) + 1.0)
-    if IS_EXACT:
-        x2 = x * x
-        b_p = -0.00626911965829229 * x2 + 0.021110958999627318
-        b_p = b_p * x2 - 0.053873948835105476
-        b_p = b_p * x2 + 0.13332915366851109
-        b_p = b_p * x2 - 0.33333330332727823
-        b_t = tl.where(x2 < 0.36, x + x * x2 * b_p, b_t)
-    return b_t
-
-
-@jit
 def _keys_seen(
     o_m, p_start, p_end, n_query, n_key, window,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
@@ -172,8 +159,8 @@ def _queries_seeing(
 
 @jit
 def _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK: tl.constexpr):
-    """What a block of rows, first to last, has to walk: blocks of the other side from `left` for n_left blocks and from `right` for
-    n_right, with a mask; and from `inner` up to `right` without."""
+    """What a block of rows, first to last, walks: n_left blocks of the other operand from `left` and n_right from `right`, with a mask;
+    and those from `inner` up to `right`, without."""
     left = tl.maximum(lo_first, 0) // BLOCK * BLOCK
     end = tl.maximum(hi_last, 0)
     inner = tl.cdiv(tl.maximum(lo_last, 0), BLOCK) * BLOCK
@@ -193,7 +180,7 @@ def _fwd_step(
     b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
         b_s = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_s, float("-inf"))
@@ -278,7 +265,7 @@ def _dq_step(
     b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
     b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_q0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
     if IS_EDGE:
         o_k = o_n + tl.arange(0, BLOCK_N)
@@ -365,10 +352,10 @@ def _dkv_step(
     else:
         b_lse = tl.load(p_lse + o_q)
         b_delta = tl.load(p_delta + o_q)
-    # Scores lie with the keys in rows, so that p and ds are left operands as they come, and never turned around.
+    # The rows of the scores are keys, so that p and ds are left operands without a transpose.
     b_s = _products(b_k0, b_k1, b_q0, b_q1, D1)  # [BLOCK_N, BLOCK_M]
     if INNER != 0.0:
-        b_s = _tanh(b_s * INNER, b_k0.dtype == tl.float32)
+        b_s = tanh(b_s * INNER, b_k0.dtype == tl.float32)
     b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
     if IS_EDGE:
         b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
@@ -439,7 +426,7 @@ def _flash_attention_bwd_dkv(
     _store(p_dv + o_out, b_dv0, b_dv1, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
 
 
-# --- Launchers -----------------------------------------------------------------------------------------------------------------------
+# --- Launches -----------------------------------------------------------------------------------------------------------------------
 
 
 def head_tiles(head_dim: int) -> tuple[int, int]:
@@ -448,13 +435,8 @@ def head_tiles(head_dim: int) -> tuple[int, int]:
     rest = head_dim - d0
     if rest <= 0:
         return d0, 0
-    d1 = max(16, triton.next_power_of_2(rest))
+    d1 = max(16, power_of_two(rest))
     return (d0, d1) if d1 < d0 else (2 * d0, 0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where the entries of a head do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
@@ -468,101 +450,35 @@ def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, wind
     d0, d1 = head_tiles(q.shape[-1])
     log2e = math.log2(math.e)
     return dict(
-        UNIT=(softcap or scale) * log2e,
-        INNER=scale / softcap if softcap else 0.0,
-        GROUP=q.shape[2] // k.shape[2],
-        IS_CAUSAL=is_causal,
-        HAS_WINDOW=window > 0,
-        HAS_DOCUMENTS=start is not None,
-        D=q.shape[-1],
-        D0=d0,
-        D1=d1,
-        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
-    )
-
-
-def _launch_fwd(
-    q: Tensor,  # (B, T, H, D)
-    k: Tensor,  # (B, S, H_kv, D)
-    v: Tensor,
-    start: Tensor | None,  # (T,) int32
-    end: Tensor | None,
-    is_causal: bool,
-    window: int,  # 0: none
-    softcap: float,  # 0: none
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # (B, T, H, D), (B, H, T)
-    out, lse = _empty_outputs(q)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    n_batch, n_query, n_head, head_dim = q.shape
-    if out.numel() == 0:
-        return out, lse
-    options = launch_options("flash_attention_fwd", q, head_dim=head_dim, itemsize=q.itemsize)
-    strides, align = _strides(q, k, v)
-    grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
-    with torch.cuda.device_of(q):
-        _flash_attention_fwd[grid](
-            q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
-            **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
-        )  # fmt: skip
-    return out, lse
-
-
-def _launch_bwd(
-    grad: Tensor,  # (B, T, H, D)
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
-    (n_batch, n_query, n_head, head_dim), (n_key, n_kv_head) = q.shape, k.shape[1:3]
-    delta = torch.empty_like(lse)
-    constants = {"SCALE": scale, **_constants(q, k, start, is_causal, window, softcap, scale)}
-    sizes = dict(head_dim=head_dim, itemsize=q.itemsize)
-    if dq.numel():
-        options = launch_options("flash_attention_bwd_dq", q, **sizes)
-        strides, align = _strides(q, k, v, out, grad)
-        grid = (triton.cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
-        with torch.cuda.device_of(q):
-            _flash_attention_bwd_dq[grid](
-                q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
-                **constants, ALIGN=align, **options,
-            )  # fmt: skip
-    if dk.numel():
-        options = launch_options("flash_attention_bwd_dkv", q, **sizes)
-        strides, align = _strides(q, k, v, grad)
-        grid = (triton.cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
-        with torch.cuda.device_of(q):
-            _flash_attention_bwd_dkv[grid](
-                q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
-                **constants, ALIGN=align, **options,
-            )  # fmt: skip
-    return dq, dk, dv
-
-
-# --- Custom ops ----------------------------------------------------------------------------------------------------------------------
+        UNIT=(softcap or scale) * log2e, INNER=scale / softcap if softcap else 0.0, GROUP=q.shape[2] // k.shape[2],
+        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_DOCUMENTS=start is not None, D=q.shape[-1], D0=d0, D1=d1, ACC=accumulator(q),
+    )  # fmt: skip
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide_dtype(q))
+    return contiguous_like(q), lse
 
 
 @torch.library.custom_op("tritale::flash_attention", mutates_args=())
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, is_causal: bool, window: int, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(o, log2 of the row's sum of exponents, inf where a query sees nothing)."""
-    return _launch_fwd(q, k, v, start, end, is_causal, window, softcap, scale)
+    """(o, log2 of the row's sum of exponents, inf if a query sees nothing)."""
+    out, lse = _empty_outputs(q)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    n_batch, n_query, n_head, head_dim = q.shape
+    if out.numel() == 0:
+        return out, lse
+    options = launch_options("flash_attention_fwd", q, head_dim=head_dim, itemsize=q.itemsize)
+    strides, align = _strides(q, k, v)
+    grid = (cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+    with torch.cuda.device_of(q):
+        _flash_attention_fwd[grid](
+            q, k, v, out, lse, start, end, n_query, k.shape[1], n_head, window, *strides,
+            **_constants(q, k, start, is_causal, window, softcap, scale), ALIGN=align, **options,
+        )  # fmt: skip
+    return out, lse
 
 
 @_flash_attention.register_fake
@@ -572,25 +488,39 @@ def _(q, k, v, start, end, is_causal, window, softcap, scale):
 
 @torch.library.custom_op("tritale::flash_attention_backward", mutates_args=())
 def _flash_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_bwd(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None,
+    is_causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
+    grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
+    (n_batch, n_query, n_head, head_dim), (n_key, n_kv_head) = q.shape, k.shape[1:3]
+    delta = torch.empty_like(lse)
+    constants = {"SCALE": scale, **_constants(q, k, start, is_causal, window, softcap, scale)}
+    sizes = dict(head_dim=head_dim, itemsize=q.itemsize)
+    if dq.numel():
+        options = launch_options("flash_attention_bwd_dq", q, **sizes)
+        strides, align = _strides(q, k, v, out, grad)
+        grid = (cdiv(n_query, options["BLOCK_M"]) * n_batch * n_head,)
+        with torch.cuda.device_of(q):
+            _flash_attention_bwd_dq[grid](
+                q, k, v, out, grad, lse, delta, dq, start, end, n_query, n_key, n_head, window, *strides,
+                **constants, ALIGN=align, **options,
+            )  # fmt: skip
+    if dk.numel():
+        options = launch_options("flash_attention_bwd_dkv", q, **sizes)
+        strides, align = _strides(q, k, v, grad)
+        grid = (cdiv(n_key, options["BLOCK_N"]) * n_batch * n_kv_head,)
+        with torch.cuda.device_of(q):
+            _flash_attention_bwd_dkv[grid](
+                q, k, v, grad, lse, delta, dk, dv, start, end, n_query, n_key, n_kv_head, window, *strides,
+                **constants, ALIGN=align, **options,
+            )  # fmt: skip
+    return dq, dk, dv
 
 
 @_flash_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(contiguous_like(t) for t in (q, k, v))
 
 
 def _save_flash(ctx, inputs, output):
@@ -607,14 +537,8 @@ def _flash_backward(ctx, grad, _):
     return *_flash_attention_backward(grad, q, k, v, out, lse, start, end, *options), *(None,) * 6
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "flash_attention has no second derivative; for a double backward use its definition, tritale.kernels.reference.flash_attention"
-    )
-
-
 _flash_attention.register_autograd(_flash_backward, setup_context=_save_flash)
-_flash_attention_backward.register_autograd(_no_double_backward)
+_flash_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
 
 # --- PyTorch's attention, and documents on a CPU -----------------------------------------------------------------------------------------
@@ -629,14 +553,13 @@ def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 
 
 def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
-    return x[:, start:end].transpose(1, 2)  # (1, H, T, D); PyTorch's kernel takes the entries of a head to lie side by side
+    return x[:, start:end].transpose(1, 2)  # (1, H, T, D); PyTorch's kernel requires adjacent entries of a head
 
 
 @torch.library.custom_op("tritale::document_attention", mutates_args=())
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    out, lse = _empty_outputs(q)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     for start, end in _documents(cu_seqlens):
         qkv = (_heads_first(t, start, end) for t in (q, k, v))
         o, lse[:, :, start:end] = _sdpa(*qkv, is_causal=True, scale=scale)
@@ -646,27 +569,26 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sca
 
 @_document_attention.register_fake
 def _(q, k, v, cu_seqlens, scale):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((1, q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return _empty_outputs(q)
 
 
 @torch.library.custom_op("tritale::document_attention_backward", mutates_args=())
 def _document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
+    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
+    grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     for start, end in _documents(cu_seqlens):
         inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
         parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, True, scale=scale)
-        for whole, part in zip(grads, parts, strict=True):
-            whole[:, start:end] = part.transpose(1, 2)
-    return grads
+        for total, part in zip((dq, dk, dv), parts, strict=True):
+            total[:, start:end] = part.transpose(1, 2)
+    return dq, dk, dv
 
 
 @_document_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, cu_seqlens, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return tuple(contiguous_like(t) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
@@ -680,43 +602,38 @@ def _backward(ctx, grad, _):
 
 
 _document_attention.register_autograd(_backward, setup_context=_save)
-_document_attention_backward.register_autograd(_no_double_backward)
+_document_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
 
 def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Where the document of each token starts and ends: two (T,) int32, made on the device."""
+    """The start and end of each token's document: two (T,) int32, made on the device."""
     document = torch.searchsorted(cu_seqlens, torch.arange(n_tokens, device=cu_seqlens.device), right=True)
     return cu_seqlens[document - 1].int(), cu_seqlens[document].int()
 
 
-def _attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
-) -> Tensor:
+def _attend_triton(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor | None) -> Tensor:
     if q.shape[-1] > 256:
         raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
-    if window is not None:
-        window = min(window, q.shape[1] + k.shape[1])  # further back is nothing, and this fits 32 bits
+    window = 0 if window is None else min(window, q.shape[1] + k.shape[1])  # there are no keys further back, and this fits 32 bits
     start, end = (None, None) if cu_seqlens is None else _document_bounds(cu_seqlens, q.shape[1])
-    return _flash_attention(q, k, v, start, end, is_causal, window or 0, softcap or 0.0, scale)[0]
+    return _flash_attention(q, k, v, start, end, is_causal, window, softcap or 0.0, scale)[0]
 
 
 def _attend_flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Dao's package; its causal masks are aligned to the end and its window (left, right) leaves the query itself out of the count."""
-    import flash_attn
+    """Dao's package; its causal masks are aligned to the end and its window (left, right) does not count the query itself."""
+    import flash_attn  # pyright: ignore[reportMissingImports]  (optional)
 
     left, right = (-1 if window is None else window - 1), (0 if is_causal else -1)
     options = dict(softmax_scale=scale, causal=is_causal, window_size=(left, right), softcap=softcap or 0.0)
     if cu_seqlens is None:
         return flash_attn.flash_attn_func(q, k, v, **options)
-    n, bounds = q.shape[1], cu_seqlens.int()  # the longest document is on the device; T bounds it without a wait
+    n, bounds = q.shape[1], cu_seqlens.int()  # the longest document is on the device; T is a bound that needs no synchronisation
     return flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, n, n, **options).unsqueeze(0)
 
 
-def _attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int | None, softcap: float | None, scale: float, cu_seqlens: Tensor | None
-) -> Tensor:
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor | None) -> Tensor:
     if softcap is not None:
         return reference.flash_attention(q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens)
     group = q.shape[2] // k.shape[2]
@@ -725,21 +642,14 @@ def _attend_sdpa(
             k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
         return _document_attention(q, k, v, cu_seqlens, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
-    is_square = True if q.shape[1] == k.shape[1] else False  # a bool: of dynamic shapes torch.compile makes a symbol, which SDPA refuses
+    is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
     mask = None
     if needs_mask:
         mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal and mask is None and is_square,
-        scale=scale,
-        enable_gqa=group > 1,
-    )
-    return out.transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    is_causal = is_causal and mask is None and is_square
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1).transpose(1, 2)
 
 
 # --- The public function -------------------------------------------------------------------------------------------------------------
@@ -753,11 +663,11 @@ def attention_backend(name: str) -> Iterator[None]:
     """Run `flash_attention` inside the block on one implementation: "triton", "sdpa" (PyTorch's scaled_dot_product_attention; packed
     documents on a CPU one by one), "flash_attn" (the package of that name) or "auto".
 
-    "auto" follows `dispatch.backend` and takes Triton's kernels except where they would run badly: on sm_75 (no tensor-core path for
-    them), head sizes above 256, fp32 and fp64 on a GPU (exact products have no tensor cores, and PyTorch's own kernels are made for
-    it), and a single query (decoding), which would leave most of the GPU idle. There it takes SDPA.
+    "auto" follows `dispatch.backend` and uses Triton's kernels except for cases in which they are slow, which use SDPA: sm_75 (no
+    tensor-core path), head sizes above 256, fp32 and fp64 on a GPU (exact products do not use tensor cores), and a single query
+    (decoding), which would leave most of the GPU idle.
 
-    Raises ValueError for another name, or for flash_attn where it is not installed."""
+    Raises ValueError for another name, or for "flash_attn" if it is not installed."""
     global _forced
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
@@ -781,7 +691,7 @@ def _choose(q: Tensor) -> str:
         return _forced
     if not dispatch.uses_triton(q) or q.shape[-1] > 256 or q.shape[1] == 1:
         return "sdpa"
-    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or generation(q) == "sm_75")
+    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or architecture(q) == "sm_75")
     return "sdpa" if is_slow else "triton"
 
 
@@ -803,8 +713,8 @@ def flash_attention(
     documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other. A query that sees no key
     gives 0. `attention_backend` chooses what computes it.
 
-    Raises ValueError where shapes or dtypes do not fit each other, for a window or soft cap that is not positive, and for `cu_seqlens`
-    that do not run from 0 to T (on a GPU their values are not looked at: that would wait for it)."""
+    Raises ValueError if shapes or dtypes do not match, a window or soft cap is not positive, or `cu_seqlens` do not run from 0 to T
+    (their values are checked on the CPU only: on a GPU that would synchronise)."""
     is_fitting = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0]
     if not is_fitting or not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -819,9 +729,9 @@ def flash_attention(
         raise ValueError(f"window ({window}) must be at least 1 and softcap ({softcap}) positive; None switches either off")
     q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; attention multiplies them as they are, so make them one dtype")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they want a positive unit
-        q, scale = q * scale, 1.0
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; convert them to one dtype")
+    unit: float = q.shape[-1] ** -0.5 if scale is None else scale
+    if unit <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they need a positive unit
+        q, unit = q * unit, 1.0
     attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q)]
-    return attend(q, k, v, is_causal, window, softcap, scale, cu_seqlens)
+    return attend(q, k, v, is_causal, window, softcap, unit, cu_seqlens)

@@ -3,13 +3,15 @@
     patch_transformers(model)    # norms, rotary positions, attention, SwiGLU and the loss run the kernels
     unpatch(model)               # as it was
 
-Each module gets a `forward` of its own in its `__dict__`; parameters, classes, hooks and the state dict stay as they are. In training mode
+Each module gets its own `forward` in its `__dict__`; parameters, classes, hooks and the state dict stay as they are. In training mode
 with labels the loss comes from `linear_cross_entropy` and `logits` is None, since they are never all there. Padding becomes documents that
 do not see each other, so the kernels need no mask; what they cannot express (a padded batch with a KV cache, a mask with holes or of four
 dimensions, a static cache) runs through the layer's own attention.
 """
 
+from collections.abc import Callable
 from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
+Model = TypeVar("Model", bound=nn.Module)
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}  # model_type: prefix of its classes
 
 
@@ -61,7 +64,7 @@ def _attention(
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     cos, sin = (t[..., : t.shape[-1] // 2].flatten(0, 1) for t in position_embeddings)
-    own = cos.shape[0] != n_tokens  # every row of the batch has positions of its own
+    own = cos.shape[0] != n_tokens  # each sequence of the batch has its own positions
     rows = torch.arange(n_batch * n_tokens, device=q.device).view(n_batch, n_tokens) if own else None
     q, k = rope(q, k, cos, sin, positions=rows)
     if cache is not None:
@@ -86,10 +89,10 @@ def _plan(self, attention_mask, position_ids, cache, use_cache, n_batch: int, n_
     from transformers import DynamicCache
 
     if options.get("output_attentions", self.config.output_attentions):
-        raise ValueError("output_attentions: the fused attention never holds the attention matrix; unpatch(model) first to look at it")
+        raise ValueError("output_attentions: the fused attention does not compute the attention matrix; call unpatch(model) first")
     if not options.get("is_causal", getattr(self.config, "is_causal", True)):
         raise ValueError("is_causal=False: the patched attention is causal; unpatch(model) first")
-    if options.get("cu_seq_lens_q") is not None:  # padding-free batches, as transformers' flash-attention takes them
+    if options.get("cu_seq_lens_q") is not None:  # padding-free batches, in the form of transformers' flash-attention
         return attention_mask, (True, options["cu_seq_lens_q"].int())
     is_cached = cache is not None
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
@@ -121,12 +124,12 @@ def _plan(self, attention_mask, position_ids, cache, use_cache, n_batch: int, n_
 
 
 def _base_model(
-    self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, *, cache=None,
-    **kwargs,
+    self, input_ids: Any = None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds: Any = None, use_cache=None,
+    *, cache=None, **kwargs,
 ):  # fmt: skip
     cache = past_key_values if cache is None else cache
-    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-    attention_mask, plan = _plan(self, attention_mask, position_ids, cache, use_cache, *shape, kwargs)
+    n_batch, n_tokens, *_ = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
+    attention_mask, plan = _plan(self, attention_mask, position_ids, cache, use_cache, n_batch, n_tokens, kwargs)
     return type(self).forward(
         self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
         use_cache=use_cache, tritale_attention=plan, **{_cache_name(): cache}, **kwargs,
@@ -148,16 +151,16 @@ def _causal_lm(
     return_dict = kwargs.pop("return_dict", None)
     outputs = self.model(**inputs, **kwargs)
     x = outputs.last_hidden_state  # (B, T, width)
-    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else shift_labels  # the next token's
-    targets = targets.reshape(x.shape[:-1]).to(x.device)
-    options = {"ignore_index": ignore_index}
-    if num_items_in_batch is not None:
-        options["normalizer"] = torch.as_tensor(num_items_in_batch, device=x.device)
+    if shift_labels is None:  # the next token's
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    targets = shift_labels.reshape(x.shape[:-1]).to(x.device)
+    normalizer = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=x.device)
     if self.training and type(self.lm_head) is nn.Linear:
-        logits, loss = None, linear_cross_entropy(x, self.lm_head.weight, targets, **options)
+        logits, loss = None, linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=ignore_index, normalizer=normalizer)
     else:
         logits = self.lm_head(x)
-        loss = cross_entropy(logits, targets, **options)
+        loss = cross_entropy(logits, targets, ignore_index=ignore_index, normalizer=normalizer)
     result = CausalLMOutputWithPast(
         loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         **{_cache_name(): getattr(outputs, _cache_name())},
@@ -166,7 +169,7 @@ def _causal_lm(
     return result if return_dict else result.to_tuple()
 
 
-def _forwards(prefix: str) -> dict[type, object]:
+def _forwards(prefix: str) -> dict[type, Callable]:
     """The kernel form of each class's forward."""
     from importlib import import_module
 
@@ -179,18 +182,18 @@ def _is_ours(forward) -> bool:
     return getattr(forward, "__func__", None) in (_norm, _mlp, _attention, _base_model, _causal_lm)
 
 
-def patch_transformers(model: nn.Module) -> nn.Module:
+def patch_transformers(model: Model) -> Model:
     """Make `model`, a Llama, Mistral or Qwen3 of transformers, run the kernels, in place; returns it. `unpatch` undoes it.
 
     Works for the bare model, the causal language model and what wraps them with a `config` (PEFT); gradient checkpointing, KV cache,
-    left- and right-padded and packed batches included. In training mode with labels, `logits` is None. To see where padding and documents
-    lie, a forward pass reads the attention mask or the positions back from the device: it waits once or twice, unless it is compiled.
+    left- and right-padded and packed batches included. In training mode with labels, `logits` is None. To find padding and documents,
+    a forward pass reads the attention mask or the positions back from the device: it synchronises once or twice, unless it is compiled.
 
     Raises ValueError for another architecture, or a model set up in a way that the kernels do not compute."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"patch_transformers knows {', '.join(ARCHITECTURES)}, not {kind!r}; use the ops of tritale.kernels directly")
+        raise ValueError(f"patch_transformers supports {', '.join(ARCHITECTURES)}, not {kind!r}; use the ops of tritale.kernels directly")
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"config.hidden_act is {config.hidden_act!r}; the kernel of the MLP is SwiGLU, so it must be 'silu'")
     if config.attention_dropout:
@@ -206,7 +209,7 @@ def patch_transformers(model: nn.Module) -> nn.Module:
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Undo `patch_transformers`; a model that is not patched stays as it is."""
     for module in model.modules():
         if _is_ours(module.__dict__.get("forward")):

@@ -1,43 +1,42 @@
-"""Cross-entropy of the head's logits x Wᵀ without ever holding all of them: x (N, K), W (V, K).
+"""Cross-entropy of the head's logits x Wᵀ, which are never all in memory: x (N, K), W (V, K).
 
-`strategy="chunk"`: the rows of x go through in chunks: logits of one chunk, their gradient d (see `cross_entropy`) written over them, and
-at once the chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). With the gradients known in
-the forward pass, backward only scales them. 6 · N · K · V FLOPs for forward and backward together, as without chunks. Bytes beyond the
-inputs and outputs: chunk · V · itemsize held; the logits are written, read twice, overwritten and read by two products, W is read twice per
-chunk and dW read and written once per chunk (the first only writes), so larger chunks are better until the memory they hold hurts.
+`strategy="chunk"`: for one chunk of rows after another, the logits, their gradient d (see `cross_entropy`) written over them, and the
+chunk's part of dx = d W and dW = dᵀ x, so that the largest tensor is (chunk, V) instead of (N, V). The forward pass computes the gradients,
+and backward scales them: 6 · N · K · V FLOPs together, as without chunks. Memory beyond the inputs and outputs: chunk · V · itemsize. The
+logits are written, read twice, overwritten and read by two products, W is read twice per chunk and dW read and written once per chunk (the
+first only writes), so larger chunks are faster.
 
-`strategy="recompute"`: no logits in memory at all, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward
-kernel keeps five numbers a row and slice of the vocabulary; backward makes each tile again, twice, since dx belongs to the rows of x and dW
-to the rows of W and no program adds to another's sums (no atomics, every run gives the same bits): 10 · N · K · V FLOPs.
+`strategy="recompute"`: no logits in memory, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward kernel
+stores five numbers a row and slice of the vocabulary. Backward computes each tile twice, since dx sums over the rows of W, dW over the rows
+of x, and no program adds to another's sums (no atomics, the same bits in every run): 10 · N · K · V FLOPs.
 
 dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is what makes bf16 training drift (Liger-Kernel #512, #827).
 """
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .common import accumulator, contiguous_like, no_second_derivative, tanh, unit_stride, wide_dtype
 from .cross_entropy import (
     check_options,
     empty_rows,
     launch_cross_entropy,
     log_sum_exp,
     logits_gradient,
-    refuse_double_backward,
     row_loss,
     signed_targets,
     statistics,
-    tanh,
-    unit_rows,
 )
 from .dispatch import autocast, uses_triton
-from .launch import generation, launch_options, processors
-from .triton_compat import jit, tl, triton
+from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
+from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
-IGNORED = -(2**31)  # stands for the ignored targets inside the ops, whatever the caller's ignore_index
+IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
@@ -48,7 +47,7 @@ def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: 
     return 128 * -(-blocks // n_chunks)
 
 
-# The chunk's step: logits of the rows of a slice → the rows' results, and the gradient in place of the logits.
+# The step of a chunk: logits → the results of its rows, and the gradient in place of the logits.
 
 
 def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
@@ -56,6 +55,7 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
     s = logits.to(loss.dtype)  # (rows, V)
     vocab_size, is_ignored = s.shape[1], targets == IGNORED
     index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
+    slope = None
     if softcap:
         s.div_(softcap).tanh_().mul_(softcap)
         slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
@@ -77,7 +77,7 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
         p.scatter_add_(1, index, (label_smoothing - 1) * scale)
         if label_smoothing:
             p.sub_(label_smoothing / vocab_size * scale)
-        if softcap:
+        if slope is not None:
             p.mul_(slope)
     for row in (loss, nll, lse):
         row.masked_fill_(is_ignored, 0)
@@ -108,15 +108,15 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
         dw.copy_(d.T @ x) if is_first else dw.add_(d.T @ x)
 
 
-def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool):
+def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, nll, lse, _, correct = empty_rows(x, x.shape[0])
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
-    dw = torch.empty_like(weight, dtype=loss.dtype, memory_format=torch.contiguous_format) if needs_dw else x.new_empty(0, dtype=loss.dtype)
+    dx = contiguous_like(x) if needs_dx else x.new_empty(0)
+    dw = contiguous_like(weight, loss.dtype) if needs_dw else x.new_empty(0, dtype=loss.dtype)
     return loss, nll, lse, correct, dx, dw
 
 
 def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
-    *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0:
         dw.zero_()
@@ -125,13 +125,15 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
         logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
-        d = step(logits, targets[c], row_scale[c], [t[c] for t in results], label_smoothing, z_loss, softcap, needs_gradient)
+        d = step(
+            logits, targets[c], row_scale[c], [t[c] for t in (loss, nll, lse, correct)], label_smoothing, z_loss, softcap, needs_gradient
+        )
         if needs_dx:
             torch.mm(d, head, out=dx[c])
         if needs_dw:
             _add_product(dw, d, x[c], start == 0)
         del logits, d
-    return (results[0] * row_scale).sum(), *results, dx, dw
+    return (loss * row_scale).sum(), loss, nll, lse, correct, dx, dw
 
 
 class _Once(torch.autograd.Function):
@@ -141,7 +143,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx, gradient, like):
         return gradient.view_as(gradient)
 
-    backward = staticmethod(refuse_double_backward("linear_cross_entropy"))
+    backward = staticmethod(no_second_derivative("linear_cross_entropy"))
 
 
 def _chunked_op(name: str, step: Callable) -> Callable:
@@ -153,13 +155,10 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         weight: Tensor,  # (V, K)
         targets: Tensor,  # (N,), IGNORED where ignored
         row_scale: Tensor,  # (N,) fp32: d(loss) / d(loss of the row); 0 where ignored
-        label_smoothing: float,
-        z_loss: float,
+        label_smoothing: float, z_loss: float,
         softcap: float,  # 0: none
-        rows: int,
-        needs_dx: bool,
-        needs_dw: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows: int, needs_dx: bool, needs_dw: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, empty where not needed."""
         return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
 
@@ -217,7 +216,7 @@ def _tile_logits(
         b_b = tl.load(p_b + o_b[None, :] * stride_b + (k + o_k)[:, None], mask=m_b[None, :] & m_k[:, None], other=0.0)
         b_s = tl.dot(b_a, b_b, b_s, input_precision="ieee", out_dtype=ACC)
     if SOFTCAP != 0:
-        b_s = SOFTCAP * tanh(b_s / SOFTCAP)
+        b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
     return b_s
 
 
@@ -229,11 +228,7 @@ def _recompute_forward_kernel(
     p_top, p_total, p_sum, p_target, p_best,  # (slices, N): maximum, Σ exp(s − maximum), Σ s, s_target, index of the maximum
     n_rows, vocab_size, width, slice_size,
     stride_x, stride_weight,
-    SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < n_rows
@@ -273,10 +268,7 @@ def _recompute_combine_kernel(
     p_top, p_total, p_sum, p_target, p_best,  # (slices, N), as the forward kernel leaves them
     p_loss, p_nll, p_top_out, p_log_total, p_correct,  # (N,)
     n_rows, vocab_size, n_slices,
-    IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,  # ≥ slices
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -312,18 +304,12 @@ def _recompute_backward_kernel(
     p_targets, p_top, p_log_total, p_scale,  # (tokens,)
     n_a, n_b, width, slice_size, vocab_size,
     stride_a, stride_b,
-    IGNORE_INDEX: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
     A_IS_TOKENS: tl.constexpr,  # A = x, B = W for dx; A = W, B = x for dW
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out[a] = Σ_b d[a, b] B[b] with tiles of d made anew. The sums lie in memory that this program alone reads and writes (it stays in the
-    L2 cache): K columns of BLOCK_A rows are too many for the registers."""
+    """out[a] = Σ_b d[a, b] B[b] with recomputed tiles of d. The sums are in memory that only this program reads and writes (it stays in the
+    L2 cache), since K columns of BLOCK_A rows do not fit the registers."""
     o_a = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)  # [BLOCK_A]
     m_a = o_a < n_a
     o_k = tl.arange(0, BLOCK_K)
@@ -358,13 +344,13 @@ def _recompute_backward_kernel(
             p_sum = p_out + o_a[:, None] * width + (k + o_k)[None, :]
             m_sum = m_a[:, None] & m_k[None, :]
             b_sum = tl.load(p_sum, mask=m_sum & (start > first), other=0.0)  # the first tile only writes: no zero fill
-            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)
+            b_sum = tl.dot(b_d, b_b, b_sum, input_precision="ieee", out_dtype=ACC)  # pyright: ignore[reportArgumentType]
             tl.store(p_sum, b_sum, mask=m_sum)
         tl.debug_barrier()  # the sums are read next by whichever thread the layout names: its block's stores must be done
 
 
 def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices comes near what is wanted; none empty."""
+    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices is about `wanted`; none empty."""
     blocks = -(-size // block)
     per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
     return -(-blocks // per_slice), per_slice * block
@@ -375,29 +361,27 @@ def _recompute(
     x: Tensor,  # (N, K)
     weight: Tensor,  # (V, K)
     targets: Tensor,  # (N,), IGNORED where ignored
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    label_smoothing: float, z_loss: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nll, top, log_total, correct) of each row. Differentiable in loss."""
     (n, width), vocab_size = x.shape, weight.shape[0]
     rows = empty_rows(x, n)
     if n == 0:
         return rows
-    x, weight, targets = unit_rows(x), unit_rows(weight.to(x.dtype)), targets.contiguous()
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    x, weight, targets = unit_stride(x), unit_stride(weight.to(x.dtype)), targets.contiguous()
+    acc = accumulator(x)
     options = launch_options("linear_cross_entropy_recompute_fwd", x, itemsize=x.itemsize)
-    programs = triton.cdiv(n, options["BLOCK_N"])
-    n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * processors(x))
+    programs = cdiv(n, options["BLOCK_N"])
+    n_slices, slice_size = _slices(vocab_size, options["BLOCK_V"], programs, 4 * sm_count(x))
     parts = [rows[0].new_empty(n_slices, n, dtype=dtype) for dtype in [rows[0].dtype] * 4 + [torch.int32]]
     with torch.cuda.device_of(x):
         _recompute_forward_kernel[(programs, n_slices)](
             x, weight, targets, *parts, n, vocab_size, width, slice_size, x.stride(0), weight.stride(0),
             SOFTCAP=softcap, ACC=acc, **options,
         )  # fmt: skip
-        block_s = triton.next_power_of_2(n_slices)
+        block_s = power_of_two(n_slices)
         options = launch_options("linear_cross_entropy_combine", x, n_slices=block_s)
-        _recompute_combine_kernel[(triton.cdiv(n, options["BLOCK_N"]),)](
+        _recompute_combine_kernel[(cdiv(n, options["BLOCK_N"]),)](
             targets, *parts, *rows, n, vocab_size, n_slices,
             IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK_S=block_s, ACC=acc, **options,
         )  # fmt: skip
@@ -412,36 +396,28 @@ def _(x, weight, targets, label_smoothing, z_loss, softcap):
 @torch.library.custom_op("tritale::linear_cross_entropy_recompute_backward", mutates_args=())
 def _recompute_backward(
     grad: Tensor,  # (N,)
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    needs_dx: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, top: Tensor, log_total: Tensor,
+    label_smoothing: float, z_loss: float, softcap: float, needs_dx: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dx in x's dtype, dW in fp32), empty where not needed."""
     *_, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     if x.shape[0] == 0:
         return dx, dw.zero_()
-    x, weight = unit_rows(x), unit_rows(weight.to(x.dtype))
+    x, weight = unit_stride(x), unit_stride(weight.to(x.dtype))
     row_args = (targets.contiguous(), top, log_total, grad.contiguous())
     options = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=x.itemsize)
 
     def launch(a: Tensor, b: Tensor, out: Tensor, n_slices: int, slice_size: int, a_is_tokens: bool) -> None:
         with torch.cuda.device_of(a):
-            _recompute_backward_kernel[(triton.cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
+            _recompute_backward_kernel[(cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
                 a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
                 IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
-                ACC=tl.float64 if a.dtype == torch.float64 else tl.float32, **options,
+                ACC=accumulator(a), **options,
             )  # fmt: skip
 
-    if needs_dx:  # few rows of x leave processors idle: the vocabulary is cut, one fp32 dx per slice, then summed
-        programs = triton.cdiv(x.shape[0], options["BLOCK_A"])
-        n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, processors(x))
+    if needs_dx:  # few rows of x leave SMs idle: the vocabulary is cut, one fp32 dx per slice, then summed
+        programs = cdiv(x.shape[0], options["BLOCK_A"])
+        n_slices, slice_size = _slices(weight.shape[0], options["BLOCK_B"], programs, sm_count(x))
         sums = top.new_empty(n_slices, *x.shape)
         launch(x, weight, sums, n_slices, slice_size, True)
         torch.sum(sums, dim=0, out=dx) if dx.dtype == sums.dtype else dx.copy_(sums.sum(0))
@@ -455,7 +431,7 @@ def _(grad, x, weight, targets, top, log_total, label_smoothing, z_loss, softcap
     return _empty_results(x, weight, needs_dx, needs_dw)[-2:]
 
 
-_recompute_backward.register_autograd(refuse_double_backward("linear_cross_entropy"))
+_recompute_backward.register_autograd(no_second_derivative("linear_cross_entropy"))
 
 
 def _save_recompute(ctx, inputs, output):
@@ -477,6 +453,18 @@ def _backward_recompute(ctx, grad_loss, *_):
 _recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
 
 
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
+    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_cross_entropy(
     x: Tensor,  # (…, K)
     weight: Tensor,  # (V, K)
@@ -496,14 +484,14 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
-    Products are made in x's dtype (autocast's where it is on), sums in fp32; the weight may be fp32 beside a bf16 x, and its gradient
-    then keeps its fp32. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
-    targets of the global batch makes gradient accumulation exact. Nothing waits for the device.
+    Products are in x's dtype (autocast's if it is on), sums in fp32. The weight may be fp32 with a bf16 x; its gradient is then fp32 too,
+    unrounded. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
+    targets of the global batch makes gradient accumulation exact. Nothing synchronises.
 
     `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
-    256 elsewhere, in x's dtype). "recompute" stores none and makes them again in backward: 10 instead of 6 N·K·V FLOPs, for when memory is
-    the limit (a CPU, and sm_75 for want of tensor cores, go chunk by chunk then too, but keep no gradients between forward and backward).
-    `inplace_backward` is accepted for `cross_entropy`'s sake: the logits are the op's own and always overwritten.
+    256 elsewhere, in x's dtype). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
+    (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
+    `inplace_backward` is accepted as in `cross_entropy` and has no effect: the logits are the op's own and always overwritten.
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:
@@ -515,7 +503,7 @@ def linear_cross_entropy(
     shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), signed_targets(targets.reshape(-1))
     is_valid = targets != ignore_index
     targets = targets.masked_fill(~is_valid, IGNORED)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     row_scale = is_valid.to(wide)
     if reduction == "mean":
         row_scale = row_scale / reference.mean_divisor(is_valid, normalizer)
@@ -523,8 +511,8 @@ def linear_cross_entropy(
         row_scale = row_scale * token_weight.reshape(-1).masked_fill(~is_valid, 0)
     row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
-    is_triton = uses_triton(x)
-    if strategy == "recompute" and is_triton and generation(x) != "sm_75":
+    is_triton, needs_dx, needs_dw, total = uses_triton(x), False, False, None
+    if strategy == "recompute" and is_triton and architecture(x) != "sm_75":
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total
     else:
@@ -537,7 +525,7 @@ def linear_cross_entropy(
         total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw)
     if reduction == "none":
         result = (loss * row_scale).view(shape)
-    elif strategy == "recompute" or not (needs_dx or needs_dw):
+    elif total is None or not (needs_dx or needs_dw):
         result = (loss * row_scale).sum()
     else:
         result = total

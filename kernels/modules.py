@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
+from .rotary import rotary_tables
 from .swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` over the last dimension, with its weight: (width,), at first scaling by 1. `offset=1` is Gemma's form."""
+    """`rms_norm` over the last dimension, with its weight, (width,), which scales by 1 at first. `offset=1` is Gemma's form."""
 
     def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0):
         super().__init__()
@@ -42,28 +43,22 @@ class RotaryEmbedding(nn.Module):
 
     Raises ValueError for a rotary_dim (head_dim by default) that is odd or larger than the head."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, context: int, theta: float = 10_000.0, interleaved: bool = False, rotary_dim: int | None = None):
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim is {rotary_dim}; it must be even and at most head_dim ({head_dim})")
         self.interleaved = interleaved
-        frequency = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
-        angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        cos, sin = rotary_tables(context, rotary_dim, theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def forward(
-        self,
-        q: Tensor,  # (B, T, H, D)
-        k: Tensor,  # (B, T, H_kv, D)
-        *,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        inplace: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        options = {"interleaved": self.interleaved, "positions": positions, "cu_seqlens": cu_seqlens, "inplace": inplace}
-        return rope(q, k, self.cos, self.sin, **options)
+    def forward(self, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
+        """q: (B, T, H, D), k: (B, T, H_kv, D), rotated; `positions`, `cu_seqlens` and `inplace` are `rope`'s."""
+        return rope(q, k, self.cos, self.sin, interleaved=self.interleaved, **options)
 
     def extra_repr(self) -> str:
         return f"context={self.cos.shape[0]}, rotary_dim={2 * self.cos.shape[1]}, interleaved={self.interleaved}"
@@ -88,12 +83,11 @@ class LinearCrossEntropy(nn.Module):
 
     def __init__(self, vocab: int, width: int, **options):
         super().__init__()
-        unknown = options.keys() - linear_cross_entropy.__kwdefaults__.keys()
-        if unknown:
-            known = ", ".join(linear_cross_entropy.__kwdefaults__)
-            raise TypeError(f"linear_cross_entropy has no option {', '.join(sorted(unknown))}; choose from {known}")
+        known = linear_cross_entropy.__kwdefaults__ or {}
+        if unknown := options.keys() - known.keys():
+            raise TypeError(f"linear_cross_entropy has no option {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
         self.options = options
-        self.weight = nn.Parameter(torch.empty(vocab, width))
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""RMSNorm of each q and k head and rotary embedding, in one kernel, reading the packed projection (…, (H + 2 H_kv) D) where it lies.
+"""RMSNorm of each q and k head and rotary embedding, in one kernel that reads the packed projection (…, (H + 2 H_kv) D).
 
     forward    u = x ρ w,  ρ = 1 / sqrt(mean(x²) + eps) over a head,   (a, b) of u → (a cos − b sin, b cos + a sin)
     backward   g = the incoming gradient rotated back,   dx = ρ (g w − x ρ² mean(g w x)),   dw = Σ g x ρ
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import forbid_double_backward, uses_triton
-from .launch import launch_options, power_of_two, processors
-from .rope import _adjacent, _cos_sin, _position_stride, _row_offsets, token_positions
-from .triton_compat import jit, tl, triton
+from .common import accumulator, contiguous_like, no_second_derivative, unit_stride, wide_dtype
+from .dispatch import uses_triton
+from .launch import cdiv, launch_options, power_of_two, sm_count
+from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
+from .triton_compat import jit, tl
 
 
 @jit
@@ -25,8 +26,8 @@ def _copy_rows(
 ):  # fmt: skip
     o_r, o_d = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     mask = (o_r < n_rows)[:, None] & (o_d < D)[None, :]
-    o_x = _row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None] + o_d[None, :]
-    o_y = _row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None] + o_d[None, :]
+    o_x = row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None] + o_d[None, :]
+    o_y = row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None] + o_d[None, :]
     tl.store(p_y + o_y, tl.load(p_x + o_x, mask=mask, other=0.0), mask=mask)
 
 
@@ -41,8 +42,8 @@ def _norm_rope_rows(
     o_r, o_d = block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_HALF)
     m_r, m_half = o_r < n_rows, o_d < HALF
     m_d = m_r[:, None] & m_half[None, :]
-    p_x += _row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None]  # [BLOCK_R, 1]
-    p_y += _row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]
+    p_x += row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None]  # [BLOCK_R, 1]
+    p_y += row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]
     b_a = tl.load(p_x + o_d[None, :], mask=m_d, other=0.0).to(ACC)  # [BLOCK_R, BLOCK_HALF]
     b_b = tl.load(p_x + HALF + o_d[None, :], mask=m_d, other=0.0).to(ACC)
     b_square = tl.sum(b_a * b_a + b_b * b_b, axis=1)  # [BLOCK_R]
@@ -54,7 +55,7 @@ def _norm_rope_rows(
     b_rstd = tl.rsqrt(b_square / D + EPS)[:, None]
     b_a *= b_rstd * tl.load(p_w + o_d, mask=m_half, other=0.0).to(ACC)[None, :]
     b_b *= b_rstd * tl.load(p_w + HALF + o_d, mask=m_half, other=0.0).to(ACC)[None, :]
-    b_cos, b_sin = _cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)
+    b_cos, b_sin = load_cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)
     tl.store(p_y + o_d[None, :], (b_a * b_cos - b_b * b_sin).to(p_y.dtype.element_ty), mask=m_d)
     tl.store(p_y + HALF + o_d[None, :], (b_b * b_cos + b_a * b_sin).to(p_y.dtype.element_ty), mask=m_d)
     if REST > 0:
@@ -65,30 +66,15 @@ def _norm_rope_rows(
 @jit
 def _qk_norm_rope_fwd(
     p_qkv,  # (B, T, (H + 2 H_KV) D)
-    p_wq,  # (D,)
-    p_wk,  # (D,)
-    p_cos,  # (T_max, HALF)
-    p_sin,
+    p_wq, p_wk,  # (D,)
+    p_cos, p_sin,  # (T_max, HALF)
     p_positions,  # (B or 1, T) or None
     p_q,  # (B, T, H, D)
-    p_k,  # (B, T, H_KV, D)
-    p_v,  # (B, T, H_KV, D)
-    n_batch,
-    n_tokens,
-    stride_b,
-    stride_t,
-    stride_p,
-    H: tl.constexpr,
-    H_KV: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    p_k, p_v,  # (B, T, H_KV, D)
+    n_batch, n_tokens, stride_b, stride_t, stride_p,
+    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF + REST
     n_q, n_kv = n_batch * n_tokens * H, n_batch * n_tokens * H_KV
     q_blocks, kv_blocks = tl.cdiv(n_q, BLOCK_R), tl.cdiv(n_kv, BLOCK_R)
@@ -134,14 +120,14 @@ def _norm_rope_rows_bwd(
         o_r = start + tl.arange(0, BLOCK_R)
         m_r = o_r < n_rows
         m_d = m_r[:, None] & m_half[None, :]
-        p_dy_r = p_dy + _row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]  # [BLOCK_R, 1]
-        p_x_r = p_x + _row_offsets(o_r, n_tokens, stride_xb, stride_xt, D, H)[:, None]
-        p_dx_r = p_dx + _row_offsets(o_r, n_tokens, stride_db, stride_dt, D, H)[:, None]
+        p_dy_r = p_dy + row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]  # [BLOCK_R, 1]
+        p_x_r = p_x + row_offsets(o_r, n_tokens, stride_xb, stride_xt, D, H)[:, None]
+        p_dx_r = p_dx + row_offsets(o_r, n_tokens, stride_db, stride_dt, D, H)[:, None]
         b_a = tl.load(p_x_r + o_d[None, :], mask=m_d, other=0.0).to(ACC)  # [BLOCK_R, BLOCK_HALF]
         b_b = tl.load(p_x_r + HALF + o_d[None, :], mask=m_d, other=0.0).to(ACC)
         b_da = tl.load(p_dy_r + o_d[None, :], mask=m_d, other=0.0).to(ACC)
         b_db = tl.load(p_dy_r + HALF + o_d[None, :], mask=m_d, other=0.0).to(ACC)
-        b_cos, b_sin = _cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)
+        b_cos, b_sin = load_cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)
         b_ga, b_gb = b_da * b_cos + b_db * b_sin, b_db * b_cos - b_da * b_sin  # rotated back
         b_square = tl.sum(b_a * b_a + b_b * b_b, axis=1)  # [BLOCK_R]
         b_dot = tl.sum(b_ga * b_wa * b_a + b_gb * b_wb * b_b, axis=1)
@@ -170,41 +156,16 @@ def _norm_rope_rows_bwd(
 @jit
 def _qk_norm_rope_bwd(
     p_dq,  # (B, T, H, D)
-    p_dk,  # (B, T, H_KV, D)
-    p_dv,  # (B, T, H_KV, D)
+    p_dk, p_dv,  # (B, T, H_KV, D)
     p_qkv,  # (B, T, (H + 2 H_KV) D)
-    p_wq,
-    p_wk,
-    p_cos,
-    p_sin,
-    p_positions,
+    p_wq, p_wk, p_cos, p_sin, p_positions,
     p_dqkv,  # (B, T, (H + 2 H_KV) D)
     p_dw,  # (2, programs, D)
-    n_batch,
-    n_tokens,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_b,
-    stride_t,
-    stride_p,
-    H: tl.constexpr,
-    H_KV: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    n_batch, n_tokens,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_b, stride_t, stride_p,
+    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF + REST
     ROW: tl.constexpr = (H + 2 * H_KV) * D
     n_q, n_kv = n_batch * n_tokens * H, n_batch * n_tokens * H_KV
@@ -236,7 +197,7 @@ def _flags(qkv: Tensor, cos: Tensor, head_dim: int, n_head: int, n_kv_head: int,
     rest = head_dim - 2 * half
     return {
         "H": n_head, "H_KV": n_kv_head, "HALF": half, "REST": rest, "EPS": eps,
-        "ACC": tl.float64 if torch.float64 in (qkv.dtype, cos.dtype) else tl.float32,
+        "ACC": accumulator(qkv, cos),
         "BLOCK_HALF": power_of_two(half), "BLOCK_REST": power_of_two(rest), "BLOCK_D": power_of_two(head_dim),
     }  # fmt: skip
 
@@ -246,16 +207,16 @@ def _qk_norm_rope_op(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     positions: Tensor | None, n_head: int, n_kv_head: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    qkv, head_dim = _adjacent(qkv), q_weight.shape[0]
+    qkv, head_dim = unit_stride(qkv), q_weight.shape[0]
     n_batch, n_tokens, _ = qkv.shape
     q, k, v = (qkv.new_empty((n_batch, n_tokens, n, head_dim)) for n in (n_head, n_kv_head, n_kv_head))
     options = launch_options("qk_norm_rope_fwd", qkv, half=cos.shape[-1])
-    blocks = sum(triton.cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head, n_kv_head))
+    blocks = sum(cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head, n_kv_head))
     if blocks:
         with torch.cuda.device_of(qkv):
             _qk_norm_rope_fwd[blocks,](
                 qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), positions, q, k, v,
-                n_batch, n_tokens, *qkv.stride()[:2], _position_stride(positions),
+                n_batch, n_tokens, *qkv.stride()[:2], position_stride(positions),
                 **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
             )  # fmt: skip
     return q, k, v
@@ -271,21 +232,20 @@ def _qk_norm_rope_backward_op(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     positions: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv, qkv = (_adjacent(t) for t in (dq, dk, dv, qkv))
+    dq, dk, dv, qkv = (unit_stride(t) for t in (dq, dk, dv, qkv))
     n_batch, n_tokens, n_head, head_dim = dq.shape
     n_kv_head = dk.shape[2]
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(torch.promote_types(qkv.dtype, cos.dtype), torch.float32)
+    dqkv = contiguous_like(qkv)
     if not dqkv.numel():
         return dqkv, torch.zeros_like(q_weight), torch.zeros_like(k_weight)
-    options = dict(launch_options("qk_norm_rope_bwd", qkv, half=cos.shape[-1]))
-    n_programs = min(processors(qkv) * options.pop("PER_PROCESSOR"), triton.cdiv(n_batch * n_tokens * n_head, options["BLOCK_R"]))
-    dw = qkv.new_empty((2, n_programs, head_dim), dtype=wide)
+    options = launch_options("qk_norm_rope_bwd", qkv, half=cos.shape[-1])
+    n_programs = min(sm_count(qkv) * options.pop("PER_SM"), cdiv(n_batch * n_tokens * n_head, options["BLOCK_R"]))
+    dw = qkv.new_empty((2, n_programs, head_dim), dtype=wide_dtype(qkv, cos))
     with torch.cuda.device_of(qkv):
         _qk_norm_rope_bwd[n_programs, 3](
             dq, dk, dv, qkv, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), positions, dqkv, dw,
             n_batch, n_tokens, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *qkv.stride()[:2],
-            _position_stride(positions), **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
+            position_stride(positions), **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
         )  # fmt: skip
     dwq, dwk = dw.sum(1)
     return dqkv, dwq.to(q_weight.dtype, copy=True), dwk.to(k_weight.dtype, copy=True)
@@ -293,7 +253,7 @@ def _qk_norm_rope_backward_op(
 
 @_qk_norm_rope_backward_op.register_fake
 def _(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (qkv, q_weight, k_weight))
+    return tuple(contiguous_like(t) for t in (qkv, q_weight, k_weight))
 
 
 def _save(ctx, inputs, output):
@@ -306,7 +266,7 @@ def _backward(ctx, dq, dk, dv):
 
 
 _qk_norm_rope_op.register_autograd(_backward, setup_context=_save)
-forbid_double_backward(_qk_norm_rope_backward_op, "qk_norm_rope")
+_qk_norm_rope_backward_op.register_autograd(no_second_derivative("qk_norm_rope"))
 
 
 def qk_norm_rope(
@@ -324,8 +284,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split packed q, k, v; RMSNorm over each head of q and k (as Qwen3), then `rope`: q (B, T, H, D), k and v (B, T, H_kv, D).
 
-    The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the whole gradient of qkv at once.
-    cos and sin get no gradient. Raises ValueError where the shapes do not fit, and for positions as `rope` does."""
+    The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the gradient of qkv at once.
+    cos and sin get no gradient. Raises ValueError if the shapes do not match, and for positions as `rope` does."""
     head_dim = q_weight.shape[-1]
     if qkv.dim() != 3 or qkv.shape[-1] != (n_head + 2 * n_kv_head) * head_dim or k_weight.shape != q_weight.shape:
         raise ValueError(
@@ -334,8 +294,8 @@ def qk_norm_rope(
         )
     if cos.dim() != 2 or 2 * cos.shape[-1] > head_dim or cos.shape != sin.shape:
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: twice (T_max, at most {head_dim // 2}) expected")
-    positions = token_positions(*qkv.shape[:2], cos, positions, cu_seqlens)
+    positions = token_positions(qkv.shape[0], qkv.shape[1], cos, positions, cu_seqlens)
     if not uses_triton(qkv):
-        options = {"n_head": n_head, "n_kv_head": n_kv_head, "eps": eps, "positions": positions}
-        return reference.qk_norm_rope(qkv, q_weight, k_weight, cos.detach(), sin.detach(), **options)
+        cos, sin = cos.detach(), sin.detach()
+        return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, n_head=n_head, n_kv_head=n_kv_head, eps=eps, positions=positions)
     return _qk_norm_rope_op(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)

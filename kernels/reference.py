@@ -1,12 +1,14 @@
 """The definition of every op, a few lines of PyTorch each: the specification on one page.
 
 What a fused kernel must compute, in any dtype and on any device, differentiable by autograd. Arithmetic is done in fp32 (in fp64 where
-the input is fp64) and the result is rounded once. These functions are also what runs where Triton does not, and `torch.compile` fuses
-them well; `flash_attention` and `linear_cross_entropy` have faster forms of the same definition in their own files.
+the input is fp64) and the result is rounded once. They also run if Triton does not, and `torch.compile` fuses them
+well; `flash_attention` and `linear_cross_entropy` have faster forms of the same definition in their own files.
 
 Tensors of heads are (B, T, H, D), as in flash-attn. With `cu_seqlens` (int32, documents + 1, from 0 to T; a repeated last entry is an
 empty document, so the tensor may be padded to a fixed length) the batch is flattened, B = 1, and documents do not see each other.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ def add_rms_norm(
 
 
 def document_starts(cu_seqlens: Tensor, n_tokens: int) -> Tensor:
-    """Where the document of each of n_tokens flattened tokens starts: (T,) int64."""
+    """The start of the document of each of n_tokens flattened tokens: (T,) int64."""
     index = torch.arange(n_tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1
     return cu_seqlens[document].long()
@@ -68,11 +70,11 @@ def rope(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, half-split or interleaved pairs; positions
-    count from 0, restart at each document with `cu_seqlens`, or are given. `inplace` writes q and k where no gradient needs them."""
-    if positions is None:
-        n = q.shape[1]
-        positions = document_positions(cu_seqlens, n) if cu_seqlens is not None else slice(0, n)
-    cos, sin = (_wide(t)[positions].unsqueeze(-2) for t in (cos, sin))  # (T, 1, rotary_dim / 2) or (B, T, 1, …)
+    count from 0, restart at each document with `cu_seqlens`, or are given. `inplace` overwrites q and k if no gradient needs them."""
+    if positions is None and cu_seqlens is not None:
+        positions = document_positions(cu_seqlens, q.shape[1])
+    index = slice(0, q.shape[1]) if positions is None else positions
+    cos, sin = (_wide(t)[index].unsqueeze(-2) for t in (cos, sin))  # (T, 1, rotary_dim / 2) or (B, T, 1, …)
     q_out, k_out = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
     return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out, k_out)
 
@@ -109,7 +111,7 @@ def geglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 def mean_divisor(is_valid: Tensor, normalizer: Tensor | None) -> Tensor:
-    """What `mean` divides by: the number of targets that are not ignored, or `normalizer`; 1 where none is left, since 0 / 0 is NaN."""
+    """What `mean` divides by: the number of targets that are not ignored, or `normalizer`; 1 if none is left, since 0 / 0 is NaN."""
     return is_valid.sum().clamp(min=1) if normalizer is None else torch.where(is_valid.any(), normalizer, 1)
 
 
@@ -126,13 +128,13 @@ def cross_entropy(
     normalizer: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Cross-entropy with label smoothing ε, z-loss and soft cap, from the logits s after the cap c·tanh(s/c):
 
         loss = token_weight · ((1 − ε)(lse − s_target) + ε (lse − mean(s)) + z_loss · lse²),   lse = log Σ exp(s)
 
     `mean` divides by the number of targets that are not ignored, or by `normalizer` (a device tensor); with none left the loss and its
-    gradients are 0. With `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 where ignored. `inplace_backward`
+    gradients are 0. With `return_stats` also {nll, lse, z_loss, correct}, each shaped as targets, 0 if ignored. `inplace_backward`
     allows a kernel to write the gradient over the logits; here it changes nothing.
     """
     is_valid = targets != ignore_index
@@ -165,7 +167,7 @@ def cross_entropy(
     return loss, stats
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Any:
     """cross_entropy of the logits x weightᵀ, x: (…, K), weight: (V, K). The product is made in x's dtype."""
     return cross_entropy(x @ weight.to(x.dtype).T, targets, **options)
 
@@ -173,7 +175,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) 
 def attention_mask(
     n_query: int, n_key: int, *, is_causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """(T, S) bool, True where a query may look; causal is aligned to the end when T ≠ S. None if it may look everywhere."""
+    """(T, S) bool, True where a query sees a key; causal is aligned to the end if T ≠ S. None if all queries see all keys."""
     if not is_causal and window is None and cu_seqlens is None:
         return None
     query = torch.arange(n_query, device=device)[:, None] + n_key - n_query
@@ -199,17 +201,17 @@ def flash_attention(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v for grouped heads; `window=w` lets a query see itself and the w − 1 keys before it; `softcap=c` is
-    c·tanh(s/c) on the scaled scores; scale is 1/√D by default; a query that may look nowhere gives 0."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    c·tanh(s/c) on the scaled scores; scale is 1/√D by default; a query that sees no key gives 0."""
+    unit: float = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
-    s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * scale
+    s = torch.einsum("bthd,bshd->bhts", _wide(q), _wide(k)) * unit
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     mask = attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     if mask is None:
         p = s.softmax(-1)
     else:
-        lowest = torch.finfo(s.dtype).min  # not −inf: a row without any key would become NaN
+        lowest = torch.finfo(s.dtype).min  # not −inf, with which a row without keys would be NaN
         p = s.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
     return torch.einsum("bhts,bshd->bthd", p, _wide(v)).to(q.dtype)

@@ -1,3 +1,5 @@
+# A constexpr decides which branches of a kernel exist.
+# pyright: reportPossiblyUnboundVariable=false
 """RMSNorm, alone or with the residual addition before it, forward and backward.
 
     forward    r = residual + x  (or x alone),   y = r · ρ · (offset + w),   ρ = 1 / sqrt(mean(r²) + eps)
@@ -8,38 +10,29 @@ element, so memory decides. Rows stay in registers between the two uses, ρ is n
 anyway). Several narrow rows share a program. dw has no atomics: a persistent grid keeps one partial sum per program in registers, fp32,
 written once, (programs, N), and summed at the end; so it is the same in every run.
 
-Rows wider than the registers hold (BLOCK_N < N) take two kernels: sums over each row, then the same kernel with a grid over columns too.
+Rows wider than the registers can hold (BLOCK_N < N) take two kernels: sums over each row, then the same kernel with a grid over columns.
 """
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import forbid_double_backward, uses_triton
-from .launch import launch_options, processors
-from .triton_compat import jit, tl, triton
+from .common import accumulator, as_rows, contiguous_like, no_second_derivative, wide_dtype
+from .dispatch import uses_triton
+from .launch import cdiv, launch_options, sm_count
+from .triton_compat import jit, tl
 
 
 @jit
 def _rms_norm_fwd(
-    p_x,  # (M, N)
-    p_residual,  # (M, N)
+    p_x, p_residual,  # (M, N)
     p_w,  # (N,)
-    p_y,  # (M, N)
-    p_sum,  # (M, N) residual + x
-    p_sums,  # (M, 2) from _rms_norm_sums, where a row is wider than a block
-    n_rows,
-    stride_x,
-    stride_residual,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_y, p_sum,  # (M, N) normed, and residual + x
+    p_sums,  # (M, 2) from _rms_norm_sums, if a row is wider than a block
+    n_rows, stride_x, stride_residual,
+    N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BLOCK_M]
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_m, m_n = o_m < n_rows, o_n < N
@@ -49,7 +42,7 @@ def _rms_norm_fwd(
         b_x += tl.load(p_residual + o_m[:, None] * stride_residual + o_n[None, :], mask=mask, other=0.0).to(ACC)
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + o_m[:, None] * N + o_n[None, :], b_sum, mask=mask)
-        b_x = b_sum.to(ACC)  # what is normed is what the next layer gets, rounding included
+        b_x = b_sum.to(ACC)  # normed after rounding, as the next layer gets it
     if BLOCK_N >= N:
         b_square = tl.sum(b_x * b_x, axis=1)  # [BLOCK_M]
     else:
@@ -63,27 +56,16 @@ def _rms_norm_fwd(
 
 @jit
 def _rms_norm_bwd(
-    p_dy,  # (M, N)
-    p_dsum,  # (M, N) gradient of residual_out
+    p_dy, p_dsum,  # (M, N) gradients of the normed tensor and of the residual
     p_x,  # (M, N) what was normed
     p_w,  # (N,)
     p_dx,  # (M, N)
     p_dw,  # (programs, N) partial sums
     p_sums,  # (M, 2)
-    n_rows,
-    stride_dy,
-    stride_dsum,
-    stride_x,
-    N: tl.constexpr,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_DSUM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    n_rows, stride_dy, stride_dsum, stride_x,
+    N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < N
     if HAS_WEIGHT:
@@ -119,23 +101,14 @@ def _rms_norm_bwd(
 
 @jit
 def _rms_norm_sums(
-    p_x,  # (M, N)
-    p_residual,  # (M, N)
-    p_dy,  # (M, N)
+    p_x, p_residual, p_dy,  # (M, N)
     p_w,  # (N,)
     p_sums,  # (M, 2): Σ r², Σ dy (offset + w) r
-    stride_x,
-    stride_residual,
-    stride_dy,
-    N: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    stride_x, stride_residual, stride_dy,
+    N: tl.constexpr, OFFSET: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DY: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SUM: tl.constexpr,  # dtype that residual + x is rounded to
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b_square, b_dot = tl.zeros((BLOCK_N,), dtype=ACC), tl.zeros((BLOCK_N,), dtype=ACC)
     for start in range(0, N, BLOCK_N):
@@ -156,75 +129,35 @@ def _rms_norm_sums(
         tl.store(p_sums + 2 * row + 1, tl.sum(b_dot, axis=0))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (M, N) with one row stride and adjacent columns: a view where x's strides allow it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _accumulator(*tensors: Tensor | None):
-    return tl.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else tl.float32
-
-
 _TRITON_DTYPE = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    y = contiguous_like(x)
+    total = None if residual is None else contiguous_like(residual)
     if x.numel() == 0:
         return y, total
     normed = x if residual is None else residual
     weight = None if weight is None else weight.contiguous()
-    rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
     n_rows, width = rows.shape
     options = launch_options("rms_norm_fwd", x, width=width, itemsize=x.element_size())
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "HAS_RESIDUAL": residual is not None}
-    flags["ACC"] = _accumulator(x, residual, weight)
-    stride_residual = 0 if residual is None else residual_rows.stride(0)
+    flags["ACC"] = accumulator(x, residual, weight)
+    stride_residual = 0 if residual_rows is None else residual_rows.stride(0)
     with torch.cuda.device_of(x):
         sums = None
         if block_n < width:
-            sums = x.new_empty((n_rows, 2), dtype=torch.promote_types(normed.dtype, torch.float32))
+            sums = x.new_empty((n_rows, 2), dtype=wide_dtype(normed))
             _rms_norm_sums[(n_rows,)](
                 rows, residual_rows, None, weight, sums, rows.stride(0), stride_residual, 0,
                 HAS_DY=False, SUM=getattr(tl, _TRITON_DTYPE[normed.dtype]), **flags, **launch_options("rms_norm_sums", x),
             )  # fmt: skip
-        _rms_norm_fwd[triton.cdiv(n_rows, block_m), triton.cdiv(width, block_n)](
+        _rms_norm_fwd[cdiv(n_rows, block_m), cdiv(width, block_n)](
             rows, residual_rows, weight, y, total, sums, n_rows, rows.stride(0), stride_residual, EPS=eps, **flags, **options
         )  # fmt: skip
     return y, total
-
-
-def _backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dw: bool
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
-    if x.numel() == 0:
-        return dx, x.new_zeros(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide)
-    rows, dy_rows, dsum_rows = _rows(x), _rows(dy), None if dsum is None else _rows(dsum)
-    weight = None if weight is None else weight.contiguous()
-    n_rows, width = rows.shape
-    options = dict(launch_options("rms_norm_bwd", x, width=width, itemsize=x.element_size()))
-    n_programs = min(processors(x) * options.pop("PER_PROCESSOR"), triton.cdiv(n_rows, options["BLOCK_M"]))
-    dw = x.new_empty((n_programs, width) if needs_dw else 0, dtype=wide)
-    flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "ACC": _accumulator(x, dy, weight)}
-    with torch.cuda.device_of(x):
-        sums = None
-        if options["BLOCK_N"] < width:
-            sums = x.new_empty((n_rows, 2), dtype=wide)
-            _rms_norm_sums[(n_rows,)](
-                rows, None, dy_rows, weight, sums, rows.stride(0), 0, dy_rows.stride(0),
-                HAS_RESIDUAL=False, HAS_DY=True, SUM=tl.float32, **flags, **launch_options("rms_norm_sums", x),
-            )  # fmt: skip
-        _rms_norm_bwd[n_programs, triton.cdiv(width, options["BLOCK_N"])](
-            dy_rows, dsum_rows, rows, weight, dx, dw, sums, n_rows,
-            dy_rows.stride(0), 0 if dsum is None else dsum_rows.stride(0), rows.stride(0),
-            EPS=eps, HAS_DSUM=dsum is not None, NEEDS_DW=needs_dw, **flags, **options,
-        )  # fmt: skip
-    return dx, dw.sum(0).to(weight.dtype) if needs_dw else dw
 
 
 @torch.library.custom_op("tritale::rms_norm", mutates_args=())
@@ -234,34 +167,60 @@ def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, offset: float) ->
 
 @_rms_norm_op.register_fake
 def _(x, weight, eps, offset):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x)
 
 
 @torch.library.custom_op("tritale::add_rms_norm", mutates_args=())
 def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    return _forward(x, residual, weight, eps, offset)
+    y, total = _forward(x, residual, weight, eps, offset)
+    assert total is not None
+    return y, total
 
 
 @_add_rms_norm_op.register_fake
 def _(x, residual, weight, eps, offset):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, residual))
+    return tuple(contiguous_like(t) for t in (x, residual))
 
 
 @torch.library.custom_op("tritale::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    return _backward(dy, dsum, x, weight, eps, offset, needs_dw)
+    dx = contiguous_like(x)
+    wide = wide_dtype(x, dy)
+    if x.numel() == 0:
+        return dx, x.new_zeros(0, dtype=wide) if weight is None or not needs_dw else torch.zeros_like(weight)
+    rows, dy_rows, dsum_rows = as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
+    weight = None if weight is None else weight.contiguous()
+    n_rows, width = rows.shape
+    options = launch_options("rms_norm_bwd", x, width=width, itemsize=x.element_size())
+    n_programs = min(sm_count(x) * options.pop("PER_SM"), cdiv(n_rows, options["BLOCK_M"]))
+    dw = x.new_empty((n_programs, width) if needs_dw else 0, dtype=wide)
+    flags = {"N": width, "OFFSET": offset, "HAS_WEIGHT": weight is not None, "ACC": accumulator(x, dy, weight)}
+    with torch.cuda.device_of(x):
+        sums = None
+        if options["BLOCK_N"] < width:
+            sums = x.new_empty((n_rows, 2), dtype=wide)
+            _rms_norm_sums[(n_rows,)](
+                rows, None, dy_rows, weight, sums, rows.stride(0), 0, dy_rows.stride(0),
+                HAS_RESIDUAL=False, HAS_DY=True, SUM=tl.float32, **flags, **launch_options("rms_norm_sums", x),
+            )  # fmt: skip
+        _rms_norm_bwd[n_programs, cdiv(width, options["BLOCK_N"])](
+            dy_rows, dsum_rows, rows, weight, dx, dw, sums, n_rows,
+            dy_rows.stride(0), 0 if dsum_rows is None else dsum_rows.stride(0), rows.stride(0),
+            EPS=eps, HAS_DSUM=dsum is not None, NEEDS_DW=needs_dw, **flags, **options,
+        )  # fmt: skip
+    return dx, dw if weight is None or not needs_dw else dw.sum(0).to(weight.dtype)
 
 
 @_rms_norm_backward_op.register_fake
 def _(dy, dsum, x, weight, eps, offset, needs_dw):
-    wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    wide = wide_dtype(x, dy)
+    dx = contiguous_like(x)
     return dx, x.new_empty(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide)
 
 
-forbid_double_backward(_rms_norm_backward_op, "rms_norm")
+_rms_norm_backward_op.register_autograd(no_second_derivative("rms_norm"))
 
 
 def _save(ctx, inputs, output):
@@ -295,14 +254,14 @@ _add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 
 def _check(x: Tensor, weight: Tensor | None) -> None:
     if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}: ({x.shape[-1]},) expected, or None")
+        raise ValueError(f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}: ({x.shape[-1]},) expected, or None")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · (offset + weight) over the last dimension, x: (…, N), weight: (N,) of any float dtype, or None.
 
     Sums are fp32 (fp64 for fp64), y has x's dtype; `offset=1` is Gemma's form. Source: arXiv 1910.07467.
-    Raises ValueError where the weight does not fit."""
+    Raises ValueError if the weight's shape does not match."""
     _check(x, weight)
     if not uses_triton(x):
         return reference.rms_norm(x, weight, eps, offset=offset)
@@ -314,7 +273,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(r), r) with r = residual + x, in one kernel: x and residual (…, N); r has the residual's dtype, the normed tensor x's.
 
-    Raises ValueError where the shapes do not fit each other."""
+    Raises ValueError if the shapes do not match."""
     _check(x, weight)
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")

@@ -12,62 +12,26 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import check_documents, forbid_double_backward, is_readable, uses_triton
-from .launch import launch_options, power_of_two
-from .triton_compat import jit, tl, triton
-
-
-@jit
-def _row_offsets(o_r, n_tokens, stride_b, stride_t, stride_h, H: tl.constexpr):
-    """Where head o_r of B · T · H starts in a tensor of these strides."""
-    o_h, o_t, o_b = o_r % H, (o_r // H) % n_tokens, o_r // H // n_tokens
-    return o_b.to(tl.int64) * stride_b + o_t.to(tl.int64) * stride_t + o_h.to(tl.int64) * stride_h
-
-
-@jit
-def _cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr):
-    """cos and sin of each head's position: two of [BLOCK_R, BLOCK_HALF]."""
-    o_t = (o_r // H) % n_tokens
-    if p_positions is not None:
-        o_t = tl.load(p_positions + (o_r // H // n_tokens) * stride_p + o_t, mask=m_r, other=0)
-    o_cs = o_t.to(tl.int64)[:, None] * HALF + o_d[None, :]
-    mask = m_r[:, None] & (o_d < HALF)[None, :]
-    return tl.load(p_cos + o_cs, mask=mask, other=0.0).to(ACC), tl.load(p_sin + o_cs, mask=mask, other=0.0).to(ACC)
+from .common import accumulator, contiguous_like, no_second_derivative, unit_stride
+from .dispatch import uses_triton
+from .launch import cdiv, launch_options, power_of_two
+from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
+from .triton_compat import jit, tl
 
 
 @jit
 def _rope_rows(
-    p_x,
-    p_y,
-    p_cos,
-    p_sin,
-    p_positions,
-    block,
-    n_rows,
-    n_tokens,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
-    stride_p,
-    H: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
-    CONJUGATE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    p_x, p_y, p_cos, p_sin, p_positions, block, n_rows, n_tokens,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_p,
+    H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, IS_INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     o_r = block * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     m_r = o_r < n_rows
     o_d = tl.arange(0, BLOCK_HALF)
-    p_x += _row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None]  # [BLOCK_R, 1]
-    p_y += _row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]
-    b_cos, b_sin = _cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)  # [BLOCK_R, BLOCK_HALF]
+    p_x += row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None]  # [BLOCK_R, 1]
+    p_y += row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]
+    b_cos, b_sin = load_cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)  # [BLOCK_R, BLOCK_HALF]
     if CONJUGATE:
         b_sin = -b_sin
     if IS_INTERLEAVED:
@@ -92,39 +56,16 @@ def _rope_rows(
 
 @jit
 def _rope(
-    p_q,  # (B, T, H, D)
-    p_k,  # (B, T, H_KV, D)
-    p_cos,  # (T_max, HALF)
-    p_sin,  # (T_max, HALF)
+    p_q, p_k,  # (B, T, H, D) and (B, T, H_KV, D)
+    p_cos, p_sin,  # (T_max, HALF)
     p_positions,  # (B or 1, T) or None
-    p_q_out,
-    p_k_out,
-    n_batch,
-    n_tokens,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_qob,
-    stride_qot,
-    stride_qoh,
-    stride_kob,
-    stride_kot,
-    stride_koh,
-    stride_p,
-    H: tl.constexpr,
-    H_KV: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
-    CONJUGATE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    p_q_out, p_k_out, n_batch, n_tokens,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_qob, stride_qot, stride_qoh, stride_kob, stride_kot, stride_koh, stride_p,
+    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     n_q = n_batch * n_tokens * H
     n_q_blocks = tl.cdiv(n_q, BLOCK_R)
     block = tl.program_id(0)
@@ -142,42 +83,24 @@ def _rope(
         )  # fmt: skip
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _position_stride(positions: Tensor | None) -> int:
-    """From one text's positions to the next's: 0 where all share them, (T,) or (1, T)."""
-    return 0 if positions is None or positions.dim() == 1 or positions.shape[0] == 1 else positions.stride(0)
-
-
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    q_out: Tensor,
-    k_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-    conjugate: bool,
-    is_inplace: bool = False,
-) -> None:
+    q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
+    interleaved: bool, conjugate: bool, is_inplace: bool = False,
+) -> None:  # fmt: skip
     n_batch, n_tokens, n_head, head_dim = q.shape
     half, n_kv_head = cos.shape[-1], k.shape[2]
     rest = 0 if is_inplace else head_dim - 2 * half
     options = launch_options("rope", q, half=half)
-    blocks = sum(triton.cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head))
+    blocks = sum(cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head))
     if blocks == 0:
         return
     cos, sin = cos.contiguous(), sin.contiguous()
-    wide = any(t.dtype == torch.float64 for t in (q, k, cos))
     with torch.cuda.device_of(q):
         _rope[blocks,](
             q, k, cos, sin, positions, q_out, k_out, n_batch, n_tokens,
-            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], _position_stride(positions),
+            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], position_stride(positions),
             H=n_head, H_KV=n_kv_head, HALF=half, REST=rest, IS_INTERLEAVED=interleaved, CONJUGATE=conjugate,
-            ACC=tl.float64 if wide else tl.float32, BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(rest), **options,
+            ACC=accumulator(q, k, cos), BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(rest), **options,
         )  # fmt: skip
 
 
@@ -185,28 +108,28 @@ def _launch(
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
-    _launch(_adjacent(q), _adjacent(k), q_out, k_out, cos, sin, positions, interleaved, conjugate)
+    q_out, k_out = (contiguous_like(t) for t in (q, k))
+    _launch(unit_stride(q), unit_stride(k), q_out, k_out, cos, sin, positions, interleaved, conjugate)
     return q_out, k_out
 
 
 @_rope_op.register_fake
 def _(q, k, cos, sin, positions, interleaved, conjugate):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    return tuple(contiguous_like(t) for t in (q, k))
 
 
 @torch.library.custom_op("tritale::rope_backward", mutates_args=())
 def _rope_backward_op(
     dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
-    dq_in, dk_in = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dq, dk))
-    _launch(_adjacent(dq), _adjacent(dk), dq_in, dk_in, cos, sin, positions, interleaved, not conjugate)
+    dq_in, dk_in = (contiguous_like(t) for t in (dq, dk))
+    _launch(unit_stride(dq), unit_stride(dk), dq_in, dk_in, cos, sin, positions, interleaved, not conjugate)
     return dq_in, dk_in
 
 
 @_rope_backward_op.register_fake
 def _(dq, dk, cos, sin, positions, interleaved, conjugate):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dq, dk))
+    return tuple(contiguous_like(t) for t in (dq, dk))
 
 
 @torch.library.custom_op("tritale::rope_", mutates_args=("q", "k"))
@@ -224,28 +147,7 @@ def _backward(ctx, dq, dk):
 
 
 _rope_op.register_autograd(_backward, setup_context=_save)
-forbid_double_backward(_rope_backward_op, "rope")
-
-
-def token_positions(n_batch: int, n_tokens: int, cos: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The positions to look up in cos, None for 0 … T − 1; raises ValueError where they cannot fit. Their values are looked at on the CPU
-    alone: on a GPU that would wait for it."""
-    if positions is not None and cu_seqlens is not None:
-        raise ValueError("positions and cu_seqlens were both given; positions restart by themselves with cu_seqlens, so give one of them")
-    if cu_seqlens is not None:
-        check_documents(cu_seqlens, n_batch, n_tokens)
-        positions = reference.document_positions(cu_seqlens, n_tokens)
-    if positions is None:
-        if n_tokens > cos.shape[0]:
-            raise ValueError(f"{n_tokens} tokens, but cos and sin hold {cos.shape[0]} positions; make them longer")
-        return None
-    if positions.shape not in ((n_tokens,), (1, n_tokens), (n_batch, n_tokens)):
-        raise ValueError(f"positions {tuple(positions.shape)}: ({n_tokens},), (1, {n_tokens}) or ({n_batch}, {n_tokens}) expected")
-    if is_readable(positions) and positions.numel():
-        low, high = (int(n) for n in positions.aminmax())
-        if low < 0 or high >= cos.shape[0]:
-            raise ValueError(f"positions from {low} to {high}, but cos and sin hold {cos.shape[0]} positions from 0; make them longer")
-    return positions.contiguous()
+_rope_backward_op.register_autograd(no_second_derivative("rope"))
 
 
 def _check_inplace(*tensors: Tensor) -> None:
@@ -273,19 +175,19 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, in half-split or interleaved pairs.
 
-    Positions count from 0, restart at each document with `cu_seqlens` (B = 1), or are given. `inplace=True` writes over q and k where no
-    gradient is asked of them, and returns them; elsewhere it changes nothing. cos and sin get no gradient.
-    Raises ValueError where the shapes do not fit, positions are given twice or cos is too short for them (on a GPU the values of
-    `positions` and `cu_seqlens` are not looked at, and reading past cos is undefined), or what is written in place overlaps itself."""
+    Positions count from 0, restart at each document with `cu_seqlens` (B = 1), or are given. `inplace=True` overwrites q and k and
+    returns them, if they need no gradient; otherwise it has no effect. cos and sin get no gradient.
+    Raises ValueError if the shapes do not match, positions are given twice, cos is too short for them (the values of `positions` and
+    `cu_seqlens` are checked on the CPU only; on a GPU reading past cos is undefined), or a tensor to overwrite overlaps itself."""
     is_fitting = q.dim() == k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1]
     if not is_fitting or cos.dim() != 2 or 2 * cos.shape[-1] > q.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: (B, T, H, D), (B, T, H_kv, D) and "
             "twice (T_max, at most D / 2) expected"
         )
-    positions = token_positions(*q.shape[:2], cos, positions, cu_seqlens)
+    positions = token_positions(q.shape[0], q.shape[1], cos, positions, cu_seqlens)
     inplace = inplace and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if inplace and not torch.compiler.is_compiling():  # its strides may be symbols, and it copies results back, which checks them
+    if inplace and not torch.compiler.is_compiling():  # there strides may be symbols, and results are copied back, which checks them
         _check_inplace(q, k)
     if not uses_triton(q):
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)

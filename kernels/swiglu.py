@@ -14,33 +14,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import forbid_double_backward, uses_triton
-from .launch import launch_options
-from .triton_compat import jit, tl, triton
-
-ACTIVATIONS = ("silu", "gelu")
+from .common import accumulator, as_rows, contiguous_like, no_second_derivative
+from .dispatch import uses_triton
+from .launch import cdiv, launch_options
+from .triton_compat import jit, tl
 
 
 @jit
 def _glu(
-    p_gate,  # (M, N)
-    p_up,  # (M, N)
-    p_dh,  # (M, N)
-    p_h,  # (M, N)
-    p_dgate,  # (M, N)
-    p_dup,  # (M, N)
-    n_rows,
-    N,
-    stride_gate,
-    stride_up,
-    stride_dh,
+    p_gate, p_up, p_dh, p_h, p_dgate, p_dup,  # (M, N)
+    n_rows, N, stride_gate, stride_up, stride_dh,
     stride_d,  # of dgate and dup
-    IS_GELU: tl.constexpr,
-    IS_BACKWARD: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    IS_GELU: tl.constexpr, IS_BACKWARD: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]  # [BLOCK_M, 1]
     o_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
     mask = (o_m < n_rows) & (o_n < N)
@@ -62,16 +48,10 @@ def _glu(
         tl.store(p_h + o_m * N + o_n, (b_g * b_s * b_u).to(p_h.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (M, N) with one row stride and adjacent columns: a view where x's strides allow it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     if up is not None:
-        return _rows(gate_up), _rows(up)
-    rows = _rows(gate_up)
+        return as_rows(gate_up), as_rows(up)
+    rows = as_rows(gate_up)
     n = rows.shape[1] // 2
     return rows[:, :n], rows[:, n:]
 
@@ -86,11 +66,11 @@ def _launch(
     n_rows, width = gate.shape
     options = launch_options("glu", gate, width=width, is_backward=dh is not None)
     with torch.cuda.device_of(gate):
-        _glu[triton.cdiv(n_rows, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])](
+        _glu[cdiv(n_rows, options["BLOCK_M"]), cdiv(width, options["BLOCK_N"])](
             gate, up, dh, h, dgate, dup, n_rows, width,
             gate.stride(0), up.stride(0), 0 if dh is None else dh.stride(0), 0 if dgate is None else dgate.stride(0),
             IS_GELU=activation == "gelu", IS_BACKWARD=dh is not None,
-            ACC=tl.float64 if torch.float64 in (gate.dtype, up.dtype) else tl.float32, **options,
+            ACC=accumulator(gate, up), **options,
         )  # fmt: skip
 
 
@@ -109,18 +89,18 @@ def _(gate_up, up, activation):
 
 @torch.library.custom_op("tritale::glu_backward", mutates_args=())
 def _glu_backward_op(dh: Tensor, gate_up: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """(d gate_up, d up); the second is empty where gate and up are packed."""
-    d = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    d_up = gate_up.new_empty(0) if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
+    """(d gate_up, d up); the second is empty if gate and up are packed."""
+    d = contiguous_like(gate_up)
+    d_up = gate_up.new_empty(0) if up is None else contiguous_like(up)
     if dh.numel():
-        _launch(*_halves(gate_up, up), _rows(dh), None, *_halves(d, None if up is None else d_up), activation)
+        _launch(*_halves(gate_up, up), as_rows(dh), None, *_halves(d, None if up is None else d_up), activation)
     return d, d_up
 
 
 @_glu_backward_op.register_fake
 def _(dh, gate_up, up, activation):
-    d = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    return d, gate_up.new_empty(0) if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
+    d = contiguous_like(gate_up)
+    return d, gate_up.new_empty(0) if up is None else contiguous_like(up)
 
 
 def _save(ctx, inputs, output):
@@ -135,7 +115,7 @@ def _backward(ctx, dh):
 
 
 _glu_op.register_autograd(_backward, setup_context=_save)
-forbid_double_backward(_glu_backward_op, "swiglu and geglu")
+_glu_backward_op.register_autograd(no_second_derivative("swiglu or geglu"))
 
 
 def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
@@ -151,7 +131,7 @@ def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def swiglu(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) · up, of a packed (…, 2 N) [gate | up] or of two tensors (…, N): (…, N) in the gate's dtype (arXiv 2002.05202).
 
-    Raises ValueError where the shapes do not fit."""
+    Raises ValueError if the shapes do not match."""
     return _apply(gate_up, up, "silu")
 
 

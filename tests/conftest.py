@@ -1,16 +1,14 @@
 """Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
-Triton decides whether to interpret a kernel when the kernel is decorated. So, without a GPU, this file imports the kernels under
-TRITON_INTERPRET=1 before any test module does, and then removes the variable: all other tests, and the processes they start, use the
-PyTorch path. A kernel test uses the fixture `device` (tests/kernels/conftest.py), which sets the variable for that test;
-`dispatch.interprets` reads it at each call. The compile checks must not be interpreted and run in their own process.
+Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
+environment does not change: all other tests, and the processes they start, use the PyTorch path. A kernel test requests the fixture `device`
+(tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test; `dispatch.interprets` reads it at each call. The compile checks must
+not be interpreted and run in their own process (bench/machine_code.py).
 
 With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
 """
 
-import importlib
 import os
-import pkgutil
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
@@ -21,24 +19,18 @@ import torch
 from hypothesis import Phase, settings
 from runs import train
 
+from tests.kernels.harness.interpreter import interpret_kernels
+
 # No shrinking: in the interpreter it would repeat a failing case some hundred times, for minutes.
 settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 settings.load_profile("tritale")
-
-if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
-    os.environ["TRITON_INTERPRET"] = "1"
-    import tritale.kernels
-
-    for module in pkgutil.iter_modules(tritale.kernels.__path__, "tritale.kernels."):
-        importlib.import_module(module.name)
-    del os.environ["TRITON_INTERPRET"]
-
 
 if torch.cuda.is_available():
     torch.cuda.init()
     torch.cuda.device_count()  # cached from here on, so that this process keeps its GPU when the variable changes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
+else:
+    interpret_kernels()
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes

@@ -18,9 +18,9 @@ def device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def machine_code():
-    """What the ops' launchers launch, compiled for every generation: compiled once a session, shared by all checks of the binaries."""
+    """What the ops' launchers launch, compiled for every architecture: once a session, shared by all checks of the binaries."""
     if not dispatch.has_triton():
         pytest.skip("needs Triton (Linux)")
-    from tests.kernels.harness import compile_matrix
+    from bench import machine_code
 
-    return compile_matrix.readings()
+    return machine_code.readings()

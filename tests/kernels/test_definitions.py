@@ -1,5 +1,7 @@
 """The definitions against PyTorch's own functions, and the faster forms against the definitions, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +78,8 @@ OPTIONS = [
 def test_cross_entropy_is_pytorchs():
     logits, targets = randn(9, 11), torch.randint(11, (9,))
     targets[::4] = -100
-    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"}):
+    calls: tuple[dict[str, Any], ...] = ({}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"})
+    for options in calls:
         assert_close(kernels.cross_entropy(logits, targets, **options), F.cross_entropy(logits, targets, **options))
     loss, stats = kernels.cross_entropy(logits, targets, return_stats=True)
     valid = targets != -100

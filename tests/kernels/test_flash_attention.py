@@ -4,6 +4,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ options_strategy = st.sampled_from(list(OPTIONS.values()))
 )
 def test_errors_are_at_most_twice_those_of_pytorch(device, dtype, n_query, n_key, heads_, head_dim, n_batch, scale, options):
     n_key = n_query if n_key is None else n_key
-    q, k, v = heads(device, n_query, n_key, *heads_, head_dim, dtype, n_batch, scale)
+    q, k, v = heads(device, n_query, n_key, heads_[0], heads_[1], head_dim, dtype, n_batch, scale)
     with blocks(32, 16):
         check_numbers(triton_attention, plain_attention, [q, k, v], gradient_terms=gradient_terms(q, k, v, options.get("scale")), **options)
 
@@ -118,7 +119,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(device, dtype, n_query, n_key
     options=options_strategy,
 )
 def test_packed_documents_have_the_errors_of_pytorch(device, dtype, lengths, heads_, head_dim, options):
-    q, k, v = heads(device, sum(lengths), sum(lengths), *heads_, head_dim, dtype)
+    q, k, v = heads(device, sum(lengths), sum(lengths), heads_[0], heads_[1], head_dim, dtype)
     with blocks(16, 32):
         check_numbers(
             triton_attention, plain_attention, [q, k, v],
@@ -141,7 +142,7 @@ def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, b
     with blocks(block_m, block_n):
         for n_query, n_key, lengths in ((67, 67, None), (19, 67, None), (67, 19, None), (67, 67, [20, 0, 1, 33, 13])):
             q, k, v = heads(device, n_query, n_key, 2, 1, 16)
-            packed = {} if lengths is None else {"cu_seqlens": bounds(lengths, device)}
+            packed: dict[str, Any] = {} if lengths is None else {"cu_seqlens": bounds(lengths, device)}
             check_numbers(
                 triton_attention, reference.flash_attention, [q, k, v], factor=4.0,
                 gradient_terms=gradient_terms(q, k, v, OPTIONS[name].get("scale")), **OPTIONS[name], **packed,
@@ -245,9 +246,9 @@ def test_the_grid_does_not_depend_on_the_documents(device):
 
 
 def pairs_walked(n_query, n_key, block, is_causal=True, window=None, lengths=None, transposed=False):
-    """(rows of the other side that all blocks of rows walk, block by block), from the mask alone."""
+    """(rows of the other operand that all blocks of rows walk, block by block), from the mask alone."""
     cu_seqlens = None if lengths is None else bounds(lengths, "cpu")
-    mask = reference.attention_mask(n_query, n_key, is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device="cpu")
+    mask = reference.attention_mask(n_query, n_key, is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=torch.device("cpu"))
     mask = torch.ones(n_query, n_key, dtype=torch.bool) if mask is None else mask
     mask = mask.T if transposed else mask
     total = 0
@@ -332,16 +333,16 @@ def test_second_derivative_says_what_to_do(device):
         dq.sum().backward()
 
 
-def fake_tensor(generation, monkeypatch, **attributes):
-    monkeypatch.setattr(MODULE, "generation", lambda x: generation)
+def fake_tensor(architecture, monkeypatch, **attributes) -> Any:
+    monkeypatch.setattr(MODULE, "architecture", lambda x: architecture)
     return SimpleNamespace(**{"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 64, 2, 48), **attributes})
 
 
 @pytest.mark.skipif(not dispatch.has_triton(), reason="needs Triton (Linux)")
-def test_auto_takes_no_kernel_that_the_generation_cannot_run_well(monkeypatch):
-    choose = lambda generation, **attributes: _choose(fake_tensor(generation, monkeypatch, **attributes))
-    for generation in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
-        assert choose(generation) == "triton"
+def test_auto_takes_no_kernel_that_the_architecture_cannot_run_well(monkeypatch):
+    choose = lambda architecture, **attributes: _choose(fake_tensor(architecture, monkeypatch, **attributes))
+    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        assert choose(architecture) == "triton"
     assert choose("sm_75") == "sdpa"  # its tensor cores are out of Triton's reach
     assert choose("sm_90", dtype=torch.float32) == "sdpa"  # exact fp32 products have no tensor cores
     assert choose("sm_90", shape=(1, 64, 2, 512)) == "sdpa"
@@ -358,7 +359,9 @@ def test_auto_takes_no_kernel_that_the_generation_cannot_run_well(monkeypatch):
 @pytest.mark.usefixtures("seed")
 def test_backends_agree(device):
     q, k, v = heads(device, 33, 33, 4, 2, 20)
-    for options in ({}, {"window": 5}, {"cu_seqlens": bounds([10, 23], device)}, {"softcap": 2.0}, {"is_causal": False, "scale": 0.1}):
+    documents = {"cu_seqlens": bounds([10, 23], device)}
+    calls: list[dict[str, Any]] = [{}, {"window": 5}, documents, {"softcap": 2.0}, {"is_causal": False, "scale": 0.1}]
+    for options in calls:
         results = []
         for name in ("triton", "sdpa"):
             with attention_backend(name):
@@ -388,8 +391,15 @@ def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(MODULE.importlib.util, "find_spec", lambda name: module)
     q, k, v = heads("cpu", 23, 23, 4, 2, 16)
-    packed = {"cu_seqlens": torch.tensor([0, 9, 23])}
-    for options in ({}, {"window": 4}, {"is_causal": False, "softcap": 2.0}, {"scale": 0.3, **packed}, {"window": 3, **packed}):
+    packed: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 9, 23])}
+    calls: list[dict[str, Any]] = [
+        {},
+        {"window": 4},
+        {"is_causal": False, "softcap": 2.0},
+        {"scale": 0.3, **packed},
+        {"window": 3, **packed},
+    ]
+    for options in calls:
         with attention_backend("flash_attn"):
             out = flash_attention(q, k, v, **options)
         torch.testing.assert_close(out, reference.flash_attention(q, k, v, **options))
@@ -409,7 +419,7 @@ def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):
         (lambda: flash_attention(torch.ones(1, 2, 0, 4), *[torch.ones(1, 2, 2, 4)] * 2), "multiple"),
         (lambda: flash_attention(*[torch.ones(2, 2, 4)] * 3), r"\(B, T, H, D\)"),
         (lambda: flash_attention(torch.ones(1, 2, 2, 4).bfloat16(), *[torch.ones(1, 2, 2, 4)] * 2), "one dtype"),
-        (lambda: flash_attention(*[torch.ones(1, 2, 2, 4)] * 2, torch.ones(1, 2, 2, 4).half()), "one dtype"),
+        (lambda: flash_attention(torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4).half()), "one dtype"),
         (lambda: attention_backend("fast").__enter__(), "auto, triton, sdpa, flash_attn"),
     ],
 )

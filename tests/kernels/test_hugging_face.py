@@ -200,7 +200,7 @@ def test_compiled_whole_equals_eager(device):
 
 def test_what_cannot_be_patched_says_why():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10))
-    with pytest.raises(ValueError, match="knows llama, mistral, qwen3, not 'gpt2'"):
+    with pytest.raises(ValueError, match="supports llama, mistral, qwen3, not 'gpt2'"):
         patch_transformers(gpt2)
     with pytest.raises(ValueError, match="not 'Linear'"):
         patch_transformers(torch.nn.Linear(1, 1))

@@ -1,5 +1,7 @@
 """The nn.Module forms: each is its op, under torch.compile too."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,9 @@ def test_rotary_embedding_is_its_op(where, interleaved):
     angle = torch.arange(9.0, dtype=torch.float64)[:, None] * 100.0 ** (-torch.arange(6, dtype=torch.float64) / 6)
     cos, sin = angle.cos().float().to(where), angle.sin().float().to(where)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=where)
-    for more in ({}, {"positions": torch.tensor([8, 0, 2, 1, 4, 4, 3], device=where)}, {"cu_seqlens": cu_seqlens}):
+    positions = torch.tensor([8, 0, 2, 1, 4, 4, 3], device=where)
+    calls: tuple[dict[str, Any], ...] = ({}, {"positions": positions}, {"cu_seqlens": cu_seqlens})
+    for more in calls:
         expected = reference.rope(q, k, cos, sin, interleaved=interleaved, **more)
         torch.testing.assert_close(rotate(q, k, **more), expected)
     assert not rotate.state_dict()

@@ -1,5 +1,8 @@
 """RMSNorm and its form with the residual addition: numbers, gradients, memory, integration, traffic."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -58,7 +61,7 @@ def test_touches_only_its_tensors_in_any_order(device, layout, shape):
     lay = LAYOUTS[layout]
     x, residual = (lay(randn(*shape, device=device, dtype=torch.float32, grad=False)).requires_grad_() for _ in range(2))
     weight = randn(shape[1], device=device, dtype=torch.float32)
-    for row in ({"BLOCK_M": 2, "PER_PROCESSOR": 1}, {"BLOCK_M": 4, "BLOCK_N": 32, "PER_PROCESSOR": 1}):
+    for row in ({"BLOCK_M": 2, "PER_SM": 1}, {"BLOCK_M": 4, "BLOCK_N": 32, "PER_SM": 1}):
         forward = {k: v for k, v in row.items() if k.startswith("BLOCK")}
         with launch.launch_override("rms_norm_fwd", **forward), launch.launch_override("rms_norm_bwd", **row):
             with launch.launch_override("rms_norm_sums", BLOCK_N=32):
@@ -83,7 +86,7 @@ def differentiate_all(op, inputs, weight):
     """Outputs and gradients, the weight's with it as it lies in memory."""
     outputs = op(*inputs, weight)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    return outputs + list(torch.autograd.grad(sum(o.square().sum() for o in outputs), (*inputs, weight)))
+    return outputs + list(torch.autograd.grad(torch.stack([o.square().sum() for o in outputs]).sum(), (*inputs, weight)))
 
 
 @pytest.mark.parametrize("block_n", [None, 4])
@@ -104,7 +107,7 @@ def test_gradients_in_float64(device, block_n):
 def test_programs_that_walk_several_blocks_of_rows(device, block_n):
     x, residual = (randn(11, 40, device=device, dtype=torch.float32) for _ in range(2))
     weight = randn(40, device=device, dtype=torch.float32)
-    with launch.launch_override("rms_norm_bwd", BLOCK_M=2, BLOCK_N=block_n, PER_PROCESSOR=1):  # 2 programs in the interpreter
+    with launch.launch_override("rms_norm_bwd", BLOCK_M=2, BLOCK_N=block_n, PER_SM=1):  # 2 programs in the interpreter
         check_numbers(add_rms_norm, reference.add_rms_norm, [x, residual, weight], gradient_terms=[dx_terms(x + residual, weight, 0.0)] * 2)
 
 
@@ -192,16 +195,17 @@ def test_wrong_shapes_say_what_is_expected(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
 @pytest.mark.parametrize("width", [512, 768])
 def test_traffic_is_one_read_and_one_write(device, width, monkeypatch):
-    monkeypatch.setitem(launch._PROCESSORS, "interpreter", 8)
+    monkeypatch.setitem(launch._SMS, "interpreter", 8)
     rows = 1024
     x, residual, dy, dr = (randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(4))
     weight = randn(width, device=device, dtype=torch.float32)
     size = x.numel() * 2
-    for op, inputs, pulls, forward, backward in (
+    cases: list[tuple[Callable[..., Any], tuple, tuple, int, int]] = [
         (rms_norm, (x, weight), (dy,), 2, 3),
         (add_rms_norm, (x, residual, weight), (dy, dr), 4, 4),
-    ):
-        outputs = []
+    ]
+    for op, inputs, pulls, forward, backward in cases:
+        outputs: list[torch.Tensor] = []
         counted = traffic(lambda: outputs.extend([o] if isinstance(o := op(*inputs), torch.Tensor) else o), [weight])  # noqa: B023
         assert counted["loaded"] + counted["stored"] <= 1.05 * forward * size
         counted = traffic(lambda: torch.autograd.grad(outputs, inputs, pulls), [weight])  # noqa: B023

@@ -1,7 +1,9 @@
 """RoPE alone and with the QK-norm before it: numbers, gradients, memory, integration, traffic."""
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,6 +29,10 @@ shapes = {
 
 def randn(*shape, device, dtype=torch.float64, grad=True):
     return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+
+def pair(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return make(), make()
 
 
 def tables(half, device, dtype=torch.float32, n=12):
@@ -62,7 +68,7 @@ def test_qk_norm_rope_errs_as_its_definition(device, dtype, batch, tokens, heads
     batch = 1 if where == "documents" else batch
     half = max(1, head_dim // 4) if is_partial else head_dim // 2
     qkv = randn(batch, tokens, (heads[0] + 2 * heads[1]) * head_dim, device=device, dtype=dtype)
-    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    weights = pair(lambda: randn(head_dim, device=device, dtype=torch.float32))
     options = {"n_head": heads[0], "n_kv_head": heads[1], **places(where, batch, tokens, device)}
     # The definition rounds to the input's dtype between norm and rotation, the kernel does not: it may only be better.
     rstd = torch.rsqrt(qkv.detach().unflatten(-1, (-1, head_dim)).double().square().mean(-1) + 1e-6)
@@ -87,16 +93,16 @@ def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
     if interleaved:
         return
     packed = randn(2, 3, 60, device=device, dtype=torch.float32, grad=False)[..., :50].requires_grad_()
-    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
-    with launch.launch_override("qk_norm_rope_fwd", BLOCK_R=4), launch.launch_override("qk_norm_rope_bwd", BLOCK_R=4, PER_PROCESSOR=1):
+    weights = pair(lambda: randn(head_dim, device=device, dtype=torch.float32))
+    with launch.launch_override("qk_norm_rope_fwd", BLOCK_R=4), launch.launch_override("qk_norm_rope_bwd", BLOCK_R=4, PER_SM=1):
         op = lambda *t, **o: qk_norm_rope(*t, n_head=3, n_kv_head=1, **o)
         check_memory(op, [packed, *weights, cos, sin], positions=positions, pull_strides=strides)
 
 
 def test_programs_that_walk_several_blocks_of_heads(device):
-    qkv, weights = randn(1, 9, 4 * 6, device=device), [randn(6, device=device) for _ in range(2)]
-    options = {"n_head": 2, "n_kv_head": 1}
-    with launch.launch_override("qk_norm_rope_bwd", BLOCK_R=2, PER_PROCESSOR=1):  # 2 programs in the interpreter
+    qkv, weights = randn(1, 9, 4 * 6, device=device), pair(lambda: randn(6, device=device))
+    options: dict[str, Any] = {"n_head": 2, "n_kv_head": 1}
+    with launch.launch_override("qk_norm_rope_bwd", BLOCK_R=2, PER_SM=1):  # 2 programs in the interpreter
         check_numbers(qk_norm_rope, reference.qk_norm_rope, [qkv, *weights, *tables(2, device, torch.float64)], factor=4.0, **options)
 
 
@@ -105,10 +111,10 @@ def test_gradients_in_float64(device):
     q, k = (randn(1, 3, h, 6, device=device) for h in (2, 1))
     for interleaved in (False, True):
         assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, interleaved=interleaved), (q, k))  # noqa: B023
-    qkv, weights = randn(1, 2, 20, device=device), [randn(5, device=device) for _ in range(2)]
+    qkv, weights = randn(1, 2, 20, device=device), pair(lambda: randn(5, device=device))
     for half in (1, 2):
         c, s = tables(half, device, torch.float64)
-        op = lambda *t: qk_norm_rope(*t, c, s, n_head=2, n_kv_head=1)  # noqa: B023
+        op = lambda x, q_weight, k_weight: qk_norm_rope(x, q_weight, k_weight, c, s, n_head=2, n_kv_head=1)  # noqa: B023
         assert torch.autograd.gradcheck(op, (qkv, *weights))
 
 
@@ -124,19 +130,20 @@ def test_in_place_writes_where_no_gradient_is_asked(device, interleaved):
 
 
 @pytest.mark.parametrize("where", ["positions", "positions of all", "positions of each"])
-def test_one_text_may_give_the_positions_of_all(device, where):
+def test_one_sequence_may_give_the_positions_of_all(device, where):
     q, k = (randn(3, 5, h, 8, device=device) for h in (2, 1))
     cos, sin = tables(3, device, torch.float64)
-    option = places(where, 3, 5, device)
+    option: dict[str, Any] = places(where, 3, 5, device)
     with Recorder():  # an address that is far off is told before it is read
         rotated = rope(q, k, cos, sin, **option)
     torch.testing.assert_close(rotated, reference.rope(q, k, cos, sin, **option))
-    qkv, weights, sizes = randn(3, 5, 32, device=device), [randn(8, device=device) for _ in range(2)], {"n_head": 2, "n_kv_head": 1}
-    expected = reference.qk_norm_rope(qkv, *weights, cos, sin, **sizes, **option)
+    qkv, weights, sizes = randn(3, 5, 32, device=device), pair(lambda: randn(8, device=device)), {"n_head": 2, "n_kv_head": 1}
+    option |= sizes
+    expected = reference.qk_norm_rope(qkv, *weights, cos, sin, **option)
     with Recorder():
-        out = qk_norm_rope(qkv, *weights, cos, sin, **sizes, **option)
+        out = qk_norm_rope(qkv, *weights, cos, sin, **option)
     torch.testing.assert_close(out, expected)
-    grads = [torch.autograd.grad(sum(t.square().sum() for t in o), (qkv, *weights)) for o in (out, expected)]
+    grads = [torch.autograd.grad(torch.stack([t.square().sum() for t in o]).sum(), (qkv, *weights)) for o in (out, expected)]
     torch.testing.assert_close(*grads)
 
 
@@ -152,14 +159,15 @@ def test_offsets_of_heads_pass_32_bits(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs one program of the grid, in the interpreter")
 def test_batch_strides_pass_32_bits(device):
-    """The texts of a batch lie T · H · D = 2³¹ elements apart; one program, the first of the second text. Only its pages are real."""
+    """Sequences of a batch are T · H · D = 2³¹ elements apart; one program runs, the first of the second one. Only its pages are real."""
     n_tokens, n_head, head_dim, block = 2**20, 16, 128, 1024
-    sizes, first = {"n_head": n_head, "n_kv_head": 1}, n_tokens * n_head // block
+    first = n_tokens * n_head // block
+    sizes: dict[str, Any] = {"n_head": n_head, "n_kv_head": 1}
     cos, sin = tables(head_dim // 2, device)
     positions = torch.arange(n_tokens, device=device) % 12
-    weights = [randn(head_dim, device=device, dtype=torch.float32, grad=False) for _ in range(2)]
-    text = randn(2, 1, (n_head + 2) * head_dim, device=device, dtype=torch.float16, grad=False)
-    qkv, here = text.expand(2, n_tokens, -1), slice(0, block // n_head)
+    weights = pair(lambda: randn(head_dim, device=device, dtype=torch.float32, grad=False))
+    token = randn(2, 1, (n_head + 2) * head_dim, device=device, dtype=torch.float16, grad=False)
+    qkv, here = token.expand(2, n_tokens, -1), slice(0, block // n_head)
     with Recorder(), only_program("_qk_norm_rope_fwd", first), launch.launch_override("qk_norm_rope_fwd", BLOCK_R=block):
         q, _, _ = qk_norm_rope(qkv, *weights, cos, sin, positions=positions, **sizes)
     part = qkv[1:, here].float().requires_grad_()
@@ -167,7 +175,7 @@ def test_batch_strides_pass_32_bits(device):
     torch.testing.assert_close(q[1:, here].float(), expected.detach(), rtol=2e-3, atol=2e-3)
     del q
     dq, dkv = (randn(2, 1, h, head_dim, device=device, dtype=torch.float16, grad=False).expand(2, n_tokens, -1, -1) for h in (n_head, 1))
-    row = {"BLOCK_R": block, "PER_PROCESSOR": n_tokens}
+    row = {"BLOCK_R": block, "PER_SM": n_tokens}
     with Recorder(), only_program("_qk_norm_rope_bwd", first), launch.launch_override("qk_norm_rope_bwd", **row):
         dqkv, _, _ = torch.ops.tritale.qk_norm_rope_backward(dq, dkv, dkv, qkv, *weights, cos, sin, positions, 1e-6)
     (exact,) = torch.autograd.grad(expected, part, dq[1:, here].float())
@@ -205,7 +213,7 @@ def test_cos_and_sin_get_no_gradient(device):
     for name in ("auto", "torch"):
         with backend(name):
             outputs = (*rope(q, k, cos, sin), *qk_norm_rope(qkv, weight, weight, cos, sin, n_head=2, n_kv_head=1))
-        assert torch.autograd.grad(sum(t.sum() for t in outputs), (cos, sin), allow_unused=True) == (None, None)
+        assert torch.autograd.grad(torch.stack([t.sum() for t in outputs]).sum(), (cos, sin), allow_unused=True) == (None, None)
 
 
 def test_no_heads_of_q_or_k(device):
@@ -240,7 +248,7 @@ def test_ops_pass_opcheck(device):
     plain = (q.detach(), k.detach(), cos, sin)
     torch.library.opcheck(torch.ops.tritale.rope_backward, (*plain, None, True, False))
     torch.library.opcheck(torch.ops.tritale.rope_, (*(t.clone() for t in plain), None, False))
-    qkv, weights = randn(1, 3, 24, device=device, dtype=torch.float32), [randn(6, device=device, dtype=torch.float32) for _ in range(2)]
+    qkv, weights = randn(1, 3, 24, device=device, dtype=torch.float32), pair(lambda: randn(6, device=device, dtype=torch.float32))
     torch.library.opcheck(torch.ops.tritale.qk_norm_rope, (qkv, *weights, cos, sin, None, 2, 1, 1e-6))
     detached = [t.detach() for t in (qkv, *weights)]
     torch.library.opcheck(torch.ops.tritale.qk_norm_rope_backward, (q.detach(), *(k.detach(),) * 2, *detached, cos, sin, None, 1e-6))
@@ -248,7 +256,7 @@ def test_ops_pass_opcheck(device):
 
 def test_compiled_whole_equals_eager(device):
     qkv = randn(1, 5, 4 * 8, device=device, dtype=torch.float32)
-    weights = [randn(8, device=device, dtype=torch.float32) for _ in range(2)]
+    weights = pair(lambda: randn(8, device=device, dtype=torch.float32))
     cos, sin = tables(4, device)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
 
@@ -282,7 +290,7 @@ def test_wrong_arguments_say_what_is_expected(device):
     with pytest.raises(ValueError, match="one of them"):
         rope(q, q, cos, sin, positions=torch.arange(13), cu_seqlens=torch.tensor([0, 13]))
     with pytest.raises(ValueError, match="expected"):
-        qk_norm_rope(q.flatten(2), *torch.ones(2, 8), cos, sin, n_head=2, n_kv_head=1)
+        qk_norm_rope(q.flatten(2), torch.ones(8), torch.ones(8), cos, sin, n_head=2, n_kv_head=1)
     for name in ("auto", "torch"):  # the same errors whatever computes it
         with backend(name):
             check_wrong_places(device, cos, sin)
@@ -297,7 +305,7 @@ def check_wrong_places(device, cos, sin):
         q = torch.ones(n_batch, n_tokens, 2, 8, device=device)
         with pytest.raises(ValueError, match=message):
             rope(q, q, cos, sin, **options)
-        qkv, weights = torch.ones(n_batch, n_tokens, 32, device=device), torch.ones(2, 8, device=device)
+        qkv, weights = torch.ones(n_batch, n_tokens, 32, device=device), pair(lambda: torch.ones(8, device=device))
         with pytest.raises(ValueError, match=message):
             qk_norm_rope(qkv, *weights, cos, sin, n_head=2, n_kv_head=1, **options)
 
@@ -324,7 +332,7 @@ def test_traffic_is_each_input_and_output_once(device, heads, head_dim):
     bf16 = {"device": device, "dtype": torch.bfloat16}
     qkv = randn(1, tokens, (heads[0] + 2 * heads[1]) * head_dim, **bf16)
     q, k, v = (t.detach().requires_grad_() for t in qkv.detach().unflatten(-1, (-1, head_dim)).split((heads[0], *heads[1:] * 2), dim=2))
-    weights = [randn(head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    weights = pair(lambda: randn(head_dim, device=device, dtype=torch.float32))
     cos, sin = tables(head_dim // 2, device, n=tokens)
     both = (q.numel() + k.numel()) * 2
     pulls, outputs = [torch.randn_like(t).detach() for t in (q, k, v)], []
@@ -343,4 +351,4 @@ def test_traffic_is_each_input_and_output_once(device, heads, head_dim):
 
 def counted_programs(half, rows):
     row = launch.launch_options("qk_norm_rope_bwd", torch.empty(0), half=half)
-    return min(2 * row["PER_PROCESSOR"], -(-rows // row["BLOCK_R"]))
+    return min(2 * row["PER_SM"], -(-rows // row["BLOCK_R"]))

@@ -42,8 +42,9 @@ def launches_on_another_device(source: str) -> list[str]:
         if isinstance(block, ast.With) and ast.unparse(block.items[0]).startswith("torch.cuda.device_of("):
             guarded |= {id(node) for node in ast.walk(block)}
     for node in ast.walk(tree):
-        is_launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and ast.unparse(node.func.value) in kernels
-        if is_launch and id(node) not in guarded:
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Subscript) or id(node) in guarded:
+            continue
+        if ast.unparse(node.func.value) in kernels:
             found.append(f"line {node.lineno}: {ast.unparse(node.func.value)}")
     return found
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.harness import traffic_matrix
+from bench import traffic
 from tritale.kernels import dispatch
 
 AT_MOST = 1.05
@@ -12,8 +12,8 @@ AT_MOST = 1.05
 @pytest.fixture(scope="module")
 def rows():
     if torch.cuda.is_available() or not dispatch.has_triton():
-        pytest.skip("counts in Triton's interpreter, on a machine without a GPU")
-    return {(row["op"], row["pass"]): row for row in traffic_matrix.readings()}
+        pytest.skip("counts in Triton's interpreter, which needs a machine without a GPU")
+    return {(row["op"], row["pass"]): row for row in traffic.readings()}
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])

@@ -1,23 +1,24 @@
-"""Every address a kernel touches: guard bands (on any device), and in the interpreter the addresses themselves.
+"""Memory safety of a kernel: guard bands (on any device), and in the interpreter the addresses of all loads and stores.
 
-`guard` lays a tensor between bands of poison, NaN or a large integer, and into the gaps of its strides. `guarded_outputs` does so to what
-an op allocates with torch.empty & co. `Recorder` watches the interpreter's loads and stores: outside a tensor, by two programs at one
-address. `grid_order` runs the programs in another order. `check_memory` puts all of it together for one op.
+`guard` puts a tensor between bands of poison, NaN or a large integer, which also fill the gaps of its strides. `guarded_outputs` does this
+to what an op allocates with torch.empty and its relatives. `check_bounds` and `check_races` look through the addresses of a `Recorder`:
+accesses outside a tensor, two programs at one address. `grid_order` runs the programs in another order. `check_memory` does all of it.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .numbers import differentiate
+from bench.recorder import BAND, Recorder
 
-BAND = 256  # bytes of poison on each side, a multiple of what loads are aligned to
+from .numbers import differentiate
 
 
 def _poison(dtype: torch.dtype):
@@ -97,7 +98,7 @@ def grid_order(order: str) -> Iterator[None]:
     from triton.runtime.interpreter import InterpreterBuilder
 
     set_dim, set_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
-    permutation = None
+    permutation = np.arange(0)
 
     def set_grid_dim(self, *dims):
         nonlocal permutation
@@ -113,156 +114,54 @@ def grid_order(order: str) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Launch:
-    grid: tuple[int, int, int]
-    spans: list[tuple[int, int]]  # addresses of the tensors it was given, first and past the last
-    loads: list[tuple[int, np.ndarray, int]] = field(default_factory=list)  # (program, addresses, bytes each)
-    stores: list[tuple[int, np.ndarray, int]] = field(default_factory=list)
+def check_bounds(recorder: Recorder, guards: Sequence[Guarded]) -> None:
+    """No access outside the elements of a guarded tensor, were it masked or multiplied by zero afterwards; and none outside the tensors
+    of the launch where those are copies that the op made on its way."""
+    guards = sorted(guards, key=lambda g: g.start)
+    starts = np.array([g.start for g in guards], dtype=np.uint64)
+    for launch in recorder.launches:
+        for kind, accesses in (("loaded", launch.loads), ("stored", launch.stores)):
+            for program, addresses, _ in accesses:
+                which = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
+                outside = np.ones(addresses.shape, dtype=bool)
+                for i in np.unique(which[which >= 0]):
+                    g, here = guards[i], which == i
+                    index = ((addresses[here] - np.uint64(g.start)) // np.uint64(g.buffer.element_size())).astype(np.int64)
+                    is_past = index >= g.is_ours.size
+                    outside[here] = np.where(is_past, True, ~g.is_ours[np.where(is_past, 0, index)])
+                    which[here] = np.where(is_past, -1, i)
+                for start, end in launch.spans:
+                    outside &= ~((which < 0) & (addresses >= start) & (addresses < end))
+                if outside.any():
+                    at = int(addresses[outside][0])
+                    near = ", ".join(
+                        f"{at - g.start} of {g.buffer.nbytes} bytes of the guarded {tuple(g.view.shape)} {g.view.dtype}"
+                        for g in guards
+                        if g.start <= at < g.start + g.buffer.nbytes
+                    )
+                    raise AssertionError(
+                        f"program {program} of grid {launch.grid} {kind} {int(outside.sum())} elements outside its tensors, "
+                        f"the first at {near or 'memory of no guarded tensor'}"
+                    )
 
 
-def _span(t: Tensor) -> tuple[int, int]:
-    extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
+def check_races(recorder: Recorder) -> None:
+    """No element is stored by two programs of a launch, and none is loaded by a program when another stores it."""
+    for launch in recorder.launches:
+        stored = [(np.repeat(np.uint64(p), a.size), a) for p, a, _ in launch.stores if a.size]
+        if not stored:
+            continue
+        programs, addresses = (np.concatenate(parts) for parts in zip(*stored, strict=True))
+        pairs = np.unique(np.stack((addresses, programs)), axis=1)
+        twice = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
+        assert not twice.size, f"{twice.size} elements are stored by more than one program of grid {launch.grid}"
+        for program, loaded, _ in launch.loads:
+            at = np.minimum(np.searchsorted(pairs[0], loaded), pairs.shape[1] - 1)
+            others = (pairs[0][at] == loaded) & (pairs[1][at] != program)
+            assert not others.any(), f"program {program} of grid {launch.grid} loads {int(others.sum())} elements that others store"
 
 
-def _all_near(addresses: np.ndarray, spans: list[tuple[int, int]]) -> bool:
-    near = np.zeros(addresses.shape, dtype=bool)
-    for start, end in spans:
-        near |= (addresses >= start - BAND) & (addresses < end + BAND)
-    return bool(near.all())
-
-
-class Recorder:
-    """The addresses that kernels load and store inside a `with`, per launch. In the interpreter; on a GPU it stays empty."""
-
-    def __init__(self):
-        self.launches: list[Launch] = []
-        self._alive: list[Tensor] = []  # what was launched on: freed, its memory could become a guarded tensor's
-        self._stack = ExitStack()
-
-    def __enter__(self):
-        if torch.cuda.is_available():
-            return self
-        from triton.runtime.interpreter import GridExecutor
-        from triton.runtime.interpreter import InterpreterBuilder as Builder
-
-        launches, spans, alive = self.launches, [], self._alive
-        arguments, load, store, set_dim = (
-            GridExecutor._init_args_hst,
-            Builder.create_masked_load,
-            Builder.create_masked_store,
-            Builder.set_grid_dim,
-        )
-
-        def init_args(self, args, kwargs):
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.numel()]
-            alive.extend(tensors)
-            spans[:] = [_span(t) for t in tensors]
-            return arguments(self, args, kwargs)
-
-        def note(builder, accesses: list, ptrs, mask) -> None:
-            width = ptrs.get_element_ty().primitive_bitwidth // 8 or 1
-            addresses, chosen = np.broadcast_arrays(ptrs.data, mask.data.astype(bool))
-            addresses = addresses[chosen]
-            accesses.append((int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim)), addresses, width))
-            if addresses.size:  # far outside it would bring this process down before anything is asserted
-                first, last = int(addresses.min()), int(addresses.max())
-                is_near = any(start - BAND <= first and last < end + BAND for start, end in spans)
-                assert is_near or _all_near(addresses, spans), "a kernel goes far outside the tensors it was given"
-
-        def create_masked_load(self, ptrs, mask, *args):
-            note(self, launches[-1].loads, ptrs, mask)
-            return load(self, ptrs, mask, *args)
-
-        def create_masked_store(self, ptrs, value, mask, *args):
-            note(self, launches[-1].stores, ptrs, mask)
-            return store(self, ptrs, value, mask, *args)
-
-        def atomic(self, *args):
-            raise AssertionError("a kernel uses an atomic operation; their order changes sums from run to run")
-
-        def set_grid_dim(self, *dims):
-            launches.append(Launch(dims, spans.copy()))
-            set_dim(self, *dims)
-
-        self._stack.enter_context(mock.patch.object(GridExecutor, "_init_args_hst", init_args))
-        self._stack.enter_context(
-            mock.patch.multiple(
-                Builder,
-                create_masked_load=create_masked_load,
-                create_masked_store=create_masked_store,
-                create_atomic_rmw=atomic,
-                create_atomic_cas=atomic,
-                set_grid_dim=set_grid_dim,
-            )
-        )
-        return self
-
-    def __exit__(self, *error):
-        return self._stack.__exit__(*error)
-
-    def check_bounds(self, guards: Sequence[Guarded]) -> None:
-        """No access outside the elements of a guarded tensor, were it masked or multiplied by zero afterwards; and none outside the tensors
-        of the launch where those are copies that the op made on its way."""
-        guards = sorted(guards, key=lambda g: g.start)
-        starts = np.array([g.start for g in guards], dtype=np.uint64)
-        for launch in self.launches:
-            for kind, accesses in (("loaded", launch.loads), ("stored", launch.stores)):
-                for program, addresses, _ in accesses:
-                    which = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
-                    outside = np.ones(addresses.shape, dtype=bool)
-                    for i in np.unique(which[which >= 0]):
-                        g, here = guards[i], which == i
-                        index = ((addresses[here] - np.uint64(g.start)) // np.uint64(g.buffer.element_size())).astype(np.int64)
-                        is_past = index >= g.is_ours.size
-                        outside[here] = np.where(is_past, True, ~g.is_ours[np.where(is_past, 0, index)])
-                        which[here] = np.where(is_past, -1, i)
-                    for start, end in launch.spans:
-                        outside &= ~((which < 0) & (addresses >= start) & (addresses < end))
-                    if outside.any():
-                        at = int(addresses[outside][0])
-                        near = ", ".join(
-                            f"{at - g.start} of {g.buffer.nbytes} bytes of the guarded {tuple(g.view.shape)} {g.view.dtype}"
-                            for g in guards
-                            if g.start <= at < g.start + g.buffer.nbytes
-                        )
-                        raise AssertionError(
-                            f"program {program} of grid {launch.grid} {kind} {int(outside.sum())} elements outside its tensors, "
-                            f"the first at {near or 'memory of no guarded tensor'}"
-                        )
-
-    def check_races(self) -> None:
-        """No element is stored by two programs of a launch, and none is loaded by a program when another stores it."""
-        for launch in self.launches:
-            stored = [(np.repeat(np.uint64(p), a.size), a) for p, a, _ in launch.stores if a.size]
-            if not stored:
-                continue
-            programs, addresses = (np.concatenate(parts) for parts in zip(*stored, strict=True))
-            pairs = np.unique(np.stack((addresses, programs)), axis=1)
-            twice = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
-            assert not twice.size, f"{twice.size} elements are stored by more than one program of grid {launch.grid}"
-            for program, loaded, _ in launch.loads:
-                at = np.minimum(np.searchsorted(pairs[0], loaded), pairs.shape[1] - 1)
-                others = (pairs[0][at] == loaded) & (pairs[1][at] != program)
-                assert not others.any(), f"program {program} of grid {launch.grid} loads {int(others.sum())} elements that others store"
-
-    def bytes(self, cached: Sequence[Tensor] = ()) -> dict[str, int]:
-        """{"loaded", "stored", "cached"}: bytes, loads from the tensors in `cached` apart."""
-        spans = [(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in cached]
-        total = {"loaded": 0, "stored": 0, "cached": 0}
-        for launch in self.launches:
-            for _, addresses, width in launch.loads:
-                in_cache = np.zeros(addresses.shape, dtype=bool)
-                for start, end in spans:
-                    in_cache |= (addresses >= start) & (addresses < end)
-                total["cached"] += int(in_cache.sum()) * width
-                total["loaded"] += int((~in_cache).sum()) * width
-            total["stored"] += sum(addresses.size * width for _, addresses, width in launch.stores)
-        return total
-
-
-def _guarded(t: object, guards: list[Guarded]) -> object:
+def _guarded(t: Any, guards: list[Guarded]) -> Any:
     if not isinstance(t, Tensor):
         return t
     guards.append(guard(t))
@@ -289,13 +188,14 @@ def check_memory(op: Callable, inputs: Sequence, *, pull_strides: Callable[[Tens
                 incoming = []
                 for o, p in zip(outputs, pulls, strict=True):
                     if o.requires_grad:
+                        assert p is not None
                         guards.append(guard(p, strides=None if pull_strides is None else pull_strides(p)))
                         incoming.append(guards[-1].view)
                 grads = torch.autograd.grad([o for o in outputs if o.requires_grad], wanted, incoming, allow_unused=True)
         for g in guards:
             g.check()
-        recorder.check_bounds(guards)
-        recorder.check_races()
+        check_bounds(recorder, guards)
+        check_races(recorder)
         results[order] = [t.detach().clone() for t in (*outputs, *grads) if t is not None]
         for i, t in enumerate(results[order]):
             poison = t.isnan() if t.is_floating_point() else (t == _poison(t.dtype) if t.dtype != torch.bool else torch.zeros_like(t))
@@ -303,10 +203,3 @@ def check_memory(op: Callable, inputs: Sequence, *, pull_strides: Callable[[Tens
             assert torch.equal(t, results["forward"][i]), f"result {i} {tuple(t.shape)} depends on the order of the programs"
     if not torch.cuda.is_available():
         assert recorder.launches or not any(isinstance(t, Tensor) and t.numel() for t in inputs), "no kernel ran"
-
-
-def traffic(run: Callable[[], object], cached: Sequence[Tensor] = ()) -> dict[str, int]:
-    """Bytes that the kernels of run() load and store, counted in the interpreter; loads of the tensors in `cached` apart."""
-    with Recorder() as recorder:
-        run()
-    return recorder.bytes(cached)
