@@ -1,9 +1,9 @@
 """Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
 Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
-environment does not change: all other tests, and the processes they start, use the PyTorch path. A kernel test requests the fixture `device`
-(tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test; `dispatch.interprets` reads it at each call. The compile checks must
-not be interpreted and run in their own process (bench/machine_code.py).
+environment does not change: all other tests, and the processes they start, use the PyTorch path. A kernel test requests the fixture
+`device` (tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test; `dispatch.interprets` reads it at each call. The compile
+checks must not be interpreted and run in their own process (bench/machine_code.py).
 
 With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
 """
