@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean
 
 from ..common.errors import UserError
+from ..common.sampling import Sampling
 from ..data.shards import Split, evenly
 from ..data.tokenizer import Tokenizer
 from ..inference.llm import LLM
-from ..inference.sampling import Sampling
 from ..model.checkpoint import gpt_config, load_weights, read_json
 from ..stories.facts import cast
 from .measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share

@@ -43,7 +43,7 @@ def test_each_parameter_has_one_optimizer_and_only_matrices_decay():
         seen = [id(p) for g in groups for p in g["params"]]
         assert sorted(seen) == sorted(id(p) for p in model.parameters())
         decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-        assert decayed == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+        assert decayed == {id(p) for block in model.blocks for p in block.parameters() if p.ndim == 2}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
