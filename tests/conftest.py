@@ -36,6 +36,13 @@ KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
+def pytest_sessionstart(session):
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and reporter and not hasattr(config, "workerinput"):
+        reporter.write_line("All tests take up to 25 minutes on two cores with -n 2. `pytest tests/model` runs those of one folder.")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under `pytest -n`, any worker may run any test, but one worker runs all tests of a file in SHARED."""
