@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -349,11 +350,17 @@ def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, 
         command = [sys.executable, "-m", "bench.machine_code", "--out", str(out), "--processes", str(processes)]
         command += ["--targets", ",".join(targets), "--models", ",".join(models), "--ops", ",".join(ops)]
         with errors.open("w") as stream:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stream, text=True)
-            for line in process.stdout or ():
-                if match := re.match(r"(\d+)/(\d+) (.*)", line):
-                    report(int(match[1]), int(match[2]), match[3])
-        if process.wait():
+            options: dict = {"stdout": subprocess.PIPE, "stderr": stream, "text": True, "start_new_session": True}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+            try:
+                for line in process.stdout or ():
+                    if match := re.match(r"(\d+)/(\d+) (.*)", line):
+                        report(int(match[1]), int(match[2]), match[3])
+                status = process.wait()
+            finally:
+                if process.poll() is None:  # interrupted: end the process and its workers
+                    os.killpg(process.pid, signal.SIGKILL)
+        if status:
             raise RuntimeError(f"the compile process failed:\n{errors.read_text()[-3000:]}")
         return json.loads(out.read_text())
 

@@ -174,11 +174,11 @@ class Stopwatch:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def cold(self) -> None:
-        """Empty the caches of a GPU, and let the kernels queue up behind a wait, so that their launches are not timed."""
+    def cold(self, head_start: float) -> None:
+        """On a GPU: empty the caches, then wait `head_start` seconds on the device. Kernels queue up behind it; launches are not timed."""
         if self.flush is not None:
             self.flush.zero_()
-            torch.cuda._sleep(2_000_000)  # about a millisecond
+            torch.cuda._sleep(int(2.5e9 * head_start))  # cycles; GPUs run at most at about 2.5 GHz
 
 
 def as_list(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
@@ -189,11 +189,11 @@ Times = dict[str, list[float]]  # {"forward": seconds of each round, "backward":
 Call = tuple[Callable, list[Tensor], list[Tensor]]  # function, inputs, gradients of the outputs
 
 
-def one_round(watch: Stopwatch, call: Call) -> tuple[list[Tensor], list[Tensor], list]:
+def one_round(watch: Stopwatch, call: Call, head_start: float = 0.0) -> tuple[list[Tensor], list[Tensor], list]:
     """(outputs, gradients of the inputs that need one, marks before forward, between, after backward) of one call."""
     function, inputs, grads = call
     leaves = [t for t in inputs if t.requires_grad]
-    watch.cold()
+    watch.cold(head_start)
     start = watch.mark()
     outputs = function(*inputs)
     middle = watch.mark()
@@ -205,10 +205,14 @@ def one_round(watch: Stopwatch, call: Call) -> tuple[list[Tensor], list[Tensor],
 def interleaved(calls: dict[str, Call], rounds: int, tick: Callable = lambda: None) -> dict[str, Times]:
     """Times of the calls, taken in turns (A B C A B C …), so that other load on the machine affects all alike."""
     watch = Stopwatch()
-    marks = {name: [] for name in calls}
+    marks, head_starts = {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
+    for name, call in calls.items() if watch.flush is not None else ():
+        began = time.perf_counter()
+        one_round(watch, call)  # returns when everything is launched
+        head_starts[name] = 1.5 * (time.perf_counter() - began)
     for _ in range(rounds):
         for name, call in calls.items():
-            marks[name].append(one_round(watch, call)[2])
+            marks[name].append(one_round(watch, call, head_starts[name])[2])
             tick()
     times = {}
     for name, triples in marks.items():

@@ -205,7 +205,9 @@ def generation_tables(rows: list[dict]) -> list[Table]:
             ours = next((o for o in mine if (o["contender"], o["dtype"], o["status"]) == ("ours", r["dtype"], "ok")), r)
             faster = times(tokens_per_second(ours) / tokens_per_second(r)) if r is not ours else ""
             table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note(r)])
-        table.note = "microstories-44m, random weights, greedy, 100 new tokens a prompt, on the CPU; ours multiplies bf16 weights in fp32."
+        table.note = "microstories-44m, random weights, greedy, 100 new tokens a prompt."
+        if mine[0].get("device", "cpu") == "cpu":
+            table.note += " On a CPU ours multiplies bf16 weights in fp32."
         result.append(table)
     return result
 

@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from bench.conftest import ROWS
-from bench.measure import DTYPES, first_line, spread
+from bench.measure import DTYPES, device, first_line, spread
 from bench.trainers import MISTRAL, missing
 from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from tritale.inference import LLM
@@ -62,7 +62,7 @@ Write = Callable[[list[str]], list[list[int]]]  # prompts → new tokens of each
 
 
 def tritale(folder, dtype, n_tokens) -> Write:
-    llm = LLM.load(folder, device="cpu", dtype=dtype)
+    llm = LLM.load(folder, device=device().type, dtype=dtype)
     return lambda prompts: [c.tokens for c in llm.complete(prompts, temperature=0, max_new_tokens=n_tokens)]
 
 
@@ -70,10 +70,11 @@ def transformers(folder, dtype, n_tokens) -> Write:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(model, device())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
 
     def write(prompts: list[str]) -> list[list[int]]:
-        given = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        given = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(device())
         written = model.generate(**given, do_sample=False, max_new_tokens=n_tokens)  # pyright: ignore[reportAttributeAccessIssue]
         return written[:, given["input_ids"].shape[1] :].tolist()
 
@@ -83,14 +84,14 @@ def transformers(folder, dtype, n_tokens) -> Write:
 def litgpt(folder, dtype, n_tokens) -> Write:
     litgpt, base = importlib.import_module("litgpt"), importlib.import_module("litgpt.generate.base")
     plain, tokenizer = load_model(folder), Tokenizer.load(folder)
-    model = litgpt.GPT(litgpt.Config(**litgpt_config(plain.config))).to(dtype).eval()
+    model = litgpt.GPT(litgpt.Config(**litgpt_config(plain.config))).to(device(), dtype).eval()
     model.load_state_dict(litgpt_state(plain))
     model.max_seq_length = plain.config.context
-    model.set_kv_cache(batch_size=1, dtype=dtype)
+    model.set_kv_cache(batch_size=1, device=device(), dtype=dtype)
 
     @torch.inference_mode()
     def write(prompts: list[str]) -> list[list[int]]:
-        encoded = [torch.tensor(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+        encoded = [torch.tensor(tokenizer.encode(prompt, bos=True), device=device()) for prompt in prompts]
         settings = dict(temperature=0.0, eos_id=0, include_prompt=False)
         return [base.generate(model, ids, len(ids) + n_tokens, **settings).tolist() for ids in encoded]
 
@@ -113,7 +114,7 @@ Contenders = dict[str, tuple[Callable[[], Write], list[str]]]  # {name: (functio
 
 def compare(request, folder, model: str, dtype: str, contenders: Contenders, n_tokens: int, rounds: int, left_out: dict[str, str]) -> None:
     """Let the contenders take turns and add a row for each to the results. `left_out` has the reason of each that is not measured."""
-    head = {"suite": "generation", "case": "generation", "model": model, "dtype": dtype}
+    head = {"suite": "generation", "case": "generation", "model": model, "dtype": dtype, "device": device().type}
     rows = {name: head | {"contender": name, "status": "ok", "note": ""} for name in contenders}
     writers, found, tokens = {}, {name: [] for name in contenders}, {}
     for name, (make, _) in contenders.items():
@@ -164,7 +165,7 @@ def test_32_prompts(dtype, folder, benchmarking, request):
         "ours, one after the other": (lambda: lambda prompts: [ours([prompt])[0] for prompt in prompts], prompts[:3]),
         "transformers": (partial(transformers, folder, DTYPES[dtype], n_tokens), prompts),
     }
-    is_slow = dtype == "bf16" and benchmarking and not has_bf16(torch.device("cpu"))
+    is_slow = dtype == "bf16" and benchmarking and not has_bf16(device())
     left_out = {"transformers": "left out: this CPU emulates bf16, and one batch takes minutes"} if is_slow else {}
     compare(request, folder, f"{N_PROMPTS} prompts of 1 to 40 characters", dtype, contenders, n_tokens, rounds, left_out)
 

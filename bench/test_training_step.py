@@ -1,7 +1,10 @@
-"""A complete training step (forward, backward, clipping, AdamW) of ours, the reference, transformers' Mistral and litgpt, and the ablation.
+"""Training steps (forward, backward, clipping, AdamW) of ours, the reference, transformers' Mistral and litgpt.
 
-The shape is microstories-44m, with its own vocabulary of 65,024 and with one of 6,000.
+`test_training_step` has the shape microstories-44m, with its own vocabulary of 65,024 and with one of 6,000, and the ablation.
+`test_scaling` varies the batch, the context and the vocabulary, without torch.compile.
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -17,17 +20,45 @@ MODELS = {
     "tiny": GPTConfig.preset("tiny"),
 }
 EAGER = ", eager"
-TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))  # compiled where not eager
+TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))  # compiled unless eager
 BATCH = {"cuda": 32, "cpu": 2}  # sequences of 512 tokens
 ROUNDS = {"cuda": 30, "cpu": 5}
 
+# On a CPU the quick start's shape without QK-norm (0.8 M parameters without the embedding), on a GPU microstories-44m.
+SCALED_SHAPES = {
+    "cpu": GPTConfig.preset("quickstart", qk_norm=False, vocab_size=4096),
+    "cuda": GPTConfig.preset("microstories-44m"),
+    "tiny": GPTConfig.preset("tiny"),
+}
+# {axis: [(value, batch, context, vocabulary), …]}; None: the vocabulary of the shape.
+POINTS = {
+    "cpu": {
+        "batch": [(b, b, 256, None) for b in (1, 4, 16)],
+        "context": [(t, 4096 // t, t, None) for t in (256, 512, 1024, 2048, 4096)],
+        "vocabulary": [(v, 2, 256, v) for v in (4096, 16_384, 65_536, 262_144)],
+    },
+    "cuda": {
+        "batch": [(b, b, 512, None) for b in (1, 4, 16, 64)],
+        "context": [(t, 16_384 // t, t, None) for t in (256, 512, 1024, 2048, 4096)],
+        "vocabulary": [(v, 16, 512, v) for v in (4096, 16_384, 65_536, 262_144)],
+    },
+    "tiny": {"batch": [(2, 2, 32, None)]},
+}
+SCALED_TRAINERS = (REFERENCE, OURS, MISTRAL)
+SCALED_ROUNDS = {"cuda": 20, "cpu": 3}
+
 
 def pytest_generate_tests(metafunc):
-    if metafunc.config.getoption("--benchmark"):
-        keys = [(model, trainer) for model in MODELS if model != "tiny" for trainer in TRAINERS]
+    benchmarking = metafunc.config.getoption("--benchmark")
+    if metafunc.definition.name == "test_training_step":
+        models, names = (list(MODELS)[:2], TRAINERS) if benchmarking else (["tiny"], (REFERENCE + EAGER, OURS + EAGER))
+        keys = [(model, name) for model in models for name in names]
+        metafunc.parametrize(("model", "contender"), keys, ids=["-".join(key) for key in keys])
     else:
-        keys = [("tiny", trainer) for trainer in (REFERENCE + EAGER, OURS + EAGER)]
-    metafunc.parametrize(("model", "contender"), keys, ids=["-".join(key) for key in keys])
+        size, names = (device().type, SCALED_TRAINERS) if benchmarking else ("tiny", SCALED_TRAINERS[:2])
+        keys = [(size, axis, point, name) for axis, points in POINTS[size].items() for point in points for name in names]
+        ids = [f"{axis}-{point[0]}-{name}" for _, axis, point, name in keys]
+        metafunc.parametrize(("size", "axis", "point", "contender"), keys, ids=ids)
 
 
 def cannot_run(model: str, name: str) -> str | None:
@@ -37,42 +68,56 @@ def cannot_run(model: str, name: str) -> str | None:
     return missing(name.removesuffix(EAGER))
 
 
-def groups(names: list[str]) -> list[list[str]]:
-    """The trainers that take turns with each other: those of the main table, and the ablations with ours."""
-    ablations = [n for n in names if n.startswith("ours without")]
-    main = [n for n in names if n not in ablations]
-    return [main] + ([[OURS, *ablations]] if ablations else [])
+def in_turns(title: str, names: list[str], config: GPTConfig, batch: int, context: int, rounds: int, progress) -> dict[str, dict]:
+    """Results of the trainers, which are compiled unless their name ends in EAGER."""
+    threads = torch.get_num_threads()
+    jobs = [Job(name.removesuffix(EAGER), config, batch, context, not name.endswith(EAGER), threads, name) for name in names]
+    with progress(f"{title}: {len(jobs)} trainers", len(jobs) * (rounds + 1)) as tick:
+        return trainers.measure(jobs, rounds, tick)
 
 
-def measure(model: str, names: list[str], progress, rounds: int) -> dict[str, dict]:
-    config, found = MODELS[model], {}
-    batch, context = BATCH[device().type], min(512, config.context)
-    for group in groups(names):
-        jobs = []
-        for name in group:
-            trainer, is_compiled = name.removesuffix(EAGER), not name.endswith(EAGER)
-            jobs.append(Job(trainer, config, batch, context, is_compiled, torch.get_num_threads(), name))
-        with progress(f"{model}: {len(jobs)} trainers", len(jobs) * (rounds + 1)) as tick:
-            measured = trainers.measure(jobs, rounds, tick)
-        found |= {name: {**value, "base": measured.get(OURS)} for name, value in measured.items() if name not in found}
-    return found
+def finished(row: dict, found: dict, base: dict, report) -> None:
+    row = row | status(found, base) | {"dtype": half_precision() or "fp32"}
+    if row["status"] in ("cannot run", "failed"):
+        return report(row)
+    report(row | {"seconds": spread(found["seconds"]), "bytes": found["bytes"]}, found["seconds"])
 
 
 def test_training_step(model, contender, request, benchmarking, progress, measured, report):
-    row = {"suite": "training step", "case": "training step", "model": model, "contender": contender}
+    config, batch = MODELS[model], BATCH[device().type]
+    context = min(512, config.context)
+    row = {"suite": "training step", "case": "training step", "model": model, "contender": contender, "tokens": batch * context}
     if reason := cannot_run(model, contender):
         return report(row | {"status": "cannot run", "note": reason})
     if model not in measured:
         names = [n for n in selected(request, model=model) if cannot_run(model, n) is None]
-        names = list(dict.fromkeys([REFERENCE + EAGER, *names]))  # the base of the comparison
-        measured[model] = measure(model, names, progress, ROUNDS[device().type] if benchmarking else 1)
+        ablations = [n for n in names if n.startswith("ours without")]
+        main = dict.fromkeys([REFERENCE + EAGER, *(n for n in names if n not in ablations)])  # the base of the comparison comes first
+        rounds = ROUNDS[device().type] if benchmarking else 1
+        found = in_turns(model, list(main), config, batch, context, rounds, progress)
+        if ablations:
+            beside = in_turns(model, [OURS, *ablations], config, batch, context, rounds, progress)
+            found |= {name: {**beside[name], "ours": beside[OURS]} for name in ablations}
+        measured[model] = found
     found, base = measured[model][contender], measured[model][REFERENCE + EAGER]
-    row |= status(found, base)
-    if row["status"] in ("cannot run", "failed"):
-        return report(row)
-    tokens = BATCH[device().type] * min(512, MODELS[model].context)
-    row |= {"dtype": half_precision() or "fp32", "tokens": tokens, "parameters": found["parameters"]}
-    row |= {"seconds": spread(found["seconds"]), "bytes": found["bytes"], "loss": found["fp32"][0]}
-    if contender in map(ablation, ABLATIONS) and "failed" not in found["base"]:
-        row["ours_beside_it"] = spread(found["base"]["seconds"])  # ours, in turns with the ablations
-    report(row, found["seconds"])
+    if "failed" not in found:
+        row |= {"parameters": found["parameters"], "loss": found["fp32"][0]}
+        if "ours" in found and "failed" not in found["ours"]:
+            row["ours_beside_it"] = spread(found["ours"]["seconds"])  # in turns with the ablations
+    finished(row, found, base, report)
+
+
+def test_scaling(size, axis, point, contender, request, benchmarking, progress, measured, report):
+    value, batch, context, vocab = point
+    shape = SCALED_SHAPES[size]
+    config = replace(shape, context=max(context, shape.context), vocab_size=vocab or shape.vocab_size)
+    row = {"suite": "scaling", "case": axis, "value": value, "contender": contender}
+    row |= {"tokens": batch * context, "batch": batch, "context": context, "vocabulary": config.vocab_size}
+    if reason := missing(contender):
+        return report(row | {"status": "cannot run", "note": reason})
+    if (axis, value) not in measured:
+        names = dict.fromkeys([REFERENCE, *(n for n in selected(request, axis=axis, point=point) if missing(n) is None)])
+        rounds = SCALED_ROUNDS[device().type] if benchmarking else 1
+        results = in_turns(f"{axis} {value:,}", [name + EAGER for name in names], config, batch, context, rounds, progress)
+        measured[axis, value] = {name.removesuffix(EAGER): found for name, found in results.items()}
+    finished(row, measured[axis, value][contender], measured[axis, value][REFERENCE], report)

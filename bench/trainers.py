@@ -177,9 +177,11 @@ def serve(pipe: Connection, job: Job) -> None:
 
 def measure(jobs: list[Job], rounds: int, tick: Callable = lambda: None) -> dict[str, dict]:
     """{name: {"parameters", dtype: checked values, "seconds": […], "bytes"}} of the jobs, with steps taken in turns. A trainer that failed
-    also has {"failed": why}. On a CPU, as many trainers start (and compile) together as there are threads; all are ready before timing."""
-    at_once = 1 if device().type == "cuda" else torch.get_num_threads()
-    with fresh_processes(serve, {job.name: (job,) for job in jobs}, at_once, tick) as children:
+    also has {"failed": why}. On a CPU, as many trainers start (and compile) together as there are threads; all are ready before timing.
+    On a GPU each runs alone and has the memory for itself."""
+    if device().type == "cuda" and len(jobs) > 1:
+        return {name: found for job in jobs for name, found in measure([job], rounds, tick).items()}
+    with fresh_processes(serve, {job.name: (job,) for job in jobs}, torch.get_num_threads(), tick) as children:
         found = {name: {**child.first, "seconds": []} for name, child in children.items()}
         for _ in range(rounds):
             for name, child in children.items():

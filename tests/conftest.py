@@ -1,9 +1,11 @@
 """Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
 
 Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
-environment stays plain: all other tests, and the processes they start, run the PyTorch path. A kernel test requests the fixture `device`
-(tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test alone; `dispatch.interprets` reads it at each call. With a GPU the
-same tests run natively. What must not be interpreted, the compile checks, runs in a process of its own (bench/machine_code.py).
+environment does not change: all other tests, and the processes they start, use the PyTorch path. A kernel test requests the fixture
+`device` (tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test; `dispatch.interprets` reads it at each call. The compile
+checks must not be interpreted and run in their own process (bench/machine_code.py).
+
+With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
 """
 
 import os
@@ -24,11 +26,22 @@ from tests.kernels.harness.interpreter import interpret_kernels
 settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 settings.load_profile("tritale")
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    torch.cuda.init()
+    torch.cuda.device_count()  # cached from here on, so that this process keeps its GPU when the variable changes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+else:
     interpret_kernels()
 
-
+KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
+
+
+def pytest_sessionstart(session):
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and reporter and not hasattr(config, "workerinput"):
+        reporter.write_line("All tests take up to 25 minutes on two cores with -n 2. `pytest tests/model` runs those of one folder.")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,6 +55,18 @@ def pytest_xdist_make_scheduler(config, log):
             return path if path.endswith(SHARED) else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def isolated(request, monkeypatch):
+    """Restores torch's global settings after each test, and hides the GPU from all but the kernel tests."""
+    if KERNEL_TESTS not in request.path.parents:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    precision, dtype, threads = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)  # "high" is TF32
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,20 +1,23 @@
 """The benchmark: its tables show what is wrong, cannot run or is faster than ours, and its checks find wrong contenders."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import ops
+from bench import measure, ops, trainers
 from bench.measure import PROCESS_DIED, Stopwatch, each_in_a_fresh_process, interleaved, one_round, write_results
 from bench.report import CHINESE, COLORS, short_table, slower_than_peers, tables
-from bench.test_scaling import TRAINERS as SCALED
-from bench.test_training_step import TRAINERS
+from bench.test_training_step import SCALED_TRAINERS, TRAINERS
 from bench.trainers import status
+from tritale.model.gpt import GPTConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +72,7 @@ def test_a_contender_that_raises_or_dies_leaves_the_others_their_results():
 
 
 def test_every_contender_has_a_colour():
-    names = {c for contenders in ops.CONTENDERS.values() for c in contenders} | {*SCALED, *TRAINERS}
+    names = {c for contenders in ops.CONTENDERS.values() for c in contenders} | {*SCALED_TRAINERS, *TRAINERS}
     assert not {n for n in names if not n.startswith("ours without")} - set(COLORS)
 
 
@@ -184,6 +187,42 @@ def test_a_fused_loss_without_the_softmax_in_its_gradient_is_found(dtype, seed):
     assert ops.error([loss, *want[1:]], want) < ops.TOLERANCE[dtype]
     assert ops.error([loss, found[0], want[2]], want) > 3 * ops.TOLERANCE[dtype]
     assert ops.error([loss, want[1], found[1]], want) > 3 * ops.TOLERANCE[dtype]
+
+
+def test_on_a_gpu_kernels_queue_up_behind_a_wait_longer_than_their_launches(monkeypatch):
+    waits = []
+
+    class OnAGPU(Stopwatch):
+        def __init__(self):
+            super().__init__()
+            self.flush = torch.empty(0)
+
+        def mark(self):
+            return time.perf_counter()
+
+        def seconds(self, start, end):
+            return end - start
+
+        def cold(self, head_start):
+            waits.append(head_start)
+
+    monkeypatch.setattr(measure, "Stopwatch", OnAGPU)
+    interleaved({"slow": (lambda t: time.sleep(0.05) or t.sum(), [torch.ones(2, requires_grad=True)], [torch.ones(())])}, 2)
+    assert waits[0] == 0 and waits[1] == waits[2] >= 1.5 * 0.05
+
+
+def test_on_a_gpu_each_trainer_runs_alone(monkeypatch):
+    started = []
+
+    @contextlib.contextmanager
+    def processes(function, jobs, at_once, tick):
+        started.append(list(jobs))
+        yield {name: SimpleNamespace(first={"failed": "no GPU"}, pipe=None) for name in jobs}
+
+    monkeypatch.setattr(trainers, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(trainers, "fresh_processes", processes)
+    jobs = [trainers.Job(name, GPTConfig.preset("tiny"), 1, 8, False, 1, name) for name in "ab"]
+    assert list(trainers.measure(jobs, 1)) == ["a", "b"] and started == [["a"], ["b"]]
 
 
 def test_rounds_are_taken_in_turns():
