@@ -129,7 +129,7 @@ def read_json_object(path: Path, *, remedy: str) -> dict:
     """Read a JSON object. Raises UserError, ending in `remedy`, if the file is not JSON or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands of levels deep
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object; {remedy}")
