@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import UserError
+from . import options
 
 if TYPE_CHECKING:
     from ..inference import LLM
@@ -13,7 +14,7 @@ HELP = "write a checkpoint for litgpt or llama.cpp (Hugging Face reads it as it 
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="DIR", help="checkpoint folder, or a run for its newest checkpoint")
+    options.add_model(p, "model", options.CHECKPOINT)
     p.add_argument(
         "--to", required=True, choices=("litgpt", "gguf"), help="litgpt: a folder for litgpt.LLM.load; gguf: a file for llama.cpp"
     )
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from ..model.export import check_gguf, check_litgpt, export_gguf, export_litgpt
     from ..model.run_folder import find_checkpoint
 
-    source, out = find_checkpoint(Path(args.model)), Path(args.out)
+    source, out = find_checkpoint(args.model), Path(args.out)
     llm = LLM.load(source, device="cpu")
     if args.to == "litgpt":
         export_litgpt(llm.model, llm.tokenizer, out)
@@ -46,7 +47,7 @@ def documents(source: Path, llm: "LLM", limit: int = 200) -> list[str]:
     from ..evaluation.trained_run import TrainedRun
 
     try:
-        _, split = TrainedRun.open(source.resolve().parent).data(llm.tokenizer)
+        split = TrainedRun.open(source.resolve().parent).split("validation", llm.tokenizer)
     except (UserError, OSError):
         return [completion.text for completion in llm.complete([""] * 20, seed=0, max_new_tokens=100)]
     chosen = evenly(split.n_documents, min(limit, split.n_documents))

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import socket
 import sys
-from pathlib import Path
 
 from ..common.errors import UserError
 from . import options
@@ -15,7 +14,7 @@ HELP = "serve a run's checkpoints: a page to try them, and OpenAI's /v1/completi
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("dir", metavar="DIR", type=Path, help="a run, such as out/quickstart, or one of its step-… folders")
+    options.add_model(p, "dir", "a run, such as out/quickstart, or one of its step-… folders")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 gives access to everyone who can reach this machine")
     p.add_argument("--port", type=int, default=8000, help="0: any free port")
     p.add_argument(
