@@ -62,7 +62,7 @@ def average(
     }
     with atomic_folder(out) as temporary:
         save_model(temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-        tokenizer.save(temporary)
+        tokenizer.save(temporary, context=model.config.context)
         write_json(temporary / "average.json", about)
         write_checksums(temporary)
     return out, about

@@ -99,7 +99,7 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
     try:
         with atomic_folder(folder) as temporary:
             save_model(temporary, step.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, context=step.model.config.context)
             (temporary / "trainer").mkdir()
             save_tensors(temporary / "trainer" / "state.safetensors", tensors)
             write_json(temporary / "trainer" / "trainer.json", trainer)

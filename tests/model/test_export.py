@@ -258,7 +258,7 @@ def test_the_gguf_file_has_a_template_that_changes_nothing(tmp_path, tokenizer, 
 
 def test_litgpt_converts_the_export_back_to_hugging_face(model_folder, tmp_path, capsys):
     pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
-    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint  # pyright: ignore[reportMissingImports]
+    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint  # pyright: ignore[reportMissingImports] (optional)
 
     main(["export", str(model_folder), "--to", "litgpt", "--out", str(tmp_path / "lit")])
     assert "litgpt gives the same logits" in capsys.readouterr().out

@@ -267,8 +267,10 @@ def test_long_prompts_do_not_stall_the_others(tmp_path, tokenizer, monkeypatch):
 def test_a_free_slot_goes_to_the_request_with_the_fewest_running_sequences(run, slow):
     with running(run, slots=2, queue=20) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            large = [pool.submit(ask, client, prompt=["", ""], temperature=0, max_tokens=100) for _ in range(2)]
-            wait_until(lambda: server.engine.status()["running"] == 2 and server.engine.status()["waiting"] == 2)
+            large = []
+            for n_waiting in (0, 2):
+                large.append(pool.submit(ask, client, prompt=["", ""], temperature=0, max_tokens=100))
+                wait_until(lambda n=n_waiting: server.engine.status()["running"] == 2 and server.engine.status()["waiting"] == n)
             before = server.engine.n_steps
             ask(client, prompt="", temperature=0, max_tokens=5)
             assert server.engine.n_steps - before < 130  # not after all four
