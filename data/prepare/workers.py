@@ -1,6 +1,7 @@
 """Worker processes."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -55,6 +56,7 @@ class Workers:
 
 
 def _set_up() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at Ctrl-C without a traceback
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes share the cores already
     if parent := parent_process():  # end with it, also if it is killed
         Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
