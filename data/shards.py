@@ -219,7 +219,7 @@ class SplitWriter:
             "starts": {"file": STARTS, "sha256": self._starts.close()},
             "entropy_bits": entropy_bits,
         }
-        index["sha256"] = _checksum(index)
+        index["sha256"] = checksum(index)
         write_json(self._partial / INDEX, index)
         sync_folder(self._partial)
         if self.folder.exists():
@@ -293,8 +293,8 @@ def _read_index(path: Path) -> dict:
         raise UserError(f"{path} has version {version} of the format, this tritale reads version {VERSION}; {remedy}")
     # Indexes written before there was a checksum have none. A key that is not known may be a damaged "sha256".
     names = {"format", "version", "dtype", "vocab_size", "tokenizer_hash", *COUNTS, "shards", "starts", "entropy_bits"}
-    checksum = index.pop("sha256", None)
-    if index.keys() != names or (checksum is not None and checksum != _checksum(index)):
+    found = index.pop("sha256", None)
+    if index.keys() != names or found not in (None, checksum(index)):
         raise UserError(f"{path} is damaged: its content does not match its checksum; {REMEDY}")
     if index["documents"] == 0:
         raise UserError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
@@ -318,8 +318,9 @@ def _read_index(path: Path) -> dict:
     return index
 
 
-def _checksum(index: dict) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+def checksum(value: object) -> str:
+    """The sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_name(i: int) -> str:

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from contextlib import suppress
 
 from ...common.errors import UserError
 from .inputs import decompressed
@@ -25,12 +26,11 @@ def check_text(text: str, file: str, line: int) -> None:
         if not is_long and not text.isascii():
             text.encode("utf-8")
     except UnicodeEncodeError:
-        try:
+        bad = None
+        with suppress(UnicodeEncodeError):
             bad = not_utf8(text.encode("utf-8", "surrogateescape"), file, line)
-        except UnicodeEncodeError:
-            shown = excerpt(text.encode("utf-8", "replace").decode())
-            bad = BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({shown})")
-        raise bad or AssertionError from None
+        shown = excerpt(text.encode("utf-8", "replace").decode())
+        raise bad or BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({shown})") from None
     if is_long:
         raise too_long(file, line)
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from ...common.errors import UserError
 from ...common.files import atomic_file, read_json_object, temporary_of, write_json
 from ..built_in import open_data
-from ..shards import REMEDY
+from ..shards import REMEDY, checksum
 from ..tokenizer import FIXED_TOKENS, Tokenizer
 from .documents import Fields, Reader
 from .workers import Workers
@@ -76,12 +76,17 @@ class Job:
         return Reader(self.files, self.options.fields, self.options.skip_errors, Counter(errors), first_errors or [])
 
     def load(self, name: str) -> dict | None:
-        """The state that a step committed in work/, or None."""
+        """The state that a step committed in work/, or None. Raises UserError if it is damaged."""
         path = self.work / name
-        return read_json_object(path, remedy=REMEDY) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = read_json_object(path, remedy=REMEDY)
+        if found.get("sha256") != checksum(found.get("state")):
+            raise UserError(f"{path} is damaged; delete {self.out} and run the same command again")
+        return found["state"]
 
     def save(self, name: str, state: dict) -> None:
-        write_durably(self.work / name, state)
+        write_durably(self.work / name, {"state": state, "sha256": checksum(state)})
 
 
 def recipe_of(files: list[str], options: Options, tokenizer: Tokenizer | None) -> dict:

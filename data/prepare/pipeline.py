@@ -165,7 +165,7 @@ def fingerprints(job: Job) -> dict:
 def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
     """The status of each document, (documents,) uint8, and the counts."""
     path, counts, options = job.work / "status.bin", job.load("selection.json"), job.options
-    if counts and path.is_file():
+    if counts and path.is_file() and path.stat().st_size == read["documents"]:
         return np.fromfile(path, np.uint8), counts
     n = read["documents"]
     task = job.progress.add_task("removing duplicates", total=None)

@@ -1,9 +1,11 @@
 """Worker processes."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 from typing import Any
@@ -35,13 +37,16 @@ class Workers:
             # Not forked: this process may have threads.
             self._pool = ProcessPoolExecutor(self._n, get_context("spawn"), _set_up)
         ahead = deque()
-        for item, arguments in items:
-            ahead.append((item, self._pool.submit(function, *arguments)))
-            if len(ahead) > 2 * self._n:
-                item, future = ahead.popleft()
+        try:
+            for item, arguments in items:
+                ahead.append((item, self._pool.submit(function, *arguments)))
+                if len(ahead) > 2 * self._n:
+                    item, future = ahead.popleft()
+                    yield item, future.result()
+            for item, future in ahead:
                 yield item, future.result()
-        for item, future in ahead:
-            yield item, future.result()
+        except BrokenProcessPool:
+            raise UserError(f"a worker process was killed, perhaps for its memory; use fewer --workers than {self._n}") from None
 
     def stop(self) -> None:
         """End the processes and free their memory; the next call of `map` starts new ones."""
@@ -51,6 +56,7 @@ class Workers:
 
 
 def _set_up() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at Ctrl-C without a traceback
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes share the cores already
     if parent := parent_process():  # end with it, also if it is killed
         Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()

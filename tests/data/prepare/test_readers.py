@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -383,6 +384,8 @@ def test_utf16_without_a_byte_order_mark_is_named(tmp_path, encoding):
 def test_half_a_surrogate_pair_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d"}\n{"text": "一"}\n', encoding="utf-8")
     check_bad(tmp_path / "a.jsonl", r"a\.jsonl:1: half of a surrogate pair", kept=("一",))
+    (tmp_path / "b.jsonl").write_text('{"text": "\\udce4\\udcb8\\udc80"}\n{"text": "一"}\n', encoding="utf-8")  # looks like escaped bytes
+    check_bad(tmp_path / "b.jsonl", r"b\.jsonl:1: half of a surrogate pair", kept=("一",))
     halves = [{"text": f"{i}\ud83d"} for i in range(30)] + [{f"{i}\ud83d": "一"} for i in range(30)]
     (tmp_path / "a.json").write_text(json.dumps(halves), encoding="utf-8")
     reader = Reader([str(tmp_path / "a.json")], TEXT, skip_errors=True)
@@ -431,6 +434,40 @@ def test_a_damaged_file_is_named(tmp_path, name, seed):
         texts_of(path)
     kept = texts_of(path, skip_errors=True)
     assert kept == texts[: len(kept)] and len(kept) < len(texts)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet", "a.jsonl.gz", "a.json.zst"])
+def test_random_damage_gives_documents_or_an_error_with_a_line(tmp_path, name, seed):
+    pytest.importorskip({"zst": ZSTD, "parquet": "pyarrow"}.get(name.rsplit(".", 1)[-1], "csv"))
+    draw, original = random.Random(seed), write(tmp_path, name, draw_texts(seed)).read_bytes()
+    inserted = [
+        b"\0",
+        b"\r",
+        b"\xef\xbb\xbf",
+        b"[",
+        b'"',
+        b"\n\n",
+        b"\xff\xfe",
+        b"NaN",
+        b"\\udce4\\udcb8\\udc80",
+        b"<|endoftext|>",
+        b"9" * 5000,
+    ]
+    for _ in range(60):
+        data = bytearray(original)
+        for _ in range(draw.choice([1, 3, 20])):
+            place = draw.randrange(len(data) + 1)
+            end = place + draw.choice([0, 0, 1, draw.randrange(30), len(data) if draw.random() < 0.05 else 0])
+            data[place:end] = draw.choice([*inserted, b"", bytes([draw.randrange(256)])])
+        (tmp_path / name).write_bytes(data)
+        try:
+            "".join(texts_of(tmp_path / name)).encode()
+        except ValueError as error:
+            assert re.match(rf"{re.escape(str(tmp_path / name))}:(\d+)?", str(error)), error
+        try:
+            "".join(texts_of(tmp_path / name, skip_errors=True)).encode()
+        except ValueError as error:
+            assert "--txt-documents" in str(error)
 
 
 def test_a_csv_row_of_another_width_is_named(tmp_path):
