@@ -22,7 +22,7 @@ from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
-from tritale.model.checkpoint import read_json
+from tritale.model.checkpoint import read_json, write_checksums
 from tritale.model.run_folder import step_folders
 from tritale.training import state
 
@@ -202,6 +202,7 @@ def spoil(checkpoint) -> None:
     """Multiply all weights of a checkpoint by NaN."""
     weights = load_file(checkpoint / "model.safetensors")
     save_file({name: w * math.nan for name, w in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"})
+    write_checksums(checkpoint)
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -230,6 +231,7 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
     whole = trainer.pop("config")
     for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
         file.write_text(json.dumps(content), encoding="utf-8")
+        write_checksums(file.parent)
         with pytest.raises(SystemExit, match=r"lacks the run's config .*data.source is missing.*move step-00000006 away"):
             main([command[0], str(run_dir), *command[1:]])
 
@@ -296,6 +298,28 @@ def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
     assert (run_dir / "sweep.html").read_text(encoding="utf-8") == "my own notes" and not (run_dir / "sweep.json").exists()
 
 
+def test_a_run_of_litgpt_is_swept_after_its_import(tiny_run, tmp_path):
+    for step in (3, 6):
+        folder = f"step-{step:08d}"
+        main(["export", str(tiny_run / folder), "--to", "litgpt", "--out", str(tmp_path / "lit" / folder)])
+    with pytest.raises(SystemExit, match=r"is a litgpt checkpoint; convert it first: tritale import .* --from litgpt"):
+        main(["sweep", str(tmp_path / "lit")])
+    imported = tmp_path / "imported"
+    main(["import", str(tmp_path / "lit"), "--from", "litgpt", "--out", str(imported)])
+    with pytest.raises(SystemExit, match=r"was imported without its data; .* --data"):
+        main(["sweep", str(imported)])
+    main(["sweep", str(imported), "--data", str(tiny_run / "data"), *SHORT])
+    report, llm = report_of(imported), LLM.load(tiny_run / "step-00000006", device="cpu")
+    last, split = report["checkpoints"][-1], Split.open(tiny_run / "data" / "validation")
+    assert [row["step"] for row in report["checkpoints"]] == [3, 6] and report["checks_cast"] is False
+    texts = [llm.tokenizer.decode(split.document(i).tolist()) for i in range(split.n_documents)]
+    bits = sum(len(text) * llm.bits_per_char(text) for text in texts) / sum(map(len, texts))
+    assert last["val_bits_per_char"] == pytest.approx(bits, rel=1e-5)
+    assert [story["text"] for story in last["stories"]] == [llm.generate("", max_new_tokens=12, seed=i) for i in range(2)]
+    with pytest.raises(SystemExit, match="was imported; an average needs"):
+        main(["average", str(imported), "--last", "2"])
+
+
 # ---- average ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +372,7 @@ def test_weights_that_are_not_finite_are_not_averaged(run_dir):
 def test_checkpoints_of_another_shape_are_not_averaged(run_dir):
     config = run_dir / "step-00000003" / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"rope_theta": 10000.0', '"rope_theta": 500.0'), encoding="utf-8")
+    write_checksums(config.parent)
     with pytest.raises(SystemExit, match="another shape"):
         main(["average", str(run_dir), "--last", "2"])
     assert not list(run_dir.glob("*average*"))
