@@ -59,7 +59,7 @@ def _is_private(path: Path, *, is_parent: bool = False) -> bool:
         return True
     status = path.lstat()
     is_ours = status.st_uid in ((os.getuid(), 0) if is_parent else (os.getuid(),))
-    is_sticky = is_parent and status.st_mode & stat.S_ISVTX
+    is_sticky = is_parent and bool(status.st_mode & stat.S_ISVTX)
     return is_ours and not stat.S_ISLNK(status.st_mode) and (is_sticky or not status.st_mode & 0o022)
 
 

@@ -88,7 +88,7 @@ def test_bad_input_ends_with_a_message(arguments, message, tmp_path):
 def test_an_unknown_argument_of_another_command_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--model", "x", "--train.max_steps", "3"])
-    assert "unrecognized arguments: --train.max_steps 3" in capsys.readouterr().err
+    assert "--train.max_steps is not an option" in capsys.readouterr().err
 
 
 def test_durations_are_readable():

@@ -401,9 +401,8 @@ def test_a_long_text_is_read_in_windows_half_a_context_apart(n, llm, seed):
         ({"prompt": []}, "no prompts"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"top_p": 0}, "temperature=0.*top_p=1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_p": -0.1}, r"must be in \(0, 1\]"),
+        ({"top_p": -0.1}, r"must be in \[0, 1\]"),
         ({"top_k": 0}, "top_k is 0"),
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
@@ -436,10 +435,11 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, tokenizer):
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, tokenizer):
     folder = save(tmp_path / "run" / "step-00000002", tokenizer)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         LLM.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is a run, not a checkpoint; .*step-00000002"):
-        LLM.load(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty is not a checkpoint: config.json is missing \(found: nothing\)"):
+        LLM.load(tmp_path / "empty")
     being_written = shutil.copytree(folder, tmp_path / "run" / ".step-00000004.0123abcd.tmp")
     with pytest.raises(ValueError, match="which is being written or was left"):
         LLM.load(being_written)
@@ -616,6 +616,36 @@ def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path
     assert compiled  # anew, elsewhere or in place of the file
     if planted == "file":
         assert not kept.stat().st_mode & 0o022
+
+
+# --- The lines of a litgpt user ------------------------------------------------------------------------------------------------------
+
+
+def test_model_is_a_keyword_and_a_run_means_its_newest_checkpoint(tmp_path, tokenizer):
+    for step in (1, 2):
+        save(tmp_path / "run" / f"step-0000000{step}", tokenizer)
+    newest = LLM.load(model=str(tmp_path / "run" / "step-00000002"), device="cpu")
+    assert torch.equal(LLM.load(model=str(tmp_path / "run"), device="cpu").model.embedding, newest.model.embedding)
+
+
+def test_top_p_0_takes_the_most_likely_token(llm, seed):
+    prompts = random_prompts(5)
+    expected = llm.generate(prompts, temperature=0, max_new_tokens=12)
+    assert llm.generate(prompts, temperature=0.8, top_p=0, top_k=30, max_new_tokens=12) == expected
+    assert llm.generate(prompts[0], top_p=0.0, max_new_tokens=12) == expected[0]
+
+
+@pytest.mark.parametrize("folder", ["run/step-00001000", "run"])
+def test_a_litgpt_checkpoint_is_named_with_the_command_that_converts_it(folder, tmp_path):
+    checkpoint = tmp_path / "run" / "step-00001000"
+    checkpoint.mkdir(parents=True)
+    for name in ("lit_model.pth", "model_config.yaml", "tokenizer.json", "config.json"):
+        (checkpoint / name).write_text("{}")
+    with pytest.raises(
+        ValueError, match=rf"is a litgpt checkpoint; convert it first: tritale import .*{folder} --from litgpt --out"
+    ) as error:
+        LLM.load(tmp_path / folder)
+    assert "remove" not in str(error.value) and "delete" not in str(error.value)
 
 
 # --- Threads -------------------------------------------------------------------------------------------------------------------------
