@@ -11,7 +11,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-import tritale.common  # noqa: I001  (before torch: it limits the spinning of OpenMP's threads)
+import tritale.common  # noqa: F401, I001  (before torch: it limits the spinning of OpenMP's threads)
 
 import pytest
 import torch
