@@ -6,12 +6,15 @@ environment stays plain: all other tests, and the processes they start, run the 
 same tests run natively. What must not be interpreted, the compile checks, runs in a process of its own (bench/machine_code.py).
 """
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-import tritale.common  # noqa: F401, I001  (before torch: it limits the spinning of OpenMP's threads)
+if "torch" not in sys.modules:  # it limits the spinning of OpenMP's threads
+    importlib.import_module("tritale.common")
 
 import pytest
 import torch
