@@ -21,6 +21,8 @@ def average(
 
     Returns the folder and the content of its average.json. `advance` is called with the number of parts after each of them. Raises
     UserError if there are too few checkpoints, the folder exists, or a checkpoint is damaged or of another shape."""
+    if run.is_imported:
+        raise UserError(f"{run.folder} was imported; an average needs a run of train.py, with its config and data")
     if last < 2:
         raise UserError(f"--last is {last}; an average needs at least 2 checkpoints")
     if last > len(run.checkpoints):

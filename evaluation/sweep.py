@@ -61,13 +61,13 @@ class Sweep:
         self._tokenizer_json = (run.newest / "tokenizer.json").read_text(encoding="utf-8")
         for prompt in prompts:
             self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
-        tokenizer = self.llm.tokenizer
+        tokenizer = run.data_tokenizer(self.llm.tokenizer, data)
         train, validation = (run.split(name, tokenizer, data) for name in ("train", "validation"))
         self.validation = part(validation, tokenizer, validation_documents)
         n_documents = max(1, int(train.n_documents * min(1, OVERLAP_CHARACTERS / train.characters)))
         texts = [decode(train, i, tokenizer) for i in evenly(train.n_documents, n_documents)]
         self._index = CorpusIndex(texts)
-        held_out = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
+        self.held_out = held_out = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
         self.about = {
             "run": str(run.folder),
             "prompts": prompts,
@@ -101,7 +101,10 @@ class Sweep:
 
         Raises UserError if the validation loss is not finite."""
         model = self.llm.model
-        val_loss, val_bits = validate(model, self.validation, **self.run.validation_settings(model.config.context))
+        if self.run.is_imported:
+            val_loss, val_bits = loss_of_texts(self.llm, self.held_out)
+        else:
+            val_loss, val_bits = validate(model, self.validation, **self.run.validation_settings(model.config.context))
         if not math.isfinite(val_bits):
             raise UserError(f"its validation is {val_bits}: the weights are not finite numbers, or too large")
         advance()
@@ -154,6 +157,12 @@ class Sweep:
         """The content of sweep.json. `left_out`: {checkpoint: reason}."""
         head = {"format": FORMAT, "version": VERSION, **self.about, "left_out": left_out, "reference": self.reference}
         return head | {"findings": findings(rows, self.reference, self.about), "checkpoints": rows}
+
+
+def loss_of_texts(llm: LLM, texts: list[str]) -> tuple[float, float]:
+    """(loss in nats per token, bits per character) on texts of any origin. The end of a text is not counted."""
+    bits = sum(len(text) * llm.bits_per_char(text) for text in texts)
+    return bits * math.log(2) / sum(len(llm.tokenizer.encode(text)) for text in texts), bits / sum(map(len, texts))
 
 
 def decode(split: Split, i: int, tokenizer: Tokenizer) -> str:

@@ -17,9 +17,12 @@ CONFIG_TYPES = {
 
 
 def read_config(checkpoint: Path) -> dict:
-    """The config in trainer/trainer.json, of which the keys of CONFIG_TYPES are present and have valid values.
+    """The config in trainer/trainer.json, of which the keys of CONFIG_TYPES are present and have valid values. An imported checkpoint
+    (`tritale import`) has none; its data.source is None.
 
     Raises FileNotFoundError if the file is missing, UserError if it is damaged."""
+    if "tritale_import" in read_json(checkpoint, "config.json"):
+        return {"data.source": None, "log.prompts": []}
     config = read_json(checkpoint / "trainer", "trainer.json").get("config")
     config = config if isinstance(config, dict) else {}
     wrong = [f"{key} is missing" for key in CONFIG_TYPES if key not in config]
@@ -55,6 +58,7 @@ class TrainedRun:
             raise FileNotFoundError(f"{folder} is not a folder; give the out_dir of a run, such as out/quickstart")
         if (folder / "config.json").exists():
             raise UserError(f"{folder} is a checkpoint, not a run; give the folder that contains it, {folder.parent}")
+        run_folder.check_is_not_foreign(folder)
         being_written = run_folder.being_written(folder)
         checkpoints = run_folder.step_folders(folder)
         if not checkpoints and being_written:
@@ -76,8 +80,23 @@ class TrainedRun:
         """Whether the run trained on the built-in stories, whose characters and things are known."""
         return self.config["data.source"] == "built-in"
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether another program trained the checkpoints, so that neither the run's data nor its config is known."""
+        return self.config["data.source"] is None
+
+    def data_tokenizer(self, tokenizer: Tokenizer, data: Path | None) -> Tokenizer:
+        """The tokenizer of the data: the model's `tokenizer`, or for imported checkpoints that of the folder `data`."""
+        if not self.is_imported:
+            return tokenizer
+        if data is None:
+            raise UserError(
+                f"{self.folder} was imported without its data; prepare its text with tritale prepare, and give that folder as --data"
+            )
+        return Tokenizer.load(data / "tokenizer")
+
     def split(self, name: str, tokenizer: Tokenizer, data: Path | None = None) -> Split:
-        """The split train or validation of the run, or of the folder `data`.
+        """The split train or validation of the run, or of the folder `data`, in the tokens of `tokenizer`.
 
         Raises FileNotFoundError or UserError if it is missing, damaged, or made with another tokenizer."""
         folder = data or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))

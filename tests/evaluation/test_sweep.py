@@ -298,6 +298,28 @@ def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
     assert (run_dir / "sweep.html").read_text(encoding="utf-8") == "my own notes" and not (run_dir / "sweep.json").exists()
 
 
+def test_a_run_of_litgpt_is_swept_after_its_import(tiny_run, tmp_path):
+    for step in (3, 6):
+        folder = f"step-{step:08d}"
+        main(["export", str(tiny_run / folder), "--to", "litgpt", "--out", str(tmp_path / "lit" / folder)])
+    with pytest.raises(SystemExit, match=r"is a litgpt checkpoint; convert it first: tritale import .* --from litgpt"):
+        main(["sweep", str(tmp_path / "lit")])
+    imported = tmp_path / "imported"
+    main(["import", str(tmp_path / "lit"), "--from", "litgpt", "--out", str(imported)])
+    with pytest.raises(SystemExit, match=r"was imported without its data; .* --data"):
+        main(["sweep", str(imported)])
+    main(["sweep", str(imported), "--data", str(tiny_run / "data"), *SHORT])
+    report, llm = report_of(imported), LLM.load(tiny_run / "step-00000006", device="cpu")
+    last, split = report["checkpoints"][-1], Split.open(tiny_run / "data" / "validation")
+    assert [row["step"] for row in report["checkpoints"]] == [3, 6] and report["checks_cast"] is False
+    texts = [llm.tokenizer.decode(split.document(i).tolist()) for i in range(split.n_documents)]
+    bits = sum(len(text) * llm.bits_per_char(text) for text in texts) / sum(map(len, texts))
+    assert last["val_bits_per_char"] == pytest.approx(bits, rel=1e-5)
+    assert [story["text"] for story in last["stories"]] == [llm.generate("", max_new_tokens=12, seed=i) for i in range(2)]
+    with pytest.raises(SystemExit, match="was imported; an average needs"):
+        main(["average", str(imported), "--last", "2"])
+
+
 # ---- average ------------------------------------------------------------------------------------------------------------------------
 
 
