@@ -1,16 +1,20 @@
-"""Train a GPT from scratch: torchrun train.py [--config FILE] [--section.key VALUE …]
+"""Train a GPT from scratch: python train.py [--config FILE] [--section.key VALUE …], on several GPUs torchrun --nproc-per-node N train.py …
 
 Read it from top to bottom: data, plan, model and optimizer, resume, the loop, the end. Without --config it runs configs/quickstart.yaml.
 `python train.py --help` lists every key.
 """
 
+import contextlib
 import functools
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
+from tritale.common.console import replace_unencodable_output
 from tritale.common.errors import UserError
+from tritale.common.files import locked
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.tokenizer import Tokenizer
@@ -30,16 +34,21 @@ def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log)
     llm = LLM(model, tokenizer)
     for i, prompt in enumerate(config.log.prompts):
         text = llm.generate(prompt, max_new_tokens=config.log.sample_tokens, seed=config.seed + i)
-        log.print(f"\n{prompt}{text}", style="green")
+        log.print(f"\n{prompt}{text}", style="green", soft_wrap=True)
     log.print()
 
 
 def main(config: RunConfig) -> None:
-    start = time.perf_counter()
     here = processes.start()
+    with locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext():
+        run(config, here)
+    processes.stop()
+
+
+def run(config: RunConfig, here: processes.Processes) -> None:
+    start = time.perf_counter()
     log = Log(config, is_main=here.is_main)
     train, out_dir = config.train, Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     newest = state.newest_complete(out_dir, warn=log.print)
     if newest:
         state.check_config(newest, config)  # before anything is written
@@ -92,8 +101,8 @@ def main(config: RunConfig) -> None:
     logged_step, logged_at = progress.step, time.perf_counter()
     paused = 0.0  # seconds of validation, samples and checkpoints since the last log line
     val_bits = math.nan
-    with log.progress() as bar:
-        task = bar.add_task("", total=train.max_steps, completed=progress.step, loss=math.nan, speed=0.0)
+    peak_flops = device.flops  # per process; raised if training is faster than the measurement
+    with log.progress(train.max_steps, progress.step) as update:
         for i in range(progress.step, train.max_steps):
             grad_norm = step.run(batches.step(i), step.lr_factor(i))
 
@@ -102,31 +111,33 @@ def main(config: RunConfig) -> None:
             if done % config.log.every == 0 or is_last or done % train.checkpoint_every == 0:
                 seconds = time.perf_counter() - logged_at - paused
                 loss = step.mean_loss()
-                if not math.isfinite(loss) or (not math.isfinite(grad_norm.item()) and not step.scaler.is_enabled()):
-                    raise FloatingPointError(
-                        f"loss {loss}, gradient norm {grad_norm.item()} at step {done}; nothing was saved since the last checkpoint. "
-                        "Lower optim.lr, or set train.z_loss 1e-4, and run the same command again to resume from it"
-                    )
+                norm = grad_norm.item()
+                step.check_finite(done, loss=loss, **({} if step.scaler.is_enabled() else {"gradient norm": norm}))
                 speed = (done - logged_step) * planned.tokens_per_step / seconds
+                flops = speed * planned.flops_per_token / here.world_size
+                peak_flops = max(peak_flops, flops)
                 log.metrics(
                     step=done,
                     tokens=done * planned.tokens_per_step,
                     loss=loss,
                     lr=config.optim.lr * step.lr_factor(i),
-                    grad_norm=grad_norm.item(),
+                    grad_norm=norm,
                     tokens_per_second=speed,
-                    mfu=speed * planned.flops_per_token / device.flops / here.world_size,
+                    mfu=flops / peak_flops,
                     memory_gib=processes.peak_memory_gib(here.device),
                     seconds=seconds_before + time.perf_counter() - start,
                 )
-                bar.update(task, loss=loss, speed=speed)
+                update(done, loss=loss, speed=speed)
                 logged_step, logged_at, paused = done, time.perf_counter(), 0.0
-            bar.update(task, completed=done)
+            update(done)
 
             pause = time.perf_counter()
             validates, saves = (done % every == 0 or is_last for every in (train.validate_every, train.checkpoint_every))
+            if validates or saves:
+                step.check_finite(done)
             if validates:
                 val_loss, val_bits = evaluate()
+                step.check_finite(done, **{"validation loss": val_loss})
                 log.metrics(step=done, val_loss=val_loss, val_bits_per_char=val_bits, seconds=seconds_before + time.perf_counter() - start)
                 log.print(f"step {done}: validation {val_bits:.3f} bits per character, loss {val_loss:.3f}")
                 if saves and (progress.best_loss is None or val_loss < progress.best_loss):
@@ -146,20 +157,23 @@ def main(config: RunConfig) -> None:
     log.close()
     if here.is_main:
         entropy = (validation_split.entropy_bits or 0) / validation_split.characters  # of the built-in stories
-        above = f", {val_bits / entropy - 1:.0%} above the {entropy:.3f} bits of entropy of the generated stories" if entropy else ""
+        above = f" ({val_bits / entropy:.2f} × the {entropy:.3f} bits of entropy of the built-in stories)" if entropy else ""
         last = step_folder(out_dir, train.max_steps)
         minutes = (seconds_before + time.perf_counter() - start) / 60
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
         print_samples(step.model, tokenizer, config, log)
         log.print(f"Next: tritale generate --model {last} --prompt 小兔")
-    processes.stop()
 
 
 if __name__ == "__main__":
+    replace_unencodable_output()
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # torchrun ends this process in the meantime if the main process fails too: one message is enough
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped; run the same command again to resume from the last checkpoint")
+        message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"
+        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from . import options
+
 HELP = "average the weights of a run's last checkpoints"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run_dir", metavar="OUT_DIR", help="folder of a run, such as out/quickstart; average-… is written there")
+    options.add_model(p, "run_dir", "folder of a run, such as out/quickstart; average-… is written there")
     p.add_argument("--last", type=int, default=5, metavar="N", help="number of the newest checkpoints")
     p.add_argument("--validation-documents", type=int, default=1000, metavar="N", help="held-out documents, evenly spread, to validate on")
     p.add_argument("--data", type=Path, default=None, metavar="DIR", help="the run's data, if it was moved")

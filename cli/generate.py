@@ -1,12 +1,10 @@
 """tritale generate: generate stories with a checkpoint."""
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import UserError
@@ -20,34 +18,29 @@ HELP = "generate stories with a checkpoint"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, such as out/quickstart/step-00000800")
-    p.add_argument("--prompt", default=None, help="beginning of the story; without it a terminal is interactive, otherwise it is empty")
+    options.add_model(p, "model", options.CHECKPOINT)
+    p.add_argument(
+        "--prompt",
+        default=None,
+        help="beginning of the story; - reads one per line from standard input (default: a terminal asks, otherwise it is empty)",
+    )
     p.add_argument("--samples", type=int, default=1, help="how many stories, in one batch")
     options.add_sampling(p)
     p.add_argument("--seed", type=int, default=None, help="repeats the same stories")
     options.add_device(p)
 
 
-def resident_mib() -> tuple[float, float]:
-    """(current, peak) resident memory of this process in MiB."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        values = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
-        return int(values["VmRSS"][0]) / 1024, int(values["VmHWM"][0]) / 1024
-    except (OSError, KeyError):  # not Linux: only the peak is available, in kilobytes, on macOS in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
-        return peak, peak
-
-
 def memory_report(llm: "LLM", runtime_mib: float) -> str:
     """Peak memory in a sentence: on a GPU that of the allocator, on a CPU the resident memory beyond `runtime_mib`."""
     import torch
+
+    from ..training.processes import peak_memory_gib
 
     weights = sum(p.numel() * p.element_size() for p in llm.model.parameters()) / 2**20
     if llm.model.embedding.is_cuda:
         peak = torch.cuda.max_memory_allocated() / 2**20
         return f"GPU memory {peak:.0f} MiB at its peak, of which weights {weights:.0f}, cache and the rest {peak - weights:.0f}"
-    peak = resident_mib()[1]
+    peak = 1024 * peak_memory_gib(torch.device("cpu"))
     return (
         f"memory {peak - runtime_mib:.0f} MiB at its peak on top of the {runtime_mib:.0f} MiB of Python and PyTorch, "
         f"of which weights {weights:.0f}"
@@ -55,17 +48,19 @@ def memory_report(llm: "LLM", runtime_mib: float) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    import psutil
     import torch
 
     from ..inference import LLM, native
 
-    runtime_mib = resident_mib()[0]
+    runtime_mib = psutil.Process().memory_info().rss / 2**20
     sampling = options.sampling(args)  # before the model is loaded
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it must be at least 1")
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     if not llm.model.embedding.is_cuda and (problem := native.problem()):
         print(problem, file=sys.stderr)
+    native.limit_threads(llm.model, args.samples)
 
     n_tokens, seconds = 0, 0.0
 
@@ -80,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
         interact(write, args.seed)
     else:
-        write(args.prompt or "", args.seed)
+        for n, prompt in enumerate(options.read_prompts("-") if args.prompt == "-" else [args.prompt or ""]):
+            write(prompt, None if args.seed is None else args.seed + n)
     if n_tokens:
         speed = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s"
         print(f"\n{speed}; {memory_report(llm, runtime_mib)}", file=sys.stderr)

@@ -18,9 +18,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import time
     from importlib.util import find_spec
     from pathlib import Path
 
+    from ..common.files import locked
     from ..data.batches import Batches
     from ..data.built_in import open_data, write_built_in
     from ..training import processes
@@ -31,28 +33,30 @@ def run(args: argparse.Namespace) -> None:
     from ..training.step import TrainingStep
 
     at_least("--steps", args.steps, 20)
-    if not 0 < args.lowest < args.highest:
-        raise UserError(f"--lowest is {args.lowest} and --highest {args.highest}; both must be above 0, and --highest above --lowest")
+    if not 0 < args.lowest < args.highest < float("inf"):
+        raise UserError(
+            f"--lowest is {args.lowest} and --highest {args.highest}; both must be finite and above 0, and --highest above --lowest"
+        )
     if not find_spec("matplotlib"):  # before the work, not after
         raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'")
     config = parse(args.overrides, file=args.config, prog="tritale lr-find")
     train, log, here = config.train, Log(config, is_main=True), processes.start()
     if config.data.source == "built-in":
-        write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
+        with locked(Path(config.out_dir), "a training process"):
+            write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
     _, split, _ = open_data(config.data_folder)
     planned = plan(config, DataFacts.of(split), DeviceFacts.of(here, config))
     sizes = {"context": planned.sequence, "micro_batch": train.micro_batch, "global_batch": train.global_batch}
     batches = Batches(split, **sizes, seed=config.seed, document_mask=config.data.document_mask)
 
     rates, losses = [], []
-    with log.progress() as bar:
-        task = bar.add_task("", total=args.steps, loss=float("nan"), speed=0.0)
-        step = TrainingStep(planned, here)
+    with log.progress(args.steps) as update:
+        step, start = TrainingStep(planned, here), time.perf_counter()
         for rate, loss in sweep(step, batches, lowest=args.lowest, highest=args.highest, steps=args.steps):
             rates.append(rate)
             losses.append(loss)
-            elapsed = bar.tasks[task].elapsed or 0
-            bar.update(task, completed=len(rates), loss=loss, speed=len(rates) * planned.tokens_per_step / elapsed if elapsed else 0)
+            speed = len(rates) * planned.tokens_per_step / (time.perf_counter() - start)
+            update(len(rates), loss=loss if len(rates) % config.log.every == 0 else None, speed=speed)
     if not rates:
         raise UserError("the first loss is not finite; check the data, or lower model.init_std")
     found = analyze(rates, losses)

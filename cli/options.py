@@ -1,8 +1,20 @@
 """Options that several commands share."""
 
 import argparse
+import sys
+from pathlib import Path
 
+from ..common.errors import UserError
 from ..common.sampling import Sampling
+
+CHECKPOINT = "checkpoint folder, or a run for its newest checkpoint"
+
+
+def add_model(p: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Add the folder of a checkpoint or run, as a positional argument and as --model. It is required, and `main` makes it a Path."""
+    p.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar="DIR", help=help)
+    p.add_argument("--model", default=None, dest=name, metavar="DIR", help="the same as DIR")
+    p.set_defaults(model_argument=name)
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
@@ -27,3 +39,20 @@ def sampling(args: argparse.Namespace) -> Sampling:
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default=None, help="cuda or cpu; by default the GPU if there is one")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights in memory")
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts in a file, or in standard input if `source` is "-": one per line, without blank lines and duplicates.
+
+    Raises FileNotFoundError, or UserError if there is none or the text is not UTF-8."""
+    if source != "-" and not Path(source).is_file():
+        raise FileNotFoundError(f"--prompts {source} is not a file; write one prompt per line into it, or give - for standard input")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {source} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8") from None
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--prompts {source} has no prompts; write one per line into it")
+    return prompts

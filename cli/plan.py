@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             at_least(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     config = parse(args.overrides, file=args.config, prog="tritale plan")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal
     here = processes.start()
     device = replace(DeviceFacts.of(here, config), count=args.processes)
     planned = plan(config, known_data(config, tokens=args.tokens, vocab_size=args.vocab_size), device)
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokens is None and args.vocab_size is None:
         warnings = [*data_warnings(config), *warnings]
     time = None
-    if not args.no_measure:
+    if not args.no_measure and planned.largest_micro_batch:
         time = measure(planned, here, lambda items, text: track(items, text, console=console, transient=True))
     print_plan(planned, warnings, time, console, title=args.config or "configs/quickstart.yaml")
 

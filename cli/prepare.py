@@ -1,6 +1,7 @@
 """tritale prepare: raw text to training data."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 HELP = "turn raw text into training data: tokenizer, shards, report"
@@ -15,15 +16,20 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text.add_argument("--template", metavar="TEXT", help="builds the text from several fields: '{genre}：{story}'")
     p.add_argument(
         "--txt-documents",
-        choices=("blank-line", "file"),
-        default="blank-line",
-        help="what a document of a txt file is: a block between blank lines, or the file",
+        choices=("line", "blank-line", "file", "endoftext"),
+        help="what a document of a txt file is: a line, a block between blank lines, the file, or what is between <|endoftext|> marks "
+        "(default: blank-line or endoftext, according to the file)",
     )
     kind = p.add_mutually_exclusive_group()
     kind.add_argument("--vocab-size", type=int, default=6400, metavar="N", help="entries of the tokenizer that is trained")
     kind.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer to use instead")
     held_out = p.add_mutually_exclusive_group()
-    held_out.add_argument("--val-fraction", type=float, default=0.01, metavar="X", help="share of the documents held out, by hash")
+    held_out.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="share of the documents held out, by hash (default: 0.01, and at least 100 documents or a tenth)",
+    )
     held_out.add_argument("--val-documents", type=int, metavar="N", help="number of documents held out")
     p.add_argument("--group-key", metavar="KEY", help="keep documents with the same value of this field in the same split")
     p.add_argument("--dedup", choices=("exact", "near", "off"), default="exact", help="which duplicates to remove")
@@ -67,5 +73,6 @@ def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     report = prepare(args.input, args.out, options, preset_sizes=preset_sizes, workers=args.workers, console=console)
     print_report(report, console)
-    page = Path(args.out) / "report.html"
-    console.print(f"\nreport  {page}\ntrain   torchrun train.py --data.source {args.out}", markup=False, soft_wrap=True)
+    out = Path(args.out)
+    train = shlex.join(["torchrun", "train.py", "--data.source", str(out), "--out_dir", f"{out}-run"])
+    console.print(f"\nreport  {out / 'report.html'}\ntrain   {train}", markup=False, soft_wrap=True)

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import socket
 import sys
-from pathlib import Path
 
 from ..common.errors import UserError
 from . import options
@@ -15,7 +14,7 @@ HELP = "serve a run's checkpoints: a page to try them, and OpenAI's /v1/completi
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("dir", metavar="DIR", type=Path, help="a run, such as out/quickstart, or one of its step-… folders")
+    options.add_model(p, "dir", "a run, such as out/quickstart, or one of its step-… folders")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 gives access to everyone who can reach this machine")
     p.add_argument("--port", type=int, default=8000, help="0: any free port")
     p.add_argument(
@@ -59,12 +58,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
-    import uvicorn
 
     from ..inference import native
     from ..inference.engine import Engine
     from ..model.run_folder import find_checkpoints
     from ..serve.app import make_app
+    from ..serve.connections import make_server
 
     found = find_checkpoints(args.dir)
     engine = Engine(args.dir, slots=args.slots, queue=args.queue, device=args.device, dtype=getattr(torch, args.dtype))
@@ -80,8 +79,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     if args.device in (None, "cpu") and not torch.cuda.is_available() and (problem := native.problem()):
         print(problem, file=sys.stderr)
     app = make_app(engine, names=[args.host, *args.allow_host], max_tokens=args.max_tokens)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app).run(sockets=[listener])
     finally:
         engine.stop()

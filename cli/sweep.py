@@ -1,27 +1,26 @@
 """tritale sweep: compare the stories of a run's checkpoints."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..common.errors import UserError
+from . import options
 
 HELP = "compare the stories of a run's checkpoints: repetition, endings, consistency, copying"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "run_dir", metavar="OUT_DIR", help="folder of a run, such as out/quickstart; sweep.json and sweep.html are written there"
-    )
+    options.add_model(p, "run_dir", "folder of a run, such as out/quickstart; sweep.json and sweep.html are written there")
     p.add_argument("--every", type=int, default=1, metavar="N", help="measure each N-th checkpoint and the last")
-    p.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="UTF-8 file with one prompt per line (default: the run's)")
+    p.add_argument("--prompts", metavar="FILE", help="UTF-8 file with one prompt per line, or - for standard input (default: the run's)")
     p.add_argument("--samples", type=int, default=8, help="stories per prompt")
-    p.add_argument("--max-new-tokens", type=int, default=500, help="longest continuation, in tokens")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    p.add_argument("--top-k", type=int, default=30, help="sample from the k most likely tokens; 0 from all")
-    p.add_argument("--top-p", type=float, default=0.9, help="sample from the most likely tokens that reach this probability together")
+    options.add_sampling(p)
     p.add_argument("--seed", type=int, default=0, help="story n of each checkpoint is sampled with seed + n")
     p.add_argument("--validation-documents", type=int, default=200, metavar="N", help="held-out documents, evenly spread, to validate on")
     p.add_argument("--data", type=Path, default=None, metavar="DIR", help="the run's data, if it was moved")
+    p.add_argument("--print", action="store_true", help="print the stories too")
+    p.add_argument("--overwrite", action="store_true", help="replace the files of an earlier sweep without a question")
     p.add_argument("--device", default=None, help="cuda or cpu (default: cuda if available)")
 
 
@@ -29,16 +28,16 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from ..evaluation.sweep import Sweep, check_outputs, every_nth, read_prompts
+    from ..evaluation.sweep import Sweep, check_outputs, every_nth
     from ..evaluation.sweep_page import write_sweep
     from ..evaluation.trained_run import TrainedRun
-    from ..inference import Sampling
 
     trained = TrainedRun.open(args.run_dir)
     chosen = every_nth(trained.checkpoints, args.every)
-    json_path, html_path = check_outputs(trained.folder)
-    prompts = read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k or None, args.top_p)
+    if (existing := check_outputs(trained.folder)) and not args.overwrite:
+        confirm_overwriting(existing)
+    prompts = options.read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
+    sampling = options.sampling(args)
     console = Console(highlight=False)
     if trained.being_written:
         console.print(f"{', '.join(trained.being_written)} is incomplete and left out", style="yellow", markup=False)
@@ -68,16 +67,40 @@ def run(args: argparse.Namespace) -> None:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise UserError(f"no checkpoint of {trained.folder} could be measured ({reasons})")
     report = sweep.report(rows, left_out)
+    json_path, html_path = trained.folder / "sweep.json", trained.folder / "sweep.html"
     write_sweep(report, json_path, html_path)
+    if args.print:
+        print_stories(rows, args.samples)
     console.print(table(report))
     for finding in report["findings"]:
         console.print(f"· {finding}", markup=False, soft_wrap=True)
-    about = report["validation"]
+    documents, searched = report["validation"], report["overlap"]
     console.print(
-        f"\nValidation on {about['documents']:,} of {about['of_documents']:,} held-out documents. Copied stretches were searched in "
-        f"{report['overlap']['characters']:,} of {report['overlap']['of_characters']:,} characters.\n{json_path}\n{html_path}",
+        f"\nValidation on {share(documents['documents'], documents['of_documents'])} held-out documents. Copied stretches were searched in "
+        f"{share(searched['characters'], searched['of_characters'])} characters of the training text.\n{json_path}\n{html_path}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def share(n: int, total: int) -> str:
+    return f"{n:,} of {total:,}" if n < total else f"all {total:,}"
+
+
+def confirm_overwriting(paths: list[Path]) -> None:
+    """Ask at a terminal whether to replace the files. Raises UserError if the answer is no, or without a terminal."""
+    names = " and ".join(map(str, paths))
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{names} exists from an earlier sweep; give --overwrite to replace it, or move it away")
+    print(f"Replace {names} of an earlier sweep? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was measured, and the earlier sweep is unchanged")
+
+
+def print_stories(rows: list[dict], samples: int) -> None:
+    for row in rows:
+        for story in row["stories"]:
+            sample = f", sample {story['sample'] + 1} of {samples}" if samples > 1 else ""
+            print(f"── step {row['step']:,}{sample}\n{story['prompt']}{story['text']}\n")
 
 
 def table(report: dict):
@@ -85,8 +108,8 @@ def table(report: dict):
     from rich import box
     from rich.table import Table
 
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    names = "step", "bits\n/char", "repea-\nted", "loop", "dist-\n1", "inct-\n2", "\n3", "chars", "ends", "cast", "cohe-\nrent", "copy"
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=0, show_edge=False)
+    names = "step", "bits\n/char", "repeated", "loop", "distinct\n1, 2, 3", "chars", "ends", "cast", "coherent", "copied"
     for name in names:
         if name != "cast" or report["checks_cast"]:
             result.add_column(name, justify="right", no_wrap=True)
@@ -98,7 +121,7 @@ def table(report: dict):
             f"{row['val_bits_per_char']:.3f}" if "step" in row else "–",
             f"{row['repeated_4grams']:.1%}",
             f"{row['longest_loop']:.0f}",
-            *(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3)),
+            " ".join(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3)),
             f"{row['length']:.0f}",
             f"{row['ends_properly']:.0%}",
             *([f"{row['consistent']:.0%}"] if report["checks_cast"] else []),

@@ -75,7 +75,7 @@ def ticks(high: float) -> list[float]:
     raw = (high or 1) / 4
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
-    return [round(i * step, 10) for i in range(math.ceil(4 * raw / step - 1e-9) + 1)]
+    return [i * step for i in range(math.ceil(4 * raw / step - 1e-9) + 1)]
 
 
 def spread(ys: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Writing files and folders that are complete or absent: written under a temporary name, synced, renamed."""
+"""Writing files and folders that are complete or absent: they are written under a temporary name, synced and renamed."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
+LOCK = ".lock"
 _TEMPORARY_FOLDER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:tmp|old)")
 
 
@@ -28,12 +31,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = temporary_of(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(temporary, os.O_RDWR)
         temporary.replace(path)
         sync_entries(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, holder: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is created if needed. The operating system releases it when the process ends, however it ends.
+
+    Raises UserError if another process holds it; `holder` names that process, for example "another training process"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        with suppress(NotImplementedError):  # the file system has no locks
+            lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by {holder}; wait until it ends or stop it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -78,23 +98,26 @@ def _temporary_folder(folder: Path, suffix: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Ask the operating system to write every file below the folder, and the folder's own entries, to the disk."""
+    """Write a folder with all its files to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if path.is_dir():
+            sync_entries(path)
+        else:
+            _sync(path, os.O_RDWR)
 
 
 def sync_entries(folder: Path) -> None:
-    """Make renames and new names inside `folder` durable. Does nothing on Windows, which has no such call."""
+    """Write the names in a folder to the disk, so that new files and renames are durable. Does nothing on Windows, which cannot do it."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -106,7 +129,7 @@ def read_json_object(path: Path, *, remedy: str) -> dict:
     """Read a JSON object. Raises UserError, ending in `remedy`, if the file is not JSON or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands of levels deep
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object; {remedy}")

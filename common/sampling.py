@@ -28,7 +28,7 @@ class Sampling:
     max_new_tokens: int = 500
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int | None = 30  # keep the k most likely tokens; None: all
-    top_p: float = 0.9  # keep the smallest set of most likely tokens that reaches this probability (arXiv 1904.09751)
+    top_p: float = 0.9  # keep the smallest set of most likely tokens that reaches this probability (arXiv 1904.09751); 0: as temperature 0
     min_p: float = 0.0  # drop tokens below this fraction of the highest probability (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens already seen (arXiv 1909.05858)
     seed: int | None = None  # None: a new random seed
@@ -39,12 +39,8 @@ class Sampling:
         object.__setattr__(self, "stop", stop)
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (always the most likely token) or more, usually 0.7 to 1")
-        if self.top_p == 0:
-            raise UserError(
-                "top_p is 0, which keeps no token; it must be in (0, 1]. temperature=0 takes the most likely token, top_p=1 keeps all"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be in (0, 1]. 1 keeps all tokens; temperature=0 takes the most likely token")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be in [0, 1]. 1 keeps all tokens, 0 takes the most likely token")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; it must be at least 1, or None to keep all tokens")
         if not 0 <= self.min_p <= 1:
@@ -58,4 +54,5 @@ class Sampling:
 
     @property
     def filters(self) -> dict:
-        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        temperature = self.temperature if self.top_p else 0.0
+        return {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
-from ..common.files import read_json_object, write_json
+from ..common.files import read_json_object, sync_entries, sync_folder, write_json
 from ..stories.generator import TRAIN_START, VALIDATION_START, story
 from .shards import REMEDY, Split, write_split
 from .tokenizer import Tokenizer
@@ -47,8 +47,10 @@ def write_built_in(
         texts = (s.text for s in track(part, f"tokenizing {name}"))
         write_split(temporary / name, texts, tokenizer, entropy_bits=sum(s.bits for s in part))
     write_json(temporary / RECIPE, recipe)
+    sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    sync_entries(folder.parent)
 
 
 @dataclass(frozen=True)

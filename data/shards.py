@@ -12,6 +12,7 @@ killed process leaves no incomplete split under its name.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
 INDEX, STARTS = "index.json", "starts.bin"
+COUNTS = ("tokens", "documents", "characters")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 REMEDY = "delete the folder that holds it and make the data again"
 TEXTS_AT_ONCE = 1024  # encoded in parallel; bounds the memory
@@ -49,32 +51,36 @@ class Split:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Split":
-        """Map the split in `folder`. Sizes are always checked; `verify` also reads every file and compares its sha256.
+        """Map the split in `folder`. The index and the sizes are always checked. `verify` also reads every file, compares its sha256 and
+        checks its values.
 
         Raises FileNotFoundError for a missing index or file; UserError for a damaged file, a split without documents, or an index in
         another version of the format.
         """
         folder = Path(folder)
         index = _read_index(folder / INDEX)
-        try:
-            shards = tuple(_map(folder, s, DTYPES[index["dtype"]], s["tokens"], verify) for s in index["shards"])
-            starts = _map(folder, index["starts"], np.dtype("<i8"), index["documents"] + 1, verify)
-            split = cls(
-                folder=folder,
-                n_tokens=index["tokens"],
-                n_documents=index["documents"],
-                characters=index["characters"],
-                entropy_bits=index["entropy_bits"],
-                vocab_size=index["vocab_size"],
-                tokenizer_hash=index["tokenizer_hash"],
-                starts=starts,
-                shards=shards,
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+        dtype = DTYPES[index["dtype"]]
+        shards = tuple(_map(folder, shard, dtype, shard["tokens"], verify) for shard in index["shards"])
+        starts = _map(folder, index["starts"], np.dtype("<i8"), index["documents"] + 1, verify)
+        split = cls(
+            folder=folder,
+            n_tokens=index["tokens"],
+            n_documents=index["documents"],
+            characters=index["characters"],
+            entropy_bits=index["entropy_bits"],
+            vocab_size=index["vocab_size"],
+            tokenizer_hash=index["tokenizer_hash"],
+            starts=starts,
+            shards=shards,
+        )
         counts = {split.n_tokens, sum(map(len, shards)), int(starts[-1])}
         if len(counts) > 1:
             raise UserError(f"{folder} has contradictory numbers of tokens: {sorted(counts)}; {REMEDY}")
+        if verify and (starts[0] != 0 or not (starts[1:] > starts[:-1]).all()):
+            raise UserError(f"{folder / STARTS} is damaged: the documents do not begin one after another; {REMEDY}")
+        largest = max(int(shard.max()) for shard in shards) if verify else 0
+        if largest >= split.vocab_size:
+            raise UserError(f"{folder} has the token id {largest:,}, but its vocabulary has {split.vocab_size:,} entries; {REMEDY}")
         return split
 
     @property
@@ -177,7 +183,7 @@ class SplitWriter:
             stop = int(np.searchsorted(ends, done + room, side="right"))
             if not self._shard or stop <= document:  # the next document does not fit
                 self._close_shard()
-                shards.append({"file": f"tokens-{len(shards):05d}.bin", "tokens": 0, "documents": 0})
+                shards.append({"file": _shard_name(len(shards)), "tokens": 0, "documents": 0})
                 self._shard = _HashedFile(self._partial / shards[-1]["file"])
                 stop = max(document + 1, int(np.searchsorted(ends, done + self._max_shard_tokens, side="right")))
             end = int(ends[stop - 1])
@@ -213,6 +219,7 @@ class SplitWriter:
             "starts": {"file": STARTS, "sha256": self._starts.close()},
             "entropy_bits": entropy_bits,
         }
+        index["sha256"] = _checksum(index)
         write_json(self._partial / INDEX, index)
         sync_folder(self._partial)
         if self.folder.exists():
@@ -284,9 +291,39 @@ def _read_index(path: Path) -> dict:
     if version != VERSION:
         remedy = "update tritale" if version > VERSION else REMEDY
         raise UserError(f"{path} has version {version} of the format, this tritale reads version {VERSION}; {remedy}")
-    if index.get("documents") == 0:
+    # Indexes written before there was a checksum have none. A key that is not known may be a damaged "sha256".
+    names = {"format", "version", "dtype", "vocab_size", "tokenizer_hash", *COUNTS, "shards", "starts", "entropy_bits"}
+    checksum = index.pop("sha256", None)
+    if index.keys() != names or (checksum is not None and checksum != _checksum(index)):
+        raise UserError(f"{path} is damaged: its content does not match its checksum; {REMEDY}")
+    if index["documents"] == 0:
         raise UserError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
+    is_count = lambda value: type(value) is int and 0 < value < 2**63
+    shards, starts, entropy = index["shards"], index["starts"], index["entropy_bits"]
+    is_valid = {
+        "dtype": isinstance(index["dtype"], str) and index["dtype"] in DTYPES,
+        "vocab_size": is_count(index["vocab_size"]),
+        "tokenizer_hash": isinstance(index["tokenizer_hash"], str),
+        **{name: is_count(index[name]) or (name == "characters" and index[name] == 0) for name in COUNTS},
+        "shards": isinstance(shards, list) and shards != [] and all(isinstance(s, dict) for s in shards),
+        "starts": isinstance(starts, dict) and starts.get("file") == STARTS and isinstance(starts.get("sha256"), str),
+        "entropy_bits": entropy is None or (type(entropy) in (int, float) and 0 <= entropy < math.inf),
+    }
+    if is_valid["shards"]:
+        expected = [(_shard_name(i), True, True) for i in range(len(shards))]
+        is_valid["shards"] = expected == [(s.get("file"), is_count(s.get("tokens")), isinstance(s.get("sha256"), str)) for s in shards]
+    for name, valid in is_valid.items():
+        if not valid:
+            raise UserError(f"{path} is damaged: {name} is {str(index[name])[:60]!r}; {REMEDY}")
     return index
+
+
+def _checksum(index: dict) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_name(i: int) -> str:
+    return f"tokens-{i:05d}.bin"
 
 
 def _map(folder: Path, entry: dict, dtype: np.dtype, count: int, verify: bool) -> np.ndarray:

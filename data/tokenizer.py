@@ -114,21 +114,7 @@ class Tokenizer:
         learnt = json.loads(learner.to_str())["model"]
         entries = sorted(learnt["vocab"], key=learnt["vocab"].get)
 
-        # Not trained with `special_tokens`: those, "<0x41>" among them, would be matched in the text.
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: i for i, token in enumerate((*FIXED_TOKENS, *entries))},
-                merges=[tuple(pair) for pair in learnt["merges"]],
-                byte_fallback=True,
-            )
-        )
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-        backend.pre_tokenizer = learner.pre_tokenizer
-        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, FIXED_TOKENS.index(END_OF_TEXT))]
-        )
-        return cls(backend)
+        return cls(_backend(entries, [(a, b) for a, b in learnt["merges"]]))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -142,17 +128,26 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it anew") from error
+            raise UserError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it again") from error
         for i, token in enumerate(FIXED_TOKENS):
             if backend.id_to_token(i) != token:
                 raise UserError(
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
                     "train one on your text"
                 )
+        backend.no_padding()
+        backend.no_truncation()
+        settings, expected = _settings(backend), _settings(_backend([], []))
+        if differing := [key for key in expected if settings.get(key) != expected[key]]:
+            raise UserError(f"{path} has another {differing[0]} than Tokenizer.train makes; restore it, or train it again")
+        ids = sorted(backend.get_vocab().values())
+        if ids != list(range(len(ids))):
+            wrong = next((i for i, id in enumerate(ids) if i != id), len(ids))
+            raise UserError(f"{path} is damaged: of its {len(ids):,} ids, {wrong:,} is missing or repeated; restore it, or train it again")
         return cls(backend)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    def save(self, folder: str | Path, *, context: int | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. `context` is that of the model in the same folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -160,9 +155,13 @@ class Tokenizer:
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD,
-            "extra_special_tokens": list(SPECIAL_TOKENS[1:3]),
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:3]),  # transformers 4 and 5; the newer extra_special_tokens fails in 4
+            "model_input_names": ["input_ids", "attention_mask"],  # else `generate` refuses the tokenizer's token_type_ids
+            "padding_side": "left",  # for batches of prompts
             "clean_up_tokenization_spaces": False,
         }
+        if context is not None:
+            config["model_max_length"] = context
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -221,3 +220,22 @@ class Tokenizer:
             raise UserError(f"there is no text to measure: {len(texts)} texts, 0 characters; give at least one that is not empty")
         n_bytes = sum(i < len(FIXED_TOKENS) for i in ids)
         return TokenizerStats(chars_per_token=sum(map(len, texts)) / len(ids), byte_fallback_share=n_bytes / len(ids))
+
+
+def _backend(entries: Sequence[str], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    # Not trained with `special_tokens`: those, "<0x41>" among them, would be matched in the text.
+    vocab = {token: i for i, token in enumerate((*FIXED_TOKENS, *entries))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges), byte_fallback=True))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, FIXED_TOKENS.index(END_OF_TEXT))]
+    )
+    return backend
+
+
+def _settings(backend: tokenizers.Tokenizer) -> dict:
+    # Everything in tokenizer.json except the entries and their merges.
+    content = json.loads(backend.to_str())
+    return content | {"model": {key: value for key, value in content["model"].items() if key not in ("vocab", "merges")}}

@@ -8,7 +8,7 @@ import torch
 from ..common.errors import UserError
 from ..common.files import atomic_folder, write_json
 from ..inference.llm import LLM
-from ..model.checkpoint import gpt_config, load_weights, read_json, save_model
+from ..model.checkpoint import gpt_config, load_weights, read_json, save_model, write_checksums
 from .trained_run import TrainedRun
 from .validation import part, validate
 
@@ -33,7 +33,7 @@ def average(
         raise UserError(f"{out} exists and is not overwritten; remove it, or give another --last")
     llm = LLM.load(run.newest)
     model, tokenizer, n_parts = llm.model, llm.tokenizer, last + 2
-    _, validation = run.data(tokenizer, data)
+    validation = run.split("validation", tokenizer, data)
     documents = part(validation, tokenizer, validation_documents)
     settings = run.validation_settings(model.config.context)
     _, last_bits = validate(model, documents, **settings)
@@ -64,4 +64,5 @@ def average(
         save_model(temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
         tokenizer.save(temporary)
         write_json(temporary / "average.json", about)
+        write_checksums(temporary)
     return out, about

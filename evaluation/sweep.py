@@ -35,21 +35,6 @@ def every_nth(checkpoints: dict[int, Path], every: int) -> dict[int, Path]:
     return {step: checkpoints[step] for step in dict.fromkeys([*steps[every - 1 :: every], steps[-1]])}
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line, without blank lines and duplicates. Raises FileNotFoundError, or UserError if there is none or the file is
-    not UTF-8."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path} is not a file; write one prompt per line into it")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8 {path}") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UserError(f"{path} has no prompts; write one per line into it")
-    return prompts
-
-
 class Sweep:
     """Measures the checkpoints of one run. It holds the model, the validation documents and an index of the training text.
 
@@ -77,7 +62,7 @@ class Sweep:
         for prompt in prompts:
             self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
         tokenizer = self.llm.tokenizer
-        train, validation = run.data(tokenizer, data)
+        train, validation = (run.split(name, tokenizer, data) for name in ("train", "validation"))
         self.validation = part(validation, tokenizer, validation_documents)
         n_documents = max(1, int(train.n_documents * min(1, OVERLAP_CHARACTERS / train.characters)))
         texts = [decode(train, i, tokenizer) for i in evenly(train.n_documents, n_documents)]
@@ -87,7 +72,7 @@ class Sweep:
             "run": str(run.folder),
             "prompts": prompts,
             "samples": samples,
-            "sampling": {k: v for k, v in asdict(sampling).items() if k not in ("seed", "stop")},
+            "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
             "seed": seed,
             "validation": {
                 "documents": self.validation.n_documents,
@@ -193,10 +178,13 @@ def first_step_that_lasts(rows: Iterable[dict], condition: Callable[[dict], bool
 def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
     """The main results of the rows, in sentences."""
     first, last, n = rows[0], rows[-1], len(rows[-1]["stories"])
+    stories = f"the {n} stories" if n > 1 else "1 story"
     entropy = about["validation"]["entropy_bits_per_char"]
 
     def from_step(step: int) -> str:
-        return f"from step {step:,} on" if step != first["step"] else f"at every measured checkpoint (from step {step:,} on)"
+        if len(rows) == 1:
+            return f"at step {step:,}"
+        return f"from step {step:,} on" if step != first["step"] else f"at every measured checkpoint, from step {step:,} on"
 
     best = min(rows, key=lambda row: row["val_bits_per_char"])
     validation = f"Validation: {first['val_bits_per_char']:.3f} bits per character at step {first['step']:,}"
@@ -215,11 +203,11 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
 
     definition = "a coherent story ends properly, " + ("has a consistent cast, " if about["checks_cast"] else "")
     definition += f"has at least {about['shortest_coherent']} characters, and repeats less than {REPEATS:.0%}"
-    coherent = f"Not coherent yet: {last['coherent']:.0%} of the {n} stories at step {last['step']:,} ({definition})."
+    coherent = f"Not coherent yet: {last['coherent']:.0%} of {stories} at step {last['step']:,} ({definition})."
     for share in COHERENT:
         step = first_step_that_lasts(rows, lambda row, share=share: row["coherent"] >= share)
         if step is not None:
-            coherent = f"Coherent {from_step(step)}: at least {share:.0%} of the {n} stories ({definition})"
+            coherent = f"Coherent {from_step(step)}: at least {share:.0%} of {stories} ({definition})"
             coherent += f"; {last['coherent']:.0%} at step {last['step']:,}."
             break
 
@@ -228,11 +216,12 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
     return [validation, repetition, coherent, copied]
 
 
-def check_outputs(folder: Path) -> tuple[Path, Path]:
-    """(sweep.json, sweep.html) of the folder. Raises UserError if one exists that no sweep has written."""
-    paths = folder / "sweep.json", folder / "sweep.html"
-    marks = f'"format": "{FORMAT}"', 'name="generator" content="tritale sweep"'
-    for path, mark in zip(paths, marks, strict=True):
-        if path.exists() and not (path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")[:2000]):
+def check_outputs(folder: Path) -> list[Path]:
+    """Those of sweep.json and sweep.html that exist in the folder. Raises UserError if a sweep has not written one of them."""
+    marks = {"sweep.json": f'"format": "{FORMAT}"', "sweep.html": 'name="generator" content="tritale sweep"'}
+    existing = [folder / name for name in marks if (folder / name).exists()]
+    for path in existing:
+        content = path.read_text(encoding="utf-8", errors="replace")[:2000] if path.is_file() else None
+        if content is None or (content and marks[path.name] not in content):
             raise UserError(f"{path} exists and is not the result of a sweep, so it is not overwritten; move it away")
-    return paths
+    return existing

@@ -9,7 +9,32 @@ from ..data.tokenizer import Tokenizer
 from ..model import run_folder
 from ..model.checkpoint import read_json
 
-CONFIG_KEYS = ("data.source", "data.document_mask", "train.context", "train.micro_batch", "log.prompts")  # the keys that are read here
+# The keys of the config that are read here, with the types of their values.
+CONFIG_TYPES = {
+    "data.source": (str,), "data.document_mask": (bool,), "train.context": (int, type(None)), "train.micro_batch": (int,),
+    "log.prompts": (list,),
+}  # fmt: skip
+
+
+def read_config(checkpoint: Path) -> dict:
+    """The config in trainer/trainer.json, of which the keys of CONFIG_TYPES are present and have valid values.
+
+    Raises FileNotFoundError if the file is missing, UserError if it is damaged."""
+    config = read_json(checkpoint / "trainer", "trainer.json").get("config")
+    config = config if isinstance(config, dict) else {}
+    wrong = [f"{key} is missing" for key in CONFIG_TYPES if key not in config]
+    wrong += [f"{key} is {config[key]!r}" for key, types in CONFIG_TYPES.items() if key in config and type(config[key]) not in types]
+    wrong += [
+        f"{key} is {config[key]}" for key in ("train.context", "train.micro_batch") if type(config.get(key)) is int and config[key] < 1
+    ]
+    if not wrong and not all(isinstance(prompt, str) for prompt in config["log.prompts"]):
+        wrong = [f"log.prompts is {config['log.prompts']!r}"]
+    if wrong:
+        raise UserError(
+            f"{checkpoint / 'trainer' / 'trainer.json'} lacks the run's config ({'; '.join(wrong)}); "
+            f"move {checkpoint.name} away if an older checkpoint has it, or give a run of this version of train.py"
+        )
+    return config
 
 
 @dataclass(frozen=True)
@@ -39,13 +64,7 @@ class TrainedRun:
             raise FileNotFoundError(
                 f"{folder} has no checkpoints (step-…; found: {found}); give the out_dir of a run, such as out/quickstart"
             )
-        newest = list(checkpoints.values())[-1]
-        config = read_json(newest / "trainer", "trainer.json").get("config", {})
-        if missing := [key for key in CONFIG_KEYS if key not in config]:
-            raise UserError(
-                f"{newest / 'trainer' / 'trainer.json'} lacks keys of the run's config ({', '.join(missing)}); "
-                f"move {newest.name} away if an older checkpoint has them, or give a run of this version of train.py"
-            )
+        config = read_config(list(checkpoints.values())[-1])
         return cls(folder, checkpoints, config, tuple(name for name in being_written if not (folder / name).exists()))
 
     @property
@@ -57,18 +76,17 @@ class TrainedRun:
         """Whether the run trained on the built-in stories, whose characters and things are known."""
         return self.config["data.source"] == "built-in"
 
-    def data(self, tokenizer: Tokenizer, folder: Path | None = None) -> tuple[Split, Split]:
-        """The splits train and validation of the run, or of another data `folder`.
+    def split(self, name: str, tokenizer: Tokenizer, data: Path | None = None) -> Split:
+        """The split train or validation of the run, or of the folder `data`.
 
-        Raises FileNotFoundError or UserError if one is missing, damaged, or made with another tokenizer."""
-        folder = folder or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
+        Raises FileNotFoundError or UserError if it is missing, damaged, or made with another tokenizer."""
+        folder = data or (self.folder / "data" if self.is_built_in else Path(self.config["data.source"]))
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}, the data of {self.folder}, is missing; start where train.py was started, or give --data")
-        splits = Split.open(folder / "train", verify=False), Split.open(folder / "validation")
-        for split in splits:
-            if split.tokenizer_hash != tokenizer.hash:
-                raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
-        return splits
+        split = Split.open(folder / name)
+        if split.tokenizer_hash != tokenizer.hash:
+            raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
+        return split
 
     def validation_settings(self, context: int) -> dict:
         """The arguments that the run itself gave to `validate`, for a model with this context."""

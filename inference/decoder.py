@@ -42,13 +42,17 @@ class TorchForward:
         return self._model(tokens[None].to(device), cache=where, last=last.to(device))[0]
 
 
+PREFILL_WORK = 1 << 30  # multiply-adds of a step's prompt tokens with `limits_prefill`: about 50 ms on two CPU cores
+
+
 class Decoder:
     """Up to `slots` sequences in one batch. `capacity` is the longest sequence, prompt included; the default is the model's context. The
-    cache holds slots · capacity · layers · 2 · H_kv · D numbers.
+    cache holds slots · capacity · layers · 2 · H_kv · D numbers. With `limits_prefill` long prompts are processed over several steps, so
+    that the other sequences continue meanwhile (with `native.c` only; on a GPU a prompt is fast).
 
     Raises UserError if the capacity exceeds the context."""
 
-    def __init__(self, model: GPT, *, slots: int, capacity: int | None = None, n_token: int | None = None):
+    def __init__(self, model: GPT, *, slots: int, capacity: int | None = None, n_token: int | None = None, limits_prefill: bool = False):
         c, weight = model.config, model.embedding
         self.capacity = c.context if capacity is None else capacity
         if not 1 <= self.capacity <= c.context:
@@ -57,6 +61,8 @@ class Decoder:
         runs_native = native.can_run(model)
         self._forward = native.NativeForward(model) if runs_native else TorchForward(model)
         self._argmax = native.argmax if runs_native else lambda logits: logits.argmax(-1)
+        work = c.n_matrix - c.vocab_size * c.width  # multiply-adds per token without the head
+        self._max_prefill = max(8, PREFILL_WORK // work) if runs_native and limits_prefill else None
         dtype = torch.float32 if runs_native else weight.dtype
         shape = (c.n_layer, 2, slots, self.capacity, c.n_kv_head, c.head_dim)
         self._cache = torch.zeros(shape, dtype=dtype, device=weight.device)  # zeros: masked keys are multiplied by 0 too
@@ -89,7 +95,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> dict[Sequence, int]:
-        """Append the next token to every sequence and return the tokens.
+        """Append the next token to every sequence and return the tokens. Long prompts may need several steps.
 
         Raises ValueError if a sequence fills its capacity, UserError if the logits are not finite."""
         sequences = self._sequences
@@ -97,20 +103,34 @@ class Decoder:
             raise ValueError(f"the sequences {full} fill their {self.capacity} tokens; remove them")
         if not sequences:
             return {}
-        new = [s.ids[s.n_cached :] for s in sequences]
+        counts = self._count_tokens()
+        new = [s.ids[s.n_cached : s.n_cached + n] for s, n in zip(sequences, counts, strict=True)]
         tokens = torch.tensor([i for ids in new for i in ids])
         rows = torch.tensor([row for row, ids in enumerate(new) for _ in ids])
-        positions = torch.tensor([i for s in sequences for i in range(s.n_cached, len(s.ids))])
-        last = torch.tensor([len(ids) for ids in new]).cumsum(0) - 1
-        logits = self._forward(tokens, rows, positions, self._cache, last)[:, : self._n_token]  # (sequences, V)
+        positions = torch.tensor([i for s, n in zip(sequences, counts, strict=True) for i in range(s.n_cached, s.n_cached + n)])
+        is_ready = torch.tensor([s.n_cached + n == len(s.ids) for s, n in zip(sequences, counts, strict=True)])
+        last = (torch.tensor(counts).cumsum(0) - 1)[is_ready]
+        logits = self._forward(tokens, rows, positions, self._cache, last)[:, : self._n_token]  # (ready sequences, V)
+        for sequence, n in zip(sequences, counts, strict=True):
+            sequence.n_cached += n
+        ready = [s for s in sequences if s.n_cached == len(s.ids)]
         # A hidden state that is not finite makes all logits of its row so; `draw` finds one in the head.
         if not all(map(math.isfinite, logits[:, 0].tolist())):
             raise UserError(NOT_FINITE)
-        chosen = self._choose(sequences, logits)
-        for sequence, token in zip(sequences, chosen, strict=True):
-            sequence.n_cached = len(sequence.ids)
+        chosen = self._choose(ready, logits)
+        for sequence, token in zip(ready, chosen, strict=True):
             sequence.ids.append(token)
-        return dict(zip(sequences, chosen, strict=True))
+        return dict(zip(ready, chosen, strict=True))
+
+    def _count_tokens(self) -> list[int]:
+        """How many tokens of each sequence the next pass processes. Prompts divide `_max_prefill` equally; short ones leave their rest."""
+        counts = [len(s.ids) - s.n_cached for s in self._sequences]
+        if self._max_prefill is not None:
+            prompts, rest = sorted((row for row, n in enumerate(counts) if n > 1), key=lambda row: counts[row]), self._max_prefill
+            for i, row in enumerate(prompts):
+                counts[row] = min(counts[row], max(1, rest // (len(prompts) - i)))
+                rest -= counts[row]
+        return counts
 
     def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
         for row, sequence in enumerate(sequences):

@@ -83,7 +83,7 @@ class LoadedModel:
 
     def __init__(self, llm: LLM, version: tuple, slots: int):
         self.llm, self.version = llm, version
-        self.scheduler = Scheduler(llm.decoder(slots=slots), llm.tokenizer)
+        self.scheduler = Scheduler(llm.decoder(slots=slots, limits_prefill=True), llm.tokenizer)
         self.is_leaving = False  # takes no new requests, because another checkpoint needs its place
 
     def remaining_tokens(self) -> int:

@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling, SamplingSettings
+from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import load_model
+from ..model.checkpoint import check_files, load_model, read_json
 from ..model.gpt import GPT
-from ..model.run_folder import check_is_final, step_folders
+from ..model.run_folder import find_checkpoint
 from . import native, sequence
 from .decoder import Decoder
 from .detokenizer import Completion
@@ -36,28 +37,28 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
-    def load(cls, folder: Path | str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> "LLM":
-        """Load a checkpoint folder, by default onto the GPU if there is one. `dtype` of the weights: float32, bfloat16 or float16.
+    def load(cls, model: Path | str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> "LLM":
+        """Load a checkpoint folder, or the newest checkpoint of a run, by default onto the GPU if there is one. `dtype` of the weights:
+        float32, bfloat16 or float16.
 
         Raises FileNotFoundError or UserError if the folder is not a complete checkpoint or is being written, or if the device or dtype is
         not available."""
-        folder = Path(folder)
-        check_is_final(folder)
-        steps = step_folders(folder)
-        if steps and not (folder / "config.json").exists():
-            raise UserError(f"{folder} is a run, not a checkpoint; give one of its steps, such as {steps[max(steps)]}")
+        folder = find_checkpoint(Path(model))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
             raise UserError(f"device {device!r} is not available; choose cpu{', cuda' if torch.cuda.is_available() else ''}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
-        model, tokenizer = load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder)
-        if tokenizer.vocab_size > model.config.vocab_size:
+        gpt = load_model(folder, device=device, dtype=dtype)
+        check_files(folder, ["tokenizer.json"])
+        is_imported = "tritale_import" in read_json(folder, "config.json")
+        tokenizer = ForeignTokenizer.load(folder) if is_imported else Tokenizer.load(folder)
+        if tokenizer.vocab_size > gpt.config.vocab_size:
             raise UserError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model {gpt.config.vocab_size}; "
                 "they do not belong together"
             )
-        return cls(model.eval(), tokenizer)
+        return cls(gpt.eval(), tokenizer)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The prompt's ids after `<|endoftext|>`, as in a training document. Raises UserError if they fill the context."""
@@ -66,9 +67,9 @@ class LLM:
             raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten it to {context - 1} or fewer")
         return ids
 
-    def decoder(self, *, slots: int, capacity: int | None = None) -> Decoder:
+    def decoder(self, *, slots: int, capacity: int | None = None, limits_prefill: bool = False) -> Decoder:
         """A `Decoder` of this model."""
-        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size)
+        return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size, limits_prefill=limits_prefill)
 
     def write(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
         """Run all prompts in one batch and yield (index of the prompt, new text, completion); the completion comes with the last piece.

@@ -8,8 +8,8 @@
  * separate code. The result of a token does not depend on the other tokens, bit for bit: every output is one sum along K in a fixed order,
  * for any number of rows.
  *
- * native.py compiles this file (cc -O3 -march=native), fills the two structs below and checks all shapes; this file checks nothing. It needs
- * GCC or Clang.
+ * native.py compiles this file (cc -O3 -march=native), fills the two structs below and checks shapes and dtypes; `forward` checks the indices.
+ * It needs GCC or Clang.
  */
 #include <math.h>
 #include <stdint.h>
@@ -70,7 +70,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t n_layer, n_head, n_kv_head, head_dim, width, mlp_width, vocab_size, window;  /* window 0: none */
+    int64_t n_layer, n_head, n_kv_head, head_dim, width, mlp_width, vocab_size, context, window;  /* window 0: none */
     int64_t is_bf16;  /* of embedding, head and the matrices */
     float eps;
     const void *embedding, *head;
@@ -327,8 +327,11 @@ int64_t scratch_size(const Model *m, int64_t n, int64_t capacity, int64_t n_thre
     return n * (3 * PAD(m->width) + all + PAD(heads) + 2 * m->mlp_width + PAD(m->mlp_width)) + n_thread * (TILE_OUT * PAD(k) + capacity);
 }
 
-/* Write n tokens into the KV cache and compute the logits of some of them. */
-void forward(
+/* Bytes of the two structs, which native.py compares with its own. */
+int64_t struct_sizes(void) { return sizeof(Model) * 10000 + sizeof(Layer); }
+
+/* Write n tokens into the KV cache and compute the logits of some of them. Returns NULL, or what is out of range. */
+const char *forward(
     const Model *m,
     int64_t n,
     const int64_t *tokens,     /* (n,) */
@@ -343,6 +346,16 @@ void forward(
     float *scratch,
     int64_t n_thread
 ) {
+    if (n < 1 || n_last < 0 || n_last > n || n_thread < 1) return "sizes";
+    if (capacity > m->context) return "capacity";
+    for (int64_t i = 0; i < n; i++) {
+        if (tokens[i] < 0 || tokens[i] >= m->vocab_size) return "tokens";
+        if (rows[i] < 0 || rows[i] >= slots) return "rows";
+        if (positions[i] < 0 || positions[i] >= capacity) return "positions";
+    }
+    for (int64_t i = 0; i < n_last; i++)
+        if (last[i] < (i ? last[i - 1] + 1 : 0) || last[i] >= n) return "last";
+
     const int64_t d = m->head_dim, half = d / 2, width = m->width, n_kv = m->n_kv_head, stride = n_kv * d;
     const int64_t heads = m->n_head * d, all = heads + 2 * stride, group = m->n_head / n_kv;
     float *x = scratch, *h = x + n * PAD(width), *delta = h + n * PAD(width), *qkv = delta + n * PAD(width);
@@ -403,6 +416,7 @@ void forward(
         add_norm(h, x, delta, m->norm, n_last, width, m->eps);
         linear(logits, h, m->head, n_last, m->vocab_size, width, m->is_bf16, panels);
     }
+    return 0;
 }
 
 /* The index of the first maximum of each row of n_col numbers, for rows that are `stride` apart; n_col if all are NaN. */

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model.gpt import GPT
+from ..model.gpt import GPT, GPTConfig
 
 SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract=off: GCC fuses a · b + c in some loops only, and a sequence would depend on the others in the batch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
+THREAD_WORK = 1 << 23  # multiply-adds of a pass that are worth a thread: with fewer, waiting for each other takes longer than the work
 
 
 class _Layer(ctypes.Structure):
@@ -29,7 +31,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "width", "mlp_width", "vocab_size")),
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "width", "mlp_width", "vocab_size", "context")),
         ("window", ctypes.c_int64),
         ("is_bf16", ctypes.c_int64),
         ("eps", ctypes.c_float),
@@ -51,35 +53,71 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def _is_private(path: Path, *, is_parent: bool = False) -> bool:
+    """Whether only this user can write the file or folder. A parent may also belong to root, or be writable with the sticky bit."""
+    if not hasattr(os, "getuid"):  # Windows
+        return True
+    status = path.lstat()
+    is_ours = status.st_uid in ((os.getuid(), 0) if is_parent else (os.getuid(),))
+    is_sticky = is_parent and bool(status.st_mode & stat.S_ISVTX)
+    return is_ours and not stat.S_ISLNK(status.st_mode) and (is_sticky or not status.st_mode & 0o022)
+
+
+def _cache_folder() -> Path | None:
+    """The folder for the compiled library; None if another user could put a file there."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    base = base if base.is_absolute() else Path.home() / ".cache"
+    if not base.is_absolute():
+        return None
+    try:
+        folder = base.resolve() / "tritale"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:  # read-only, for example
+        return None
+    is_safe = _is_private(folder) and all(_is_private(parent, is_parent=True) for parent in folder.parents)
+    return folder if is_safe else None
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    """Compile `native.c` into `folder`. Raises OSError with the compiler's message."""
+    built = folder / "native.so"
+    result = subprocess.run(
+        [compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120,
+        env=os.environ | {"LC_ALL": "C"},
+    )  # fmt: skip
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+        raise OSError(next((line for line in lines if "error" in line), lines[0]))
+    built.chmod(0o700)  # whatever the umask
+    return built
+
+
 def load_library() -> ctypes.CDLL | str:
     """The compiled `native.c`, or a sentence for the user why it is not available."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
         return "no C compiler (cc, gcc, clang) was found; generation on the CPU runs slower without one (Debian: apt install gcc)"
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _machine())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritale"
     try:
-        # The content's hash is in the name: a truncated file, after a crash for example, would end the process.
-        kept = folder.glob(f"native-{key}-*.so")
-        path = next((p for p in kept if p.stem == f"native-{key}-{_digest(p)}"), None)
-        if path is None:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                built = Path(temporary) / "native.so"
-                result = subprocess.run(
-                    [compiler, str(SOURCE), "-o", str(built), *FLAGS], capture_output=True, text=True, encoding="utf-8", timeout=120,
-                    env=os.environ | {"LC_ALL": "C"},
-                )  # fmt: skip
-                if result.returncode:
-                    lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
-                    why = next((line for line in lines if "error" in line), lines[0])
-                    return f"{compiler} could not compile {SOURCE.name} ({why}); the slower PyTorch path runs"
-                path = folder / f"native-{key}-{_digest(built)}.so"
-                built.rename(path)
-        lib = ctypes.CDLL(str(path))
+        if (folder := _cache_folder()) is None:
+            with tempfile.TemporaryDirectory() as private:  # the library stays loaded after its file is removed
+                lib = ctypes.CDLL(str(_compile(compiler, Path(private))))
+        else:
+            # The content's hash is in the name: a truncated file, after a crash for example, would end the process.
+            kept = folder.glob(f"native-{key}-*.so")
+            path = next((p for p in kept if _is_private(p) and p.stem == f"native-{key}-{_digest(p)}"), None)
+            if path is None:
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    built = _compile(compiler, Path(temporary))
+                    path = folder / f"native-{key}-{_digest(built)}.so"
+                    built.replace(path)
+            lib = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{SOURCE.name} could not be compiled or loaded ({error}); the slower PyTorch path runs"
-    lib.scratch_size.restype = ctypes.c_int64
+    lib.scratch_size.restype = lib.struct_sizes.restype = ctypes.c_int64
+    lib.forward.restype = ctypes.c_char_p
+    if lib.struct_sizes() != 10000 * ctypes.sizeof(_Model) + ctypes.sizeof(_Layer):
+        return f"{SOURCE.name} and native.py describe different structs; the slower PyTorch path runs"
     return lib
 
 
@@ -108,8 +146,22 @@ def can_run(model: GPT) -> bool:
     return p.device.type == "cpu" and p.dtype in DTYPES and problem() is None
 
 
+def count_threads(config: GPTConfig, n: int, n_last: int) -> int:
+    """Threads for a pass over n tokens with the logits of n_last."""
+    head = config.vocab_size * config.width
+    return max(1, min(torch.get_num_threads(), (n * (config.n_matrix - head) + n_last * head) // THREAD_WORK))
+
+
+def limit_threads(model: GPT, n: int) -> None:
+    """Let PyTorch use one thread too if a step of n sequences is too small for two. It applies to the process: for commands only."""
+    if can_run(model) and count_threads(model.config, n, n) == 1:
+        torch.set_num_threads(1)
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The index of the first maximum of each row of logits (B, V), fp32 on the CPU, with any row stride: (B,) int64."""
+    if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.ndim != 2 or logits.stride(1) != 1:
+        raise ValueError(f"logits are {_describe(logits)}; they must be 2-d fp32 on the CPU with stride 1 along the last axis")
     index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
     library().argmax(
         ctypes.c_void_p(logits.data_ptr()), *map(integer, (*logits.shape, logits.stride(0))),
@@ -118,26 +170,42 @@ def argmax(logits: Tensor) -> Tensor:
     return index
 
 
+def _describe(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device} with strides {t.stride()}"
+
+
 class NativeForward:
     """The model's forward pass in `native.c`. It reads the model's own tensors, so it uses weights that are copied into them later, except
     norm weights that are not fp32."""
 
     def __init__(self, model: GPT):
         self._lib, self._keep, c = library(), [], model.config
+        dtype, heads, fp32 = model.embedding.dtype, c.n_head * c.head_dim, torch.float32
+        matrices = {
+            "qkv": (heads + 2 * c.n_kv_head * c.head_dim, c.width), "attention_out": (c.width, heads),
+            "gate_up": (2 * c.mlp_width, c.width), "mlp_out": (c.width, c.mlp_width),
+        }  # fmt: skip
+        norms = {"attention_norm": c.width, "mlp_norm": c.width} | (dict.fromkeys(("q_norm", "k_norm"), c.head_dim) if c.qk_norm else {})
         layers = (_Layer * c.n_layer)()
         for block, layer in zip(model.blocks, layers, strict=True):
-            for name in ("qkv", "attention_out", "gate_up", "mlp_out"):
-                setattr(layer, name, self._pointer(getattr(block, name).weight))
-            for name in ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if c.qk_norm else ())):
-                setattr(layer, name, self._pointer(getattr(block, name).float()))
-        sizes = (c.n_layer, c.n_head, c.n_kv_head, c.head_dim, c.width, c.mlp_width, c.vocab_size, c.window or 0)
-        pointers = (self._pointer(model.embedding), self._pointer(model.head))
-        tables = (self._pointer(t.float()) for t in (model.norm, model.cos, model.sin))
-        self._model = _Model(*sizes, model.embedding.dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
+            for name, shape in matrices.items():
+                setattr(layer, name, self._pointer(getattr(block, name).weight, dtype, *shape))
+            for name, size in norms.items():
+                setattr(layer, name, self._pointer(getattr(block, name), fp32, size))
+        sizes = (c.n_layer, c.n_head, c.n_kv_head, c.head_dim, c.width, c.mlp_width, c.vocab_size, c.context, c.window or 0)
+        pointers = (self._pointer(t, dtype, c.vocab_size, c.width) for t in (model.embedding, model.head))
+        tables = [self._pointer(t, fp32, c.context, c.head_dim // 2) for t in (model.cos, model.sin)]
+        tables = [self._pointer(model.norm, fp32, c.width), *tables]
+        self._model = _Model(*sizes, dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
+        self._config = c
+        self._cache_shape = (c.n_layer, 2, c.n_kv_head, c.head_dim)
         self._vocab_size, self._scratch, self._logits = c.vocab_size, torch.empty(0), torch.empty(0)
 
-    def _pointer(self, t: Tensor) -> int:
-        t = t.detach().contiguous()
+    def _pointer(self, t: Tensor, dtype: torch.dtype, *shape: int) -> int:
+        """The address of a tensor, or of a copy in the dtype. Raises ValueError for another shape or device."""
+        if t.shape != shape or t.device.type != "cpu":
+            raise ValueError(f"a tensor of the model is {_describe(t)}; its config needs {shape} on the CPU")
+        t = t.detach().to(dtype).contiguous()
         self._keep.append(t)  # keeps the memory of a copy alive
         return t.data_ptr()
 
@@ -145,8 +213,19 @@ class NativeForward:
         """Write the keys and values of `tokens` (n,) at `rows`, `positions` (n,) into `cache` (n_layer, 2, slots, capacity, H_kv, D) fp32,
         and return the logits (len(last), V) of the tokens at the ascending indices `last`. The next call overwrites the result.
 
-        All index tensors are int64 on the CPU and must be in range."""
-        n, n_last, n_thread = len(tokens), len(last), torch.get_num_threads()
+        The index tensors are int64 on the CPU. Raises ValueError if one is out of range or a tensor has another form."""
+        n, n_last = len(tokens), len(last)
+        n_thread = count_threads(self._config, n, n_last)
+        for name, t in {"tokens": tokens, "rows": rows, "positions": positions, "last": last}.items():
+            if t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (n_last if name == "last" else n,) or not t.is_contiguous():
+                raise ValueError(f"{name} is {_describe(t)}; it must be contiguous int64 on the CPU, one number per token")
+        if (
+            cache.ndim != 6 or (*cache.shape[:2], *cache.shape[4:]) != self._cache_shape
+            or cache.dtype != torch.float32 or cache.device.type != "cpu" or not cache.is_contiguous()
+        ):  # fmt: skip
+            raise ValueError(
+                f"the cache is {_describe(cache)}; it must be contiguous fp32 on the CPU, (n_layer, 2, slots, capacity, H_kv, D)"
+            )
         slots, capacity = cache.shape[2:4]
         needed = self._lib.scratch_size(ctypes.byref(self._model), *(ctypes.c_int64(i) for i in (n, capacity, n_thread)))
         if self._scratch.numel() < needed:
@@ -154,8 +233,11 @@ class NativeForward:
         if self._logits.numel() < n_last * self._vocab_size:
             self._logits = torch.empty(n_last * self._vocab_size)
         pointer, integer = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int64
-        self._lib.forward(
+        problem = self._lib.forward(
             ctypes.byref(self._model), integer(n), pointer(tokens), pointer(rows), pointer(positions), pointer(cache), integer(slots),
             integer(capacity), integer(n_last), pointer(last), pointer(self._logits), pointer(self._scratch), integer(n_thread),
         )  # fmt: skip
+        if problem:
+            limits = f"vocab_size {self._vocab_size}, {slots} rows of {capacity} positions, {n} tokens"
+            raise ValueError(f"native.c: {problem.decode()} out of range ({limits})")
         return self._logits[: n_last * self._vocab_size].view(n_last, self._vocab_size)

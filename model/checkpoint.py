@@ -4,6 +4,8 @@ Without QK-norm it is a Mistral, with QK-norm a Qwen3; `transformers.AutoModelFo
 safetensors and JSON are read, so a checkpoint from an untrusted source cannot run code.
 """
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..common.files import read_json_object, write_json
 from ..common.sampling import Sampling
-from .gpt import GPT, GPTConfig, rotary_tables
+from ..kernels.rotary import rotary_tables
+from .gpt import GPT, GPTConfig
 from .run_folder import listing
 
 FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DAMAGED = "the checkpoint is damaged, use another step"
+CHECKSUMS = "checksums.json"  # {file name: sha256} of the files in the same folder
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = {  # of config.json, and of GPTConfig
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -29,6 +34,12 @@ SIZES = {  # of config.json, and of GPTConfig
     "num_key_value_heads": "n_kv_head",
     "max_position_embeddings": "context",
 }
+
+
+LARGEST = {  # of damaged values: larger ones would fill the memory or take for ever before anything else fails
+    "num_hidden_layers": 1000, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024, "hidden_size": 2**16,
+    "max_position_embeddings": 2**20,
+}  # fmt: skip
 
 
 def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dict:
@@ -80,16 +91,24 @@ def gpt_config(hf: dict) -> GPTConfig:
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
     if not isinstance(rope, dict):
         raise UserError(f"config.json: rope_parameters is {rope!r}, not an object; {DAMAGED}")
+    if hf.get("rope_scaling"):
+        raise UserError(f"config.json: rope_scaling is {hf['rope_scaling']!r}; only null is supported")
+    if kind == "qwen3" and hf.get("use_sliding_window") and hf.get("max_window_layers"):
+        raise UserError(f"config.json: max_window_layers is {hf['max_window_layers']!r}; only 0 is supported, a window in every layer")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config.json: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
     sizes = {name: hf[name] for name in SIZES} | {"head_dim": head_dim or 1, "sliding_window": 1 if window is None else window}
     numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": hf["rms_norm_eps"], "initializer_range": init_std}
-    wrong = [f"{name} is {value!r}, not an integer of at least 1" for name, value in sizes.items() if type(value) is not int or value < 1]
+    wrong = []
+    for name, value in sizes.items():
+        largest = LARGEST.get(name, 2**24)
+        if type(value) is not int or not 1 <= value <= largest:
+            wrong.append(f"{name} is {value!r}, not an integer from 1 to {largest}")
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            wrong.append(f"{name} is {value!r}, not a number of at least 0")
+        if type(value) not in (int, float) or not 0 <= value < float("inf") or (name == "rope_theta" and value == 0):
+            wrong.append(f"{name} is {value!r}, not a number of at least 0" + (" (0 excluded)" if name == "rope_theta" else ""))
     if wrong:
         raise UserError(f"config.json: {'; '.join(wrong)}; {DAMAGED}")
     return GPTConfig(
@@ -131,13 +150,45 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int) -> None:
-    """Write config.json, generation_config.json and model.safetensors into an existing folder."""
+    """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     write_json(folder / "config.json", hf_config(model.config, **tokens))
     sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
     write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
-    state = {name: tensor.cpu().contiguous() for name, tensor in hf_state(model).items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", hf_state(model))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json for the files of a folder. `check_files` compares them when they are read."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {path.name: _sha256(path) for path in files})
+
+
+def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files of a folder with its checksums.json, by default all that it lists. A folder without checksums.json passes.
+
+    Raises FileNotFoundError if a file is missing, UserError if one has changed."""
+    if not (folder / CHECKSUMS).is_file():  # written by an earlier version
+        return
+    expected = read_json_object(folder / CHECKSUMS, remedy=DAMAGED)
+    for name in expected if names is None else names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a complete checkpoint: {name} is missing; use another step")
+        if name not in expected:
+            raise UserError(f"{folder / CHECKSUMS} does not list {name}; {DAMAGED}")
+        if _sha256(folder / name) != expected[name]:
+            raise UserError(
+                f"{folder / name} has changed since it was written (its sha256 is not that of {CHECKSUMS}); use another step, or remove "
+                f"{folder / CHECKSUMS} if you changed the file yourself"
+            )
 
 
 def read_json(folder: Path, name: str) -> dict:
@@ -146,7 +197,16 @@ def read_json(folder: Path, name: str) -> dict:
     if not path.is_file():
         found = listing(folder) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} is not a checkpoint: {name} is missing (found: {found}); give a step-… folder of a run")
+    check_files(folder, [name])
     return read_json_object(path, remedy=DAMAGED)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file with the permissions of the umask; safetensors itself uses 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -154,25 +214,34 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a complete checkpoint: {name} is missing; use another step")
+    check_files(folder, [name])
     try:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}); {DAMAGED}") from None
 
 
-@torch.no_grad()
 def load_weights(model: GPT, folder: Path) -> None:
     """Copy the weights of a checkpoint into a model of the same shape. Raises UserError if the tensors do not match."""
-    state = load_tensors(folder, "model.safetensors")
+    copy_weights(model, load_tensors(folder, "model.safetensors"), folder / "model.safetensors")
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, state: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors under Hugging Face's names into a model. Raises UserError, which names `where`, if they do not match."""
     expected = hf_state(model)  # views of the packed parameters: copying into them fills the model
+    if model.config.tie_embeddings:
+        state.pop("lm_head.weight", None)  # some programs store a tied head twice
+    if extra := set(state) - set(expected):
+        raise UserError(f"{where} has tensors that the model does not have: {sorted(extra)[:5]}; {DAMAGED}")
     for name, tensor in expected.items():
         if name not in state or state[name].shape != tensor.shape:
             found = tuple(state[name].shape) if name in state else "nothing"
-            raise UserError(f"{folder}/model.safetensors has {found} for {name}, the model needs {tuple(tensor.shape)}")
+            raise UserError(f"{where} has {found} for {name}, the model needs {tuple(tensor.shape)}; {DAMAGED}")
+        if state[name].dtype not in DTYPES:
+            raise UserError(f"{where} has {name} in {state[name].dtype}; supported are {', '.join(map(str, DTYPES))}")
+    for name, tensor in expected.items():
         tensor.copy_(state[name])
-    extra = set(state) - set(expected) - {"lm_head.weight"}
-    if extra:
-        raise UserError(f"{folder}/model.safetensors has tensors that the model does not have: {sorted(extra)[:5]}")
 
 
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
@@ -185,6 +254,7 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
     model = model.to(dtype).to_empty(device=device)
     if model.config.tie_embeddings:
         model.head = model.embedding
-    model.cos, model.sin = (table.to(device) for table in rotary_tables(model.config))
+    c = model.config
+    model.cos, model.sin = (table.to(device) for table in rotary_tables(c.context, c.head_dim, c.rope_theta))
     load_weights(model, folder)
     return model

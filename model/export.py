@@ -1,5 +1,7 @@
 """Checkpoints in the formats of other programs: a litgpt folder, a GGUF file for llama.cpp. Hugging Face reads a checkpoint as it is."""
 
+import heapq
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from .gpt import GPT, GPTConfig
 
 def _refuse_existing(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; give another --out, or remove it")
+        raise UserError(f"{out} exists and is not overwritten; give another --out")
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------
@@ -25,7 +27,7 @@ def _refuse_existing(out: Path) -> None:
 def litgpt_config(c: GPTConfig) -> dict:
     """litgpt's `Config` of the same model."""
     config = {
-        "name": "tritale",
+        "name": "qwen3-tritale" if c.qk_norm else "tritale",  # litgpt chooses the conversion to Hugging Face by the name
         "hf_config": {},
         "block_size": c.context,
         "vocab_size": c.vocab_size,
@@ -86,10 +88,25 @@ def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
         tokens = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
         write_json(folder / "config.json", hf_config(c, **tokens))
         write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.eot_id, **tokens})
-        tokenizer.save(folder)
+        tokenizer.save(folder, context=c.context)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         # Without it litgpt removes the leading <|endoftext|>, with which every training document begins.
         write_json(folder / "tokenizer_config.json", config | {"add_bos_token": True})
+
+
+def check_litgpt(out: Path, model: GPT, ids: list[int]) -> str:
+    """Load the export with litgpt and compare the logits for `ids`: a sentence about the result. Raises RuntimeError if they differ."""
+    if importlib.util.find_spec("litgpt") is None:
+        return "not checked, because litgpt is not installed"
+    import litgpt  # pyright: ignore[reportMissingImports] (optional)
+
+    theirs = litgpt.GPT(litgpt.Config.from_file(out / "model_config.yaml")).eval()
+    theirs.load_state_dict(torch.load(out / "lit_model.pth", weights_only=True))
+    with torch.no_grad():
+        difference = (theirs(torch.tensor([ids])) - model(torch.tensor([ids]))).abs().max().item()
+    if not difference < 1e-2:
+        raise RuntimeError(f"litgpt's logits of {out} differ by {difference:g}; do not use this export")
+    return f"checked: litgpt gives the same logits (largest difference {difference:.1g})"
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------------------------------
@@ -128,6 +145,53 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
         scores.append(0.0)
         types.append(int(TokenType.UNUSED))
     return texts, scores, types
+
+
+def gguf_ids(text: str, vocabulary: tuple[list[str], list[float], list[int]]) -> list[int]:
+    """The ids that llama.cpp's tokenizer "llama" (llm_tokenizer_spm) gives: it joins the neighbours whose union has the highest score, the
+    leftmost first."""
+    texts, scores, _ = vocabulary
+    ids = {t: i for i, t in enumerate(texts)}
+    parts = list(text.replace(" ", "▁"))
+    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    heap: list[tuple[float, int, int, str]] = []
+
+    def offer(left: int, right: int) -> None:
+        if left >= 0 and right < len(parts) and (i := ids.get(parts[left] + parts[right])) is not None:
+            heapq.heappush(heap, (-scores[i], left, right, parts[left] + parts[right]))
+
+    for i in range(len(parts) - 1):
+        offer(i, i + 1)
+    while heap:
+        _, left, right, union = heapq.heappop(heap)
+        if not parts[left] or not parts[right] or after[left] != right or parts[left] + parts[right] != union:
+            continue
+        parts[left], parts[right], after[left] = union, "", after[right]
+        if after[left] < len(parts):
+            before[after[left]] = left
+        offer(before[left], left)
+        offer(left, after[left])
+    result: list[int] = []
+    for part in filter(None, parts):
+        result += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+    return result
+
+
+def check_gguf(tokenizer: Tokenizer, documents: list[str]) -> str:
+    """Compare the ids of llama.cpp's tokenizer with ours, on the documents and on strings with several spaces: a sentence about the result.
+
+    llama.cpp has no pre-tokenizer here, so it joins a word with the space before it also after another space, and reads ▁ as a space."""
+    vocabulary = gguf_vocabulary(tokenizer, tokenizer.vocab_size)
+    differs = lambda text: gguf_ids(text, vocabulary) != tokenizer.encode(text)
+    different = [document for document in documents if differs(document)]
+    result = f"llama.cpp's tokenizer gives the same ids for {len(documents) - len(different)} of {len(documents)} documents"
+    if different:
+        result = f"WARNING: llama.cpp encodes {len(different)} of {len(documents)} documents differently, for example {different[0][:60]!r}"
+    words = [entry for entry in vocabulary[0] if entry.startswith("▁") and len(entry) > 1]
+    spaced = [text for word in words[:200] if differs(text := "." + word.replace("▁", "  ", 1))]
+    if spaced:
+        result += f"; it encodes a word after two spaces differently ({spaced[0]!r}): write single spaces in prompts"
+    return result
 
 
 def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
@@ -201,6 +265,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
+        # Without a template llama.cpp's chat front ends use ChatML, which a base model has never seen.
+        writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
 
         for tensor_name, array in gguf_tensors(model).items():
             writer.add_tensor(tensor_name, array)

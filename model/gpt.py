@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..kernels import add_rms_norm, document_positions, flash_attention, linear_cross_entropy, qk_norm_rope, rms_norm, rope, swiglu
+from ..kernels.rotary import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,6 @@ PRESETS = {
     # The blog series' model: 43.9 M parameters, 76 % of them in the embedding.
     "microstories-44m": GPTConfig(65_024, n_layer=6, n_head=6, n_kv_head=6, head_dim=48, width=512, mlp_width=768, context=512),
 }
-
-
-def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos, sin of every position's angles, fp32: (context, head_dim / 2)."""
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angle = torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
 
 
 @dataclass
@@ -185,7 +179,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = self.embedding if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
-        cos, sin = rotary_tables(config)
+        cos, sin = rotary_tables(config.context, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()

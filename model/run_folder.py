@@ -61,6 +61,7 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
     check_is_final(folder)
     if is_checkpoint(folder):
         return {folder.name: folder}
+    check_is_not_foreign(folder)
     found = sorted(filter(is_checkpoint, folder.iterdir()), key=lambda p: (step_of(p) or -1, p.name), reverse=True)
     if not found:
         raise FileNotFoundError(
@@ -68,6 +69,27 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
             f"(found: {listing(folder)}); give a run such as out/quickstart after its first step-… folder is written"
         )
     return {p.name: p for p in found}
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint folder itself, or the newest checkpoint of a run. Raises FileNotFoundError or UserError if there is none."""
+    check_is_final(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give a run such as out/quickstart, or one of its step-… folders")
+    if not is_checkpoint(folder):
+        check_is_not_foreign(folder)
+        if steps := step_folders(folder):
+            return steps[max(steps)]
+    return folder
+
+
+def check_is_not_foreign(folder: Path) -> None:
+    """Raises UserError if the folder is a checkpoint of litgpt, or a run with such checkpoints."""
+    for path in (folder / "lit_model.pth", *sorted(folder.glob("*/lit_model.pth"))[:1]):
+        if path.is_file():
+            raise UserError(
+                f"{path.parent} is a litgpt checkpoint; convert it first: tritale import {folder} --from litgpt --out NEW_FOLDER"
+            )
 
 
 def listing(folder: Path, limit: int = 10) -> str:

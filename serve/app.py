@@ -11,14 +11,15 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling
@@ -27,6 +28,7 @@ from ..inference.engine import CheckpointGone, Engine, EngineError, EngineStoppe
 from ..model.run_folder import find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
+BODY_SECONDS, MAX_FIELDS = 30, 50
 MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is searched for at every token
 PAGE = Path(__file__).with_name("page.html")
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # OpenAI does not distinguish the first two
@@ -58,6 +60,16 @@ def request_error(error: Exception) -> RequestError:
     return RequestError(status, str(error), param=param, code=code)
 
 
+class StopAtFirst(FailFast):
+    """FailFast that can be part of a union: typing needs a hash."""
+
+    def __hash__(self) -> int:
+        return hash(StopAtFirst)
+
+
+Strings = Annotated[list[str], StopAtFirst()]  # refuses a body of 100,000 wrong values quickly
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -70,13 +82,13 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None  # None: the newest checkpoint
-    prompt: str | list[str] = ""
+    prompt: str | Strings = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**62)
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # ignored
@@ -96,7 +108,9 @@ class CompletionRequest(BaseModel):
             return body
         for name, values in neutral.items():
             if name in body and body[name] not in values:
-                raise UserError(f"{name} is {body[name]!r}, which this server does not support; leave it out")
+                raise UserError(f"{name} is {repr(body[name])[:50]}, which this server does not support; leave it out")
+        if len(body) > MAX_FIELDS:  # pydantic would report each unknown one
+            raise UserError(f"the body has {len(body)} fields; the fields are {', '.join(cls.model_fields)}")
         return {name: value for name, value in body.items() if name not in neutral}
 
     @property
@@ -130,10 +144,19 @@ async def read_body(http: HTTPRequest) -> CompletionRequest:
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "Content-Type must be application/json")
     body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise RequestError(413, f"the body is longer than {MAX_BODY} bytes; shorten the prompt")
+
+    async def receive() -> None:
+        async for chunk in http.stream():
+            body.extend(chunk)
+            if len(body) > MAX_BODY:
+                raise RequestError(413, f"the body is longer than {MAX_BODY} bytes; shorten the prompt")
+
+    try:
+        await asyncio.wait_for(receive(), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise RequestError(408, f"the body was not complete after {BODY_SECONDS} s; send it again") from None
+    except ClientDisconnect:
+        raise RequestError(400, "the client disconnected before the body was complete") from None
     try:
         return CompletionRequest.model_validate_json(bytes(body))
     except ValidationError as error:

@@ -8,11 +8,15 @@ checks must not be interpreted and run in their own process (bench/machine_code.
 With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
 """
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "torch" not in sys.modules:  # it limits the spinning of OpenMP's threads
+    importlib.import_module("tritale.common")
 
 import pytest
 import torch

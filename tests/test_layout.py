@@ -45,7 +45,7 @@ def test_imports_point_down_the_list(package):
 def copy_of_the_tree(folder: Path, has_links: bool) -> Path:
     """A copy of what is installed. Without links, each one is a text file with its target, as in git's checkout on Windows."""
     folder.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "train.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
     for name in (*ORDER, "configs", "tritale"):
         shutil.copytree(REPOSITORY / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -73,7 +73,7 @@ def files_of_wheel(source: Path, target: Path) -> set[str]:
 @pytest.mark.parametrize("kind", ["links", "no links", "sdist"])
 def test_wheel_contains_every_file_of_every_package(kind, tmp_path):
     source = copy_of_the_tree(tmp_path / "tree", has_links=kind != "no links")
-    expected = {"tritale/__init__.py"}
+    expected = {"tritale/__init__.py", "tritale/__main__.py", "tritale/train.py"}
     for name in (*ORDER, "configs"):
         files = [path for path in (source / name).rglob("*") if path.is_file()]
         assert files
@@ -94,7 +94,7 @@ def test_checkout_without_links_is_importable(tmp_path):
 
 
 def test_every_package_has_a_link():
-    assert {path.name for path in (REPOSITORY / "tritale").iterdir()} - {"__init__.py", "__pycache__"} == {*ORDER, "configs"}
+    assert {path.name for path in (REPOSITORY / "tritale").iterdir()} - {"__init__.py", "__main__.py", "__pycache__"} == {*ORDER, "configs"}
     for name in (*ORDER, "configs"):
         link = REPOSITORY / "tritale" / name
         assert link.is_file() or link.resolve() == REPOSITORY / name  # a file in a checkout without links

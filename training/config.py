@@ -1,13 +1,17 @@
 """The config of a run: frozen dataclasses, filled from a YAML file and `--section.key value` on the command line."""
 
 import difflib
+import json
+import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.errors import UserError
@@ -16,14 +20,66 @@ from ..model.gpt import PRESETS, GPTConfig
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
-
-
 def at_least(name: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:
         raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def between(default: Any, least: float, most: float) -> Any:
+    """A field whose value is in [least, most]. The limits are far beyond useful values; they catch typing errors."""
+    return field(default=default, metadata={"limits": (least, most)})
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A field whose value is one of some words."""
+    return field(default=default, metadata={"words": (default, *others)})
+
+
+def check_fields(config: Any, section: str = "") -> None:
+    """Raises UserError if a field has a value outside its limits. None is accepted if it is the default."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        least, most = f.metadata.get("limits", (-math.inf, math.inf))
+        is_valid = value is not None
+        if "words" in f.metadata:
+            is_valid = value in f.metadata["words"]
+        elif is_valid and "limits" in f.metadata:
+            is_valid = all(least <= number <= most for number in (value if isinstance(value, tuple) else (value,)))  # false for NaN
+        elif isinstance(value, str) and f.name in ("out_dir", "source"):
+            is_valid = bool(value.strip()) and "\0" not in value
+        if not is_valid and not (value is None and f.default is None):
+            raise UserError(f"{section}{f.name} is {show(value)}; {requirement(f)}")
+
+
+def requirement(f: Field) -> str:
+    """The values that a field accepts, for a message."""
+    kind = str(f.type)
+    if "words" in f.metadata:
+        return f"choose one of {', '.join(f.metadata['words'])}"
+    if "limits" in f.metadata:
+        noun = "a list of two numbers" if "tuple" in kind else "a whole number" if "int" in kind else "a number"
+        accepted = f"{noun} from {show(f.metadata['limits'][0])} to {show(f.metadata['limits'][1])}"
+    else:
+        accepted = "true or false" if "bool" in kind else 'a list of texts such as ["小兔", ""]' if "tuple" in kind else "a text"
+    if f.name in ("out_dir", "source"):
+        accepted = "the path of a folder"
+    return f"it must be {accepted}" + (", or null" if f.default is None else f"; the default is {show(f.default)}")
+
+
+def show(value: object) -> str:
+    """A value as YAML has it."""
+    if isinstance(value, float):
+        return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(str(value), f"{value:g}")
+    if isinstance(value, str | list | tuple):
+        value = json.dumps(value, ensure_ascii=False)
+    text = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    return text if len(text) < 60 else f"{text[:40]}…"
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n in ascending order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 @dataclass(frozen=True)
@@ -39,15 +95,13 @@ class DataConfig:
     """
 
     source: str = "built-in"
-    stories: int = 12_000
-    validation_stories: int = 500
-    vocab_size: int = 2048
+    stories: int = between(12_000, 1, 1_000_000)
+    validation_stories: int = between(500, 1, 100_000)
+    vocab_size: int = between(2048, 262, 2**20)
     document_mask: bool = True
 
     def __post_init__(self):
-        at_least("data.stories", self.stories, 1)
-        at_least("data.validation_stories", self.validation_stories, 1)
-        at_least("data.vocab_size", self.vocab_size, 262)
+        check_fields(self, "data.")
 
     @property
     def built_in(self) -> dict[str, int]:
@@ -77,24 +131,24 @@ class ModelConfig:
         init_std: Standard deviation of the initial weights.
     """
 
-    preset: str = "quickstart"
-    vocab_size: int | None = None
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_kv_head: int | None = None
-    head_dim: int | None = None
-    width: int | None = None
-    mlp_width: int | None = None
-    context: int | None = None
-    rope_theta: float | None = None
-    norm_eps: float | None = None
+    preset: str = one_of("quickstart", *(name for name in PRESETS if name != "quickstart"))
+    vocab_size: int | None = between(None, 1, 2**20)
+    n_layer: int | None = between(None, 1, 1000)
+    n_head: int | None = between(None, 1, 1024)
+    n_kv_head: int | None = between(None, 1, 1024)
+    head_dim: int | None = between(None, 2, 1024)
+    width: int | None = between(None, 1, 65_536)
+    mlp_width: int | None = between(None, 1, 2**20)
+    context: int | None = between(None, 1, 2**20)
+    rope_theta: float | None = between(None, 1.0, 1e12)
+    norm_eps: float | None = between(None, 1e-12, 0.1)
     qk_norm: bool | None = None
     tie_embeddings: bool | None = None
-    window: int | None = None
-    init_std: float | None = None
+    window: int | None = between(None, 1, 2**20)
+    init_std: float | None = between(None, 1e-6, 1.0)
 
     def __post_init__(self):
-        one_of("model.preset", self.preset, list(PRESETS))
+        check_fields(self, "model.")
 
     def build(self, vocab_size: int | None) -> GPTConfig:
         """The shape for a vocabulary size (None: the config's, else the preset's). Raises UserError if the config has another."""
@@ -129,35 +183,28 @@ class TrainConfig:
         keep_best: Whether to also keep the checkpoint with the best validation loss.
     """
 
-    max_steps: int = 1000
-    global_batch: int = 32
-    micro_batch: int = 32
-    context: int | None = None
-    precision: str = "auto"
+    max_steps: int = between(1000, 1, 10**9)
+    global_batch: int = between(32, 1, 2**20)
+    micro_batch: int = between(32, 1, 2**20)
+    context: int | None = between(None, 1, 2**20)
+    precision: str = one_of("auto", "bf16", "fp16", "fp32")
     compile: bool = True
-    grad_clip: float = 1.0
-    z_loss: float = 0.0
-    validate_every: int = 250
-    sample_every: int = 250
-    checkpoint_every: int = 250
-    keep_last: int = 0
+    grad_clip: float = between(1.0, 1e-6, float("inf"))
+    z_loss: float = between(0.0, 0.0, 1.0)
+    validate_every: int = between(250, 1, 10**9)
+    sample_every: int = between(250, 0, 10**9)
+    checkpoint_every: int = between(250, 1, 10**9)
+    keep_last: int = between(0, 0, 10**9)
     keep_best: bool = True
 
     def __post_init__(self):
-        one_of("train.precision", self.precision, ("auto", "bf16", "fp16", "fp32"))
-        for name in ("max_steps", "global_batch", "micro_batch", "validate_every", "checkpoint_every"):
-            at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("sample_every", "keep_last", "z_loss"):
-            at_least(f"train.{name}", getattr(self, name), 0)
+        check_fields(self, "train.")
         if self.global_batch % self.micro_batch:
-            divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-            near = min(divisors, key=lambda n: abs(n - self.micro_batch))
+            nearest = min(divisors(self.global_batch), key=lambda n: abs(n - self.micro_batch))
             raise UserError(
                 f"train.micro_batch ({self.micro_batch}) must divide train.global_batch ({self.global_batch}); "
-                f"try --train.micro_batch {near}"
+                f"try --train.micro_batch {nearest}"
             )
-        if self.grad_clip <= 0:
-            raise UserError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (1.0 is usual, inf never clips)")
 
     def sequence(self, shape: GPTConfig) -> int:
         """Tokens per training sequence. Raises UserError if it exceeds the model's context."""
@@ -185,31 +232,19 @@ class OptimConfig:
         min_lr_ratio: Learning rate of the last step divided by the peak.
     """
 
-    matrices: str = "muon"
-    lr: float = 2e-3
-    embedding_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    schedule: str = "cosine"
-    warmup_steps: int = 50
-    decay_fraction: float = 0.3
-    min_lr_ratio: float = 0.0
+    matrices: str = one_of("muon", "adamw")
+    lr: float = between(2e-3, 1e-10, 100.0)
+    embedding_lr: float | None = between(None, 1e-10, 100.0)
+    betas: tuple[float, float] = between((0.9, 0.95), 0.0, 0.99999)
+    momentum: float = between(0.95, 0.0, 0.99999)
+    weight_decay: float = between(0.1, 0.0, 10.0)
+    schedule: str = one_of("cosine", "wsd")
+    warmup_steps: int = between(50, 0, 10**9)
+    decay_fraction: float = between(0.3, 0.0, 1.0)
+    min_lr_ratio: float = between(0.0, 0.0, 1.0)
 
     def __post_init__(self):
-        one_of("optim.matrices", self.matrices, ("muon", "adamw"))
-        one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
-        for name in ("lr", "embedding_lr"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be above 0 (0.002 is usual)")
-        for name, values in (("betas", self.betas), ("momentum", (self.momentum,))):
-            if not all(0 <= value < 1 for value in values):
-                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        at_least("optim.weight_decay", self.weight_decay, 0)
-        at_least("optim.warmup_steps", self.warmup_steps, 0)
-        for name in ("decay_fraction", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        check_fields(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -224,16 +259,14 @@ class LogConfig:
         sample_tokens: Maximum number of tokens of a printed sample.
     """
 
-    every: int = 10
-    wandb: str = "disabled"
+    every: int = between(10, 1, 10**9)
+    wandb: str = one_of("disabled", "online", "offline")
     project: str = "tritale"
     prompts: tuple[str, ...] = ("", "", "汤姆和杰瑞是好朋友，")
-    sample_tokens: int = 400
+    sample_tokens: int = between(400, 1, 2**20)
 
     def __post_init__(self):
-        one_of("log.wandb", self.wandb, ("online", "offline", "disabled"))
-        at_least("log.every", self.every, 1)
-        at_least("log.sample_tokens", self.sample_tokens, 1)
+        check_fields(self, "log.")
 
 
 @dataclass(frozen=True)
@@ -253,8 +286,8 @@ class RunConfig:
     """
 
     out_dir: str = "out/run"
-    seed: int = 42
-    resume: str = "auto"
+    seed: int = between(42, 0, 2**63 - 1)
+    resume: str = one_of("auto", "force")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -262,9 +295,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        one_of("resume", self.resume, ("auto", "force"))
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it must be 0 or more and below 2**63")
+        check_fields(self)
         if self.optim.warmup_steps >= self.train.max_steps:
             raise UserError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
@@ -299,20 +330,90 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if not same(before.get(k), after.get(k))]
 
 
-def explain_key_error(message: str) -> str:
-    """jsonargparse's message for a bad key or value; for an unknown key, a message that names the nearest key."""
+# Keys of other trainers, and options that people expect here.
+SYNONYMS = {
+    "learning_rate": "optim.lr", "max_lr": "optim.lr", "peak_lr": "optim.lr", "min_lr": "optim.min_lr_ratio", "beta1": "optim.betas",
+    "beta2": "optim.betas", "warmup_iters": "optim.warmup_steps", "warmup": "optim.warmup_steps", "optimizer": "optim.matrices",
+    "scheduler": "optim.schedule", "lr_scheduler_type": "optim.schedule", "wd": "optim.weight_decay", "batch_size": "train.global_batch",
+    "per_device_train_batch_size": "train.micro_batch", "gradient_accumulation_steps": "train.global_batch", "iters": "train.max_steps",
+    "max_iters": "train.max_steps", "epochs": "train.max_steps", "num_train_epochs": "train.max_steps", "steps": "train.max_steps",
+    "block_size": "model.context", "seq_len": "model.context", "max_seq_length": "model.context", "sequence_length": "model.context",
+    "dtype": "train.precision", "fp16": "train.precision", "bf16": "train.precision", "eval_interval": "train.validate_every",
+    "eval_steps": "train.validate_every", "save_steps": "train.checkpoint_every", "save_interval": "train.checkpoint_every",
+    "save_total_limit": "train.keep_last", "max_grad_norm": "train.grad_clip", "clip": "train.grad_clip", "log_interval": "log.every",
+    "logging_steps": "log.every", "prompt": "log.prompts", "n_embd": "model.width", "hidden_size": "model.width", "d_model": "model.width",
+    "layers": "model.n_layer", "num_layers": "model.n_layer", "num_hidden_layers": "model.n_layer", "heads": "model.n_head",
+    "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
+    "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
+    "output_dir": "out_dir", "out": "out_dir", "resume_from_checkpoint": "resume", "init_from": "resume",
+}  # fmt: skip
+NO_KEYS = {
+    "device": "the GPU is used if there is one; CUDA_VISIBLE_DEVICES= uses the CPU",
+    "dropout": "there is no dropout",
+    "nproc": "processes are started by torchrun --nproc-per-node N train.py",
+    "wandb": "set log.wandb to online or offline",
+}
+
+
+SECTIONS = [f.name for f in fields(RunConfig) if f.default is MISSING]
+
+
+def explain_unknown_key(key: str) -> str:
+    """What to use in place of an unknown key: by meaning, else by spelling."""
+    last = key.rsplit(".", 1)[-1].replace("-", "_")
+    if last in NO_KEYS:
+        return f"unknown config key {key!r}: {NO_KEYS[last]}"
     keys = [*flatten(RunConfig()), "config"]
-    unknown = [m.removeprefix("--").split("=")[0] for m in re.findall(r"--[\w.-]+", message) if "unrecognized" in message]
-    found = re.search(r"[Gg]roup '(\w+)' does not accept option '([\w.]+)'", message)
-    if found:
-        unknown = [".".join(found.groups())]
-    found = re.search(r"[Oo]ption '([\w.]+)' is not accepted", message)
-    if found:
-        unknown = [found.group(1)]
-    for key in unknown:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0) or [""]
-        message = f"unknown config key {key!r}; the nearest is {near[0]!r}. All keys: python train.py --help"
-    return message
+    same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
+    nearest = SYNONYMS.get(last) or next(iter(same_name + difflib.get_close_matches(key, keys, n=1, cutoff=0.0)))
+    return f"unknown config key {key!r}; did you mean {nearest!r}? python train.py --help lists all keys"
+
+
+def explain_error(message: str) -> str:
+    """One line for an error of jsonargparse."""
+    unknown = (
+        r"[Gg]roup '(?P<group>\w+)' does not accept option '(?P<key>[\w.-]+)'",
+        r"[Oo]ption '(?P<key>[\w.-]+)' is not accepted",
+        r"unrecognized arguments: --(?P<key>[\w.-]+)",
+    )
+    for pattern in unknown:
+        if found := re.search(pattern, message):
+            groups = found.groupdict()
+            return explain_unknown_key(f"{groups['group']}.{groups['key']}" if groups.get("group") else groups["key"])
+    key, values = re.search(r'Parser key "([\w.]+)"', message), re.findall(r"(?:Got|Given) value: ?(.*)", message)
+    if key and values:
+        section, name = key[1].rpartition(".")[::2]
+        config = getattr(RunConfig(), section) if section else RunConfig()
+        text = {"None": "null", "": "empty"}.get(values[-1], values[-1][:60])
+        return f"{key[1]} is {text}; {next(requirement(f) for f in fields(config) if f.name == name)}"
+    if "must be a mapping" in message or (key and key[1] in SECTIONS):
+        return f"{', '.join(SECTIONS)} are sections of keys: write --train.max_steps 800, or in YAML train: {{max_steps: 800}}"
+    return " ".join(message.split())
+
+
+def check_file(path: str) -> None:
+    """Raises UserError if a config file is not a YAML mapping of sections, or sets a key twice (YAML keeps the last value)."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config {path!r}: {error.strerror}; give a YAML file such as configs/quickstart.yaml") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    pending = [("", root)]
+    while pending:
+        prefix, node = pending.pop()
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(
+                f"{path} must hold {prefix.rstrip('.') or 'sections'} as a mapping of keys, for example train: {{max_steps: 800}}"
+            )
+        keys = [key.value for key, _ in node.value]
+        for key, value in node.value:
+            if keys.count(key.value) > 1:
+                raise UserError(f"{path} sets {prefix}{key.value} {keys.count(key.value)} times (line {key.start_mark.line + 1}); keep one")
+            if not prefix and key.value in SECTIONS:
+                pending.append((f"{key.value}.", value))
 
 
 def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, prog: str = "train.py") -> RunConfig:
@@ -321,10 +422,14 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
     parser = ArgumentParser(prog=prog, description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; configs/quickstart.yaml if not given")
     parser.add_class_arguments(RunConfig)
-    if file or not any(a == "--config" or a.startswith("--config=") for a in arguments):
-        arguments = [f"--config={file or QUICKSTART}", *arguments]
+    files = [b if a == "--config" else a[9:] for a, b in pairwise([*arguments, ""]) if (a == "--config" and b) or a.startswith("--config=")]
+    if file or not files:
+        file = file or str(QUICKSTART)
+        arguments = [f"--config={file}", *arguments]
     try:
+        for path in (*([file] if file else []), *files):
+            check_file(path)
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
-        sys.exit(f"{prog}: {explain_key_error(str(error))}")
+        sys.exit(f"{prog}: {explain_error(str(error))}")

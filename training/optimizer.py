@@ -72,6 +72,16 @@ def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[tor
     return optimizers
 
 
+def state_shapes(optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> dict[str, torch.Size]:
+    """{"parameter/key": shape} of the optimizers' state after a step; all tensors are fp32."""
+    shapes = {}
+    for optimizer in optimizers:
+        keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            shapes |= {f"{names[p]}/{key}": torch.Size() if key == "step" else p.shape for key in keys}
+    return shapes
+
+
 def lr_factor(step: int, max_steps: int, config: OptimConfig) -> float:
     """The learning rate of a 0-based step, divided by its peak: linear warm-up, then the schedule, which ends at min_lr_ratio."""
     if step < config.warmup_steps:

@@ -16,7 +16,7 @@ from ..kernels.flash_attention import head_tiles
 from ..kernels.linear_cross_entropy import chunk_rows
 from ..model.gpt import GPTConfig
 from . import processes
-from .config import RunConfig
+from .config import RunConfig, divisors
 from .optimizer import lr_factor
 
 CHINCHILLA = 20  # tokens per parameter that are compute-optimal (arXiv 2203.15556)
@@ -143,26 +143,32 @@ class Plan:
         facts.append(f"{data.tokens:,} tokens" if data.tokens else "number of tokens unknown (--tokens)")
         if data.characters and data.tokens and data.documents:
             facts.append(f"{data.characters / (data.tokens - data.documents):.2f} characters per token")
-        run = f"{t.max_steps:,} steps, {self.tokens / 1e6:,.1f} M tokens"
+        run = f"{t.max_steps:,} steps, {count(self.tokens)} tokens"
         if self.epochs is not None:
             run += f", {self.epochs:.1f} epochs"
         ratio = self.tokens / self.parameters
+        fits_all = " (all sequences of a step)" if self.largest_micro_batch == t.global_batch // d.count else ""
         first, middle, last = (f"{rate:.1e}" if rate else "0" for rate in self.rates)
         embedding_rate = f" (embedding, head and norms: × {c.optim.embedding_lr / c.optim.lr:.3g})" if c.optim.embedding_lr else ""
         return {
             "device": f"{d.count} × {d.name}, {d.precision}",
             "matrix products": f"{d.flops / 1e9:,.0f} GFLOP/s ({d.flops_source}; the reference for mfu)",
             "data": ", ".join(facts),
-            "model": f"{self.parameters / 1e6:.1f} M parameters, {self.embedding / self.parameters:.0%} of them in the embedding",
-            "step": f"{self.tokens_per_step:,} tokens in {self.micro_batches} micro-batches"
+            "model": f"{count(self.parameters)} parameters, {self.embedding / self.parameters:.0%} of them in the embedding",
+            "step": f"{self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
             + (f", {self.steps_per_epoch:,} steps per epoch" if self.steps_per_epoch is not None else ""),
-            "run": f"{run}, {ratio:,.0f} tokens per parameter ({ratio / CHINCHILLA:.1f} × Chinchilla's {CHINCHILLA})",
+            "run": f"{run}, {ratio:,.3g} tokens per parameter ({ratio / CHINCHILLA:.2g} × Chinchilla's {CHINCHILLA})",
             "learning rate": f"first step {first}, middle {middle}, last {last}{embedding_rate}",
             "memory": f"{size(self.memory.total)} of {size(d.free_memory)} free; "
-            + f"largest micro-batch that fits: {self.largest_micro_batch or 'none'}",
-            "disk": f"{self.checkpoints} checkpoints of {size(self.checkpoint)}, {size(self.disk)} of {size(d.free_disk)} free",
+            + f"largest micro-batch that fits: {self.largest_micro_batch or 'none'}{fits_all}",
+            "disk": f"{self.checkpoints} × {size(self.checkpoint)} of checkpoints, {size(self.disk)} of {size(d.free_disk)} free",
             "output": c.out_dir,
         }
+
+
+def count(n: int) -> str:
+    """A number as "950", "1.6 M" or "7,864.3 M"."""
+    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"
 
 
 def size(n_bytes: float) -> str:
@@ -253,10 +259,6 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         warnings=(),
     )
     return replace(result, warnings=tuple(_warnings(result)))
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 # --- Memory --------------------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 import contextlib
 import ctypes
 import os
-import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -45,9 +44,24 @@ def start() -> Processes:
         torch.set_float32_matmul_precision("high")
     else:
         keep_heap()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world_size, device)
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, torchrun, has ended. Otherwise the ranks would continue after `kill -9` of torchrun."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.write(2, b"train.py: torchrun has ended, so this process ends\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def stop() -> None:
@@ -151,6 +165,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate: the free memory of the GPU or the machine, or of the container if that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup version 2, or "max": no limit
         limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current", "stat"))
@@ -163,5 +179,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

@@ -7,17 +7,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import load_tensors, load_weights, read_json, save_model
+from ..model.checkpoint import check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
+from ..model.gpt import GPT
 from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
+from .optimizer import state_shapes
+from .plan import size
 from .step import TrainingStep
 
 FORMAT = 1  # of trainer/; files without a number have format 1
@@ -34,11 +37,13 @@ class Progress:
 
 
 def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files can all be opened. Reports each newer, damaged one to `warn` and leaves it unchanged."""
+    """The newest checkpoint whose files are undamaged. Reports each newer, damaged one to `warn` and leaves it unchanged."""
     for folder in reversed(step_folders(out_dir).values()):
         try:
-            for name in ("config.json", "trainer/trainer.json"):
-                read_json(folder, name)
+            for path in (folder, folder / "trainer"):
+                check_files(path)
+            read_json(folder, "config.json")
+            check_trainer(folder, read_json(folder / "trainer", "trainer.json"))
             for name in ("model.safetensors", "trainer/state.safetensors"):
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
@@ -46,6 +51,22 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
         except (OSError, ValueError, SafetensorError) as error:
             warn(f"{folder} is damaged ({error}); an earlier checkpoint is used")
     return None
+
+
+def check_trainer(folder: Path, trainer: dict) -> None:
+    """Raises UserError if trainer.json of this format lacks a key or has a value of another type."""
+    number = (int, float)
+    types = {
+        "step": int,
+        "seconds": number,
+        "best_step": (int, NoneType),
+        "best_loss": (*number, NoneType),
+        "config": dict,
+        "grad_scaler": dict,
+    }
+    wrong = [key for key, kind in types.items() if not isinstance(trainer.get(key, ...), kind)]
+    if wrong and trainer.get("format", 1) == FORMAT:
+        raise UserError(f"{folder}/trainer/trainer.json: {', '.join(wrong)} missing or of a wrong type")
 
 
 def remove_leftovers(out_dir: Path) -> None:
@@ -59,7 +80,7 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
 
     Raises OSError that names the folder if it cannot be written, for example on a full disk. Earlier checkpoints stay complete."""
     folder = step_folder(out_dir, progress.step)
-    names: dict[torch.Tensor, str] = {p: name for name, p in step.model.named_parameters()}
+    names = parameter_names(step.model)
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -70,14 +91,17 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
     try:
         with atomic_folder(folder) as temporary:
             save_model(temporary, step.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, context=step.model.config.context)
             (temporary / "trainer").mkdir()
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "trainer" / "state.safetensors")
+            save_tensors(temporary / "trainer" / "state.safetensors", tensors)
             write_json(temporary / "trainer" / "trainer.json", trainer)
+            for path in (temporary, temporary / "trainer"):
+                write_checksums(path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete: free some space, or set "
-            "--train.keep_last, and run the same command again to resume"
+            f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete. It needs about "
+            f"{size(sum(t.nbytes for t in (*step.model.parameters(), *tensors.values())))}: free some space, "
+            "and run the same command again to resume"
         ) from error
     return folder
 
@@ -120,18 +144,39 @@ def load(folder: Path, step: TrainingStep) -> Progress:
     trainer = read_trainer(folder)
     load_weights(step.model, folder)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    rng = tensors.pop("rng.cuda", None)
-    if rng is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng)
+    rng, rng_cuda = tensors.pop("rng.cpu", None), tensors.pop("rng.cuda", None)
+    shapes = state_shapes(step.optimizers, parameter_names(step.model))
+    if trainer["grad_scaler"] and not tensors:
+        shapes = {}  # the gradient scaler has skipped all steps so far
+    wrong = [name for name in shapes.keys() | tensors.keys() if not is_valid(tensors.get(name), shapes.get(name))]
+    if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.get_rng_state().shape:
+        rng, wrong = torch.get_rng_state(), [*wrong, "rng.cpu"]
+    if wrong:
+        names = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise UserError(
+            f"{folder}/trainer/state.safetensors: {names} missing, unexpected, not finite, or of another shape or dtype than the model's; "
+            "the checkpoint is damaged: move it elsewhere to resume from an earlier one"
+        )
+    torch.set_rng_state(rng)
+    if rng_cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng_cuda)
     parameters = dict(step.model.named_parameters())
     owner = {id(p): optimizer for optimizer in step.optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, tensor in tensors.items():
         parameter_name, key = name.split("/")
         p = parameters[parameter_name]
         owner[id(p)].state[p][key] = tensor.to(p.device)
-    step.scaler.load_state_dict(trainer["grad_scaler"])
+    if trainer["grad_scaler"]:  # empty if the earlier part of the run was not fp16
+        step.scaler.load_state_dict(trainer["grad_scaler"])
     return Progress(**{f.name: trainer[f.name] for f in fields(Progress)})
+
+
+def is_valid(tensor: torch.Tensor | None, shape: torch.Size | None) -> bool:
+    return tensor is not None and tensor.shape == shape and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
+def parameter_names(model: GPT) -> dict[torch.Tensor, str]:
+    return {p: name for name, p in model.named_parameters()}
 
 
 def remove_old(out_dir: Path, *, keep_last: int, best_step: int | None) -> None:

@@ -1,6 +1,7 @@
 """The training step that train.py, `tritale plan` and `tritale lr-find` share."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.errors import UserError
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
 from .optimizer import build_optimizers, lr_factor
-from .plan import Plan
+from .plan import Plan, size
 
 MEASURE_SECONDS = 10  # after the compilation
 
@@ -25,6 +27,12 @@ class TrainingStep:
     def __init__(self, planned: Plan, here: processes.Processes):
         config, precision = planned.config, planned.device.precision
         self.config, self.here = config, here
+        fixed = planned.memory.weights + planned.memory.gradients + planned.memory.optimizer
+        if fixed > planned.device.free_memory:
+            raise UserError(
+                f"the model needs {size(fixed)} for its weights, gradients and optimizer, and {size(planned.device.free_memory)} of memory "
+                "are free; lower model.n_layer, model.width, model.mlp_width or the vocabulary"
+            )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
@@ -35,7 +43,8 @@ class TrainingStep:
             module = cast(nn.Module, torch.compile(module, dynamic=False))
         if here.world_size > 1:
             device_ids = [here.device] if here.device.type == "cuda" else None
-            module = DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+            module = DistributedDataParallel(module, device_ids=device_ids)
+            module.broadcast_buffers = False  # the rotary tables never change; torch 2.13 deprecates the argument of this name
         self.module = module
         # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel averages over the processes.
         self.normalizer = torch.tensor(planned.tokens_per_step / here.world_size, device=here.device)
@@ -84,6 +93,22 @@ class TrainingStep:
         self.loss_sum.zero_()
         self.n_steps = 0
         return mean
+
+    def check_finite(self, step: int, **values: float) -> None:
+        """Raises FloatingPointError if one of the values is not finite; without values, if a weight or the optimizers' state is not."""
+        wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not values:
+            tensors = [*self.model.parameters(), *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
+            if not all(t.isfinite().all() for t in tensors):
+                wrong = ["a weight or the optimizer's state is not finite"]
+        if wrong:
+            optim = self.config.optim
+            rates = {"optim.lr": optim.lr, "optim.embedding_lr": optim.embedding_lr}
+            options = " ".join(f"--{key} {rate / 3:.1g}" for key, rate in rates.items() if rate)
+            raise FloatingPointError(
+                f"step {step}: {', '.join(wrong)}; nothing of it was saved. Lower the learning rate: add {options} --resume force, "
+                "which resumes from the last checkpoint if there is one"
+            )
 
 
 def random_batch(planned: Plan, micro_batch: int) -> Batch:

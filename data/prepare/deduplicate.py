@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..tokenizer import END_OF_TEXT
+
 RECORD = np.dtype([("hash", "<u8", 2), ("split_hash", "<u8"), ("characters", "<u4")])  # characters 0: only white space
 TRAIN, VALIDATION, EXACT, NEAR, BLANK = range(5)  # status of a document: its split, or why it is left out
 SHINGLE = 5  # characters
@@ -30,12 +32,12 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def fingerprints(texts: list[str], groups: list[str | None], is_near: bool) -> tuple[list[bytes], int]:
-    """The records, the signatures if `is_near`, and the number of texts that `normalise` changes."""
+def fingerprints(texts: list[str], groups: list[str | None], is_near: bool) -> tuple[list[bytes], int, int]:
+    """The records, the signatures if `is_near`, and the numbers of texts that `normalise` changes and that contain `<|endoftext|>`."""
     normal = [normalise(text) for text in texts]
     records = np.array([record(text, group) for text, group in zip(normal, groups, strict=True)], RECORD)
     parts = [records.tobytes()] + ([signatures(normal).tobytes()] if is_near else [])
-    return parts, sum(a != b for a, b in zip(texts, normal, strict=True))
+    return parts, sum(a != b for a, b in zip(texts, normal, strict=True)), sum(END_OF_TEXT in text for text in texts)
 
 
 def record(text: str, group: str | None) -> tuple[tuple[int, int], int, int]:

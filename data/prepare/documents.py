@@ -30,7 +30,7 @@ class Fields:
     text_key: str | None = "text"
     template: str | None = None  # such as "{genre}：{story}"; in place of text_key
     group_key: str | None = None
-    txt_documents: str = "blank-line"  # or "file": what a document of a txt file is
+    txt_documents: str | None = None  # line, blank-line, file or endoftext; None: according to the file
 
     def __post_init__(self):
         if self.template is None:

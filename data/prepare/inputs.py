@@ -1,7 +1,9 @@
 """The input files that --input names, and the optional packages that their formats need."""
 
 import importlib
+import os
 import re
+from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +19,13 @@ EXTRA = "pip install 'tritale[data]'"
 def find_files(inputs: list[str]) -> list[str]:
     """List the files that the paths, globs and folders name: sorted within each, without repetition. Names of data sets stay as they are.
 
-    A folder gives all files below it with a known suffix. Raises FileNotFoundError for an input that names nothing, and UserError for
-    a file of unknown format or with a name that is not UTF-8."""
+    A folder gives all files below it with a known suffix, without hidden files and folders; links are followed. Raises
+    FileNotFoundError for an input that names nothing, and UserError for a file of unknown format or with a name that is not UTF-8."""
     found: dict[Path, str] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            paths = sorted(str(p) for p in path.rglob("*") if p.is_file() and file_format(p) and not p.name.startswith("."))
+            paths = sorted(str(p) for p in _walk(path) if file_format(p))
         elif path.is_file():
             paths = [name]
         elif has_magic(name):
@@ -42,6 +44,18 @@ def find_files(inputs: list[str]) -> list[str]:
                 raise UserError(f"the name of the file {p!r} is not UTF-8; rename it")
             found.setdefault(Path(p).resolve(), p)
     return list(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    # The files below the folder that are not hidden. A folder is read once, even if links form a loop.
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        if (real := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(name, file) for file in files if not file.startswith(".") and Path(name, file).is_file())
 
 
 def file_format(path: Path) -> str | None:

@@ -12,6 +12,7 @@ two bytes per document.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -28,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, read_json_object, sync_folder, temporary_of, write_json
+from ...common.files import atomic_file, read_json_object, sync_entries, sync_folder, temporary_of, write_json
 from ..built_in import open_data
 from ..shards import REMEDY, STARTS, Split, SplitWriter, evenly
-from ..tokenizer import FIXED_TOKENS, Tokenizer
+from ..tokenizer import END_OF_TEXT, FIXED_TOKENS, Tokenizer
 from . import deduplicate, report, splitting
 from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
 from .documents import Batch, Fields, Reader
@@ -39,8 +40,10 @@ from .inputs import EXTRA, find_files, import_package
 from .tokenize import SAMPLE_CHARACTERS, BulkEncoder, encode, sample
 from .workers import Workers
 
-RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
-VERSION = 1
+RECIPE, REPORT, WORK, LOCK = "prepare.json", "report.json", "work", "lock"
+WARNING: dict = {"style": "yellow", "markup": False}  # of console.print
+VERSION = 2
+VALIDATION_SHARE, ENOUGH_VALIDATION = 0.01, 100  # by default: this share, but this number of documents or a tenth of all
 SPLITS = ("train", "validation")
 BATCHES_PER_COMMIT = 16
 MEASURED_CHARACTERS = 1_000_000  # for the table of vocabulary sizes
@@ -56,7 +59,7 @@ class Options:
     fields: Fields = field(default_factory=Fields)
     vocab_size: int = 6400  # unless there is a tokenizer
     tokenizer: str | None = None  # folder
-    val_fraction: float = 0.01
+    val_fraction: float | None = None
     val_documents: int | None = None  # in place of val_fraction
     dedup: str = "exact"
     near_threshold: float = 0.8  # Jaccard similarity
@@ -66,7 +69,7 @@ class Options:
     def __post_init__(self):
         if self.dedup not in ("exact", "near", "off"):
             raise UserError(f"--dedup {self.dedup!r} must be exact, near or off")
-        if self.val_documents is None and not 0 < self.val_fraction < 1:
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, such as 0.01")
         if self.val_documents is not None and self.val_documents < 1:
             raise UserError(f"--val-documents {self.val_documents} must be at least 1")
@@ -134,10 +137,12 @@ def prepare(
     if options.dedup == "near":
         import_package("rensa", "--dedup near")
     recipe = _recipe(files, options, given)
-    work = out / WORK
-    if _is_finished(out, recipe):
+    work, (differences, finished) = out / WORK, _compare(out, recipe)
+    if finished:
+        if differences:
+            raise UserError(f"{out} holds data made with other options ({differences}); choose another --out, or delete {out}")
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
-        problem = _missing(out)
+        problem = _missing(out, finished)
         if not problem:
             console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
             return read_json_object(out / REPORT, remedy=REMEDY)
@@ -146,12 +151,21 @@ def prepare(
     try:
         with _only_one(work), pool, _progress(console) as progress:
             job = Job(files, options, out, pool, progress)
+            if differences:
+                console.print(f"{out} holds unfinished data made with other options ({differences}); it is replaced", **WARNING)
+                _discard(out)
             _write(out / RECIPE, recipe)
             read = fingerprints(job)
             status, chosen = selection(job, read)
             tokenizer = given or trained_tokenizer(job, status)
+            if read["marked"]:
+                n = f"{read['marked']:,} documents contain {END_OF_TEXT}"
+                console.print(f"{n} as ordinary text; if it separates stories there, split them before", **WARNING)
+            if chosen["validation"] < ENOUGH_VALIDATION:
+                n = f"validation has only {chosen['validation']:,} documents"
+                console.print(f"{n}, so its loss is inexact; --val-documents {ENOUGH_VALIDATION} or more documents help", **WARNING)
             if BulkEncoder(tokenizer).is_fallback:
-                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", style="yellow")
+                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", **WARNING)
             if not (out / "tokenizer").exists():
                 _save_tokenizer(tokenizer, out / "tokenizer")
             encoded = encoding(job, status, tokenizer)
@@ -163,7 +177,7 @@ def prepare(
         raise
     _write(out / REPORT, found)
     report.write_html(out / "report.html", found)
-    _write(out / RECIPE, recipe | {"finished": True})
+    _write(out / RECIPE, recipe | {"finished": _sha256(out / REPORT)})
     shutil.rmtree(work)
     return found
 
@@ -173,7 +187,14 @@ def prepare(
 
 def fingerprints(job: Job) -> dict:
     """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; return the counts."""
-    state = job.load("fingerprints.json") or {"documents": 0, "place": [0, 0], "normalised": 0, "errors": {}, "first_errors": []}
+    state = job.load("fingerprints.json") or {
+        "documents": 0,
+        "place": [0, 0],
+        "normalised": 0,
+        "marked": 0,
+        "errors": {},
+        "first_errors": [],
+    }
     if state.get("done"):
         return state
     is_near = job.options.dedup == "near"
@@ -190,11 +211,12 @@ def fingerprints(job: Job) -> dict:
         job.save("fingerprints.json", state | more)
 
     items = ((batch, (batch.texts, batch.groups, is_near)) for batch in reader.batches(state["place"]))
-    for n, (batch, (data, n_normalised)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
+    for n, (batch, (data, n_normalised, n_marked)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
         for file, part in zip(opened, data, strict=True):
             file.write(part)
         state["documents"] += len(batch.texts)
         state["normalised"] += n_normalised
+        state["marked"] += n_marked
         state |= {"place": batch.place, "errors": batch.errors, "first_errors": batch.first_errors}
         job.progress.update(task, completed=batch.bytes_read)
         if n % BATCHES_PER_COMMIT == 0:
@@ -222,10 +244,13 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
         status[first : first + len(records)][records["characters"] == 0] = BLANK
     if options.dedup != "off":
         deduplicate.exact_duplicates(job.documents, n, status)
-    if options.val_documents is None:
-        threshold = splitting.threshold_of_fraction(options.val_fraction)
-    else:
+    distinct = int(np.count_nonzero(status == TRAIN))
+    enough = min(ENOUGH_VALIDATION, max(1, distinct // 10))
+    threshold = splitting.threshold_of_fraction(options.val_fraction or VALIDATION_SHARE)
+    if options.val_documents is not None:
         threshold = splitting.threshold_of_documents(job.documents, status, options.val_documents)
+    elif options.val_fraction is None and distinct > 1:
+        threshold = max(threshold, splitting.threshold_of_documents(job.documents, status, enough))
     for first, records in chunks(job.documents, RECORD):
         part = status[first : first + len(records)]
         part[(part == TRAIN) & (records["split_hash"] < np.uint64(threshold))] = VALIDATION
@@ -239,7 +264,7 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
     if not totals[TRAIN] or not totals[VALIDATION]:
         raise UserError(
             f"of {n:,} documents {totals[TRAIN]:,} are for training and {totals[VALIDATION]:,} for validation, and both need one; "
-            "change --val-fraction or --val-documents"
+            + (f"try --val-documents {enough}" if distinct > 1 else "give at least two different documents")
         )
     counts = {
         **dict(zip(SPLITS, totals, strict=False)),
@@ -278,6 +303,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(temporary)
     sync_folder(temporary)
     temporary.rename(folder)
+    sync_entries(folder.parent)
 
 
 def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
@@ -444,34 +470,55 @@ def _recipe(files: list[str], options: Options, tokenizer: Tokenizer | None) -> 
     return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
 
 
-def _is_finished(out: Path, recipe: dict) -> bool:
-    # Raises UserError if `out` holds something else.
+def _compare(out: Path, recipe: dict) -> tuple[str, str | None]:
+    # (how the data in `out` differs, the sha256 of its report if it is finished). Raises UserError if `out` holds something else.
     begun = {out / WORK, temporary_of(out / RECIPE)}  # of a run that was killed before it wrote its recipe
     if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
         raise UserError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
     if not (out / RECIPE).is_file():
-        return False
+        return "", None
     found = read_json_object(out / RECIPE, remedy=REMEDY)
-    is_finished = found.pop("finished", False)
-    differing = [key for key in recipe if recipe[key] != found.get(key)]
-    if differing:
-        what = ", ".join(f"{key} ({_short(found.get(key))} there, {_short(recipe[key])} now)" for key in differing)
-        raise UserError(f"{out} holds data made in another way: {what}; choose another --out, or delete {out}")
-    return is_finished
+    return "; ".join(_differences(found, recipe)), found.get("finished")
 
 
-def _missing(out: Path) -> str:
+def _differences(found: dict, recipe: dict) -> Iterator[str]:
+    if (found.get("format"), found.get("version")) != (recipe["format"], recipe["version"]):
+        yield f"version of prepare: {found.get('version')} → {recipe['version']}"
+        return
+    sections = [found.get("files"), found.get("fields")]
+    files, fields = (section if isinstance(section, dict) else {} for section in sections)
+    changed = [f"{f} changed" if f in files else f"{f} is new" for f, stat in recipe["files"].items() if files.get(f) != stat]
+    changed += [f"{f} is not among them" for f in files if f not in recipe["files"]]
+    if changed:
+        yield f"--input: {', '.join(changed[:3])}" + (f" and {len(changed) - 3:,} more" if len(changed) > 3 else "")
+    before, now = found | fields, recipe | recipe["fields"]
+    shown = lambda key, values: "not given" if values.get(key) is None else str(values[key])[:40]
+    for key in now:
+        if key not in ("files", "fields") and before.get(key) != now[key]:
+            yield f"--{key.replace('_', '-')}: {shown(key, before)} → {shown(key, now)}"
+
+
+def _discard(out: Path) -> None:
+    # Remove what an unfinished run wrote.
+    for name in ("tokenizer", *SPLITS):
+        for path in (out / name, out / f"{name}.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (out / WORK).iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _missing(out: Path, report_sha256: str) -> str:
     # What is missing from the finished data, in words.
     try:
         open_data(out, verify=False)
     except (FileNotFoundError, ValueError) as error:
         return str(error).partition(";")[0]
-    return "" if (out / REPORT).is_file() else f"{out / REPORT} is missing"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 80 else text[:77] + "…"
+    return "" if _sha256(out / REPORT) == report_sha256 else f"{out / REPORT} is missing or damaged"
 
 
 @contextmanager
@@ -482,7 +529,7 @@ def _only_one(work: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(work / "lock", "w", encoding="utf-8") as file:
+    with open(work / LOCK, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,16 +13,20 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from json.decoder import JSONDecodeError
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...common.errors import UserError
+from ..tokenizer import END_OF_TEXT
 from .inputs import file_format, import_package
 
 MAX_DOCUMENT = 10_000_000  # bytes; a longer one is a file that was not cut into documents
 LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
 BUFFER, CHUNK = 1 << 20, 1 << 20  # bytes; of the stream, of JSON text
+SEPARATOR = END_OF_TEXT  # between documents of a txt file
+LINES_PER_BLOCK = 20  # a txt file with more may have a document on each line
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 Records = Iterator[tuple[Any, int]]
@@ -36,19 +40,20 @@ class BadInput(UserError):
         self.line, self.kind = line, kind
 
 
-def records(file: str, raw: io.FileIO, txt_documents: str) -> Records:
+def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
     """Read an open file that is not parquet."""
     stream, damage = _decompressed(raw, file)
-    kind, line = file_format(Path(file)), 1
+    suffix, line = file_format(Path(file)), 1
     try:
-        if kind == ".json" and not _is_json_lines(stream):
-            found = _json_values(stream, file)
-        elif kind in (".jsonl", ".ndjson", ".json"):
-            found = _json_lines(stream, file)
-        elif kind in (".csv", ".tsv"):
-            found = _csv_rows(stream, file, "\t" if kind == ".tsv" else ",")
+        start = stream.peek(BUFFER).removeprefix(codecs.BOM_UTF8)
+        if encoding := _utf16(start[:4096]):
+            raise _other_encoding(file, 1, start[0], encoding)
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            found = _json_lines(stream, file) if _is_json_lines(start, suffix) else _json_values(stream, file)
+        elif suffix in (".csv", ".tsv"):
+            found = _csv_rows(stream, file, "\t" if suffix == ".tsv" else ",")
         else:
-            found = _txt_documents(stream, file, txt_documents)
+            found = _txt_documents(stream, file, txt_documents or _txt_layout(start, file))
         for record, line in found:
             yield record, line
     except damage as error:
@@ -57,12 +62,14 @@ def records(file: str, raw: io.FileIO, txt_documents: str) -> Records:
 
 def _decompressed(raw: io.FileIO, file: str) -> tuple[io.BufferedReader, tuple[type[Exception], ...]]:
     # The stream, and what it raises if the file is damaged.
-    suffix = Path(file).suffix
+    suffix = Path(file).suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER), (EOFError, gzip.BadGzipFile, zlib.error)
     if suffix == ".zst":
         zstd = import_package(ZSTD, file)
-        return io.BufferedReader(zstd.ZstdFile(raw), BUFFER), (EOFError, zstd.ZstdError)
+        window = zstd.DecompressionParameter.window_log_max
+        stream = zstd.ZstdFile(raw, options={window: window.bounds()[1]})  # files written with --long=31, too
+        return io.BufferedReader(stream, BUFFER), (EOFError, zstd.ZstdError)
     return io.BufferedReader(raw, BUFFER), ()
 
 
@@ -77,10 +84,11 @@ _JSON = json.JSONDecoder(parse_constant=_no_constant)
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _is_json_lines(stream: io.BufferedReader) -> bool:
-    # Whether a .json file is not an array and one of its first lines is an object.
-    first = stream.peek(BUFFER).removeprefix(codecs.BOM_UTF8).lstrip()
-    return not first.startswith(b"[") and any(_is_object(line) for line in first.split(b"\n", 4)[:4])
+def _is_json_lines(start: bytes, suffix: str) -> bool:
+    # Decided by the start of the file, since arrays are also named .jsonl, and lines .json.
+    is_array = start.lstrip().startswith(b"[")
+    has_objects = any(_is_object(line) for line in re.split(rb"[\r\n]+", start.lstrip(), maxsplit=4)[:4])
+    return has_objects and not is_array if suffix == ".json" else has_objects or not is_array
 
 
 def _is_object(line: bytes) -> bool:
@@ -97,11 +105,12 @@ def _json_lines(stream: BinaryIO, file: str) -> Records:
         if len(line) > LONGEST_LINE:
             yield too_long(file, number), number
             continue
+        bad = None if line.isascii() else not_utf8(line.encode("utf-8", "surrogateescape"), file, number)
         try:
-            yield _JSON.decode(line.decode("utf-8")), number
+            yield bad or _JSON.decode(line), number
         except (ValueError, RecursionError) as error:
             problem = f"{error.msg}, column {error.colno}" if isinstance(error, JSONDecodeError) else str(error)
-            yield not_utf8(line, file, number) or _broken_json(file, number, problem, line.decode("utf-8", "replace")), number
+            yield _broken_json(file, number, problem, line), number
 
 
 def _json_values(stream: BinaryIO, file: str) -> Records:
@@ -133,7 +142,7 @@ class _JsonText:
     def __init__(self, stream: BinaryIO, file: str):
         self._stream, self._file, self._line = stream, file, 1
         self._text, self._position, self._at_end = "", 0, False
-        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # bytes that are not UTF-8: as in _csv_rows
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # as in _lines
 
     def peek(self) -> str:
         """Skip white space and return the next character, or "" at the end."""
@@ -197,16 +206,15 @@ class _JsonText:
 
 def _csv_rows(stream: BinaryIO, file: str, delimiter: str) -> Records:
     csv.field_size_limit(2**31 - 1)
-    # Bytes that are not UTF-8 become surrogates, which check_text finds. So the place is known, and the next row can be read.
-    line, length = 1, 0  # of the current row: its first line, its bytes so far
+    line, length = 1, 0  # of the current row: its first line, its characters so far
 
     def lines():
         nonlocal length
-        for raw in _lines(stream):
+        for text in _lines(stream):
             if length > LONGEST_LINE:
                 raise BadInput(file, line, f"a row longer than {LONGEST_LINE // 10**6} MB", "; a quote may be missing there")
-            length += len(raw)
-            yield raw.decode("utf-8", "surrogateescape")
+            length += len(text)
+            yield text
 
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
@@ -223,22 +231,47 @@ def _csv_rows(stream: BinaryIO, file: str, delimiter: str) -> Records:
         raise BadInput(file, line, "broken csv", f" ({error}); a quote may be missing there") from None
 
 
+def _txt_layout(start: bytes, file: str) -> str:
+    # What a document is, from the start of the file. Raises UserError if that is unclear.
+    if SEPARATOR.encode() in start:
+        return "endoftext"
+    lines = [bool(line.strip()) for line in re.split(rb"\r\n?|\n", start)]
+    n_lines, n_blocks = sum(lines), sum(b and not a for a, b in pairwise([False, *lines]))
+    if n_lines > (LINES_PER_BLOCK * n_blocks if n_blocks > 1 else 1):
+        blocks = f"{n_blocks:,} blocks with blank lines between them" if n_blocks > 1 else "no blank line"
+        raise UserError(
+            f"{file}: is a document a line, a block or the file? Its start has {n_lines:,} lines and {blocks}; "
+            "choose --txt-documents line, blank-line or file"
+        )
+    return "blank-line"
+
+
 def _txt_documents(stream: BinaryIO, file: str, documents: str) -> Records:
     lines, first, length = [], 1, 0
-    for number, raw in enumerate(_lines(stream), 1):
-        line = raw.decode("utf-8", "surrogateescape")
-        if line.strip() or documents == "file":
-            if not lines:
-                first = number
-            lines.append(line)
-            length += len(line)
-            if length > LONGEST_LINE:
-                raise too_long(file, first)
-        elif lines:
-            yield {"text": "".join(lines).rstrip("\r\n")}, first
-            lines, length = [], 0
+
+    def document() -> tuple[dict, int]:
+        nonlocal lines, length
+        text, lines, length = "".join(lines).rstrip("\r\n"), [], 0
+        return {"text": text}, first
+
+    for number, line in enumerate(_lines(stream), 1):
+        if SEPARATOR in line and documents != "endoftext":
+            raise BadInput(file, number, f"a line with {SEPARATOR}", "; --txt-documents endoftext separates the documents there")
+        for i, part in enumerate(line.split(SEPARATOR)):
+            if i and lines:
+                yield document()
+            if part.strip() or documents == "file" or (lines and documents == "endoftext"):
+                first = first if lines else number
+                lines.append(part)
+                length += len(part)
+                if length > LONGEST_LINE:
+                    raise too_long(file, first)
+            elif lines:  # the end of a block
+                yield document()
+        if documents == "line" and lines:
+            yield document()
     if lines:
-        yield {"text": "".join(lines).rstrip("\r\n")}, first
+        yield document()
 
 
 def parquet_rows(file: str, keys: list[str]) -> Records:
@@ -280,14 +313,14 @@ def hub_rows(name: str) -> Records:
         yield row, number
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    # Lines with their ends, without a byte order mark. Of a line longer than any document only the first LONGEST_LINE + 1 bytes.
-    line = stream.readline(LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)
-    while line:
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    # Lines with their ends, without a byte order mark; only the beginning of a line that is longer than any document. Bytes that are not
+    # UTF-8 become surrogates, which check_text finds. So their place is known, and the next line can be read.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    while line := text.readline(LONGEST_LINE + 1):
         yield line
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(LONGEST_LINE + 1)
-        line = stream.readline(LONGEST_LINE + 1)
+        while len(line) > LONGEST_LINE and not line.endswith(("\n", "\r")):
+            line = text.readline(LONGEST_LINE + 1)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------------------------
@@ -329,9 +362,28 @@ def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
             sample = _decompressed(f, file)[0].read(1 << 16)
     except Exception:
         sample = raw
-    encoding = _guess_encoding(sample) or _guess_encoding(raw)
+    return _other_encoding(file, line, raw[place], _guess_encoding(sample) or _guess_encoding(raw))
+
+
+def _other_encoding(file: str, line: int, byte: int, encoding: str | None) -> BadInput:
     advice = f"it may be {encoding}: iconv -f {encoding}" if encoding else "convert it, for example from gb18030: iconv -f gb18030"
-    return BadInput(file, line, f"not UTF-8 (byte 0x{raw[place]:02X})", f"; {advice} -t utf-8")
+    return BadInput(file, line, f"not UTF-8 (byte 0x{byte:02X})", f"; {advice} -t utf-8")
+
+
+def _utf16(start: bytes) -> str | None:
+    # The kind of UTF-16 in which the file begins. Without a byte order mark it is found by the zero bytes of ASCII characters.
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    place, zeros = _utf8_error(start), start.count(0)
+    if not zeros or (3 * zeros < len(start) and (place is None or place > len(start) - 4)):
+        return None
+    score, encoding = max((_readable(start.decode(encoding, "replace")), encoding) for encoding in ("utf-16le", "utf-16be"))
+    return encoding if score > 0.9 else None
+
+
+def _readable(text: str) -> float:
+    # The share of Chinese and ASCII characters; the latter count twice, since two bytes of ASCII may also be a Chinese character.
+    return (len(re.findall(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", text)) + 2 * len(re.findall(r"[\t-\r -~]", text))) / len(text)
 
 
 def _utf8_error(raw: bytes) -> int | None:

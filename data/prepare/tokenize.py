@@ -1,6 +1,7 @@
 """The tokenizer: trained on a sample of the documents, and encoding all of them with the package fastokens."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 
@@ -37,7 +38,7 @@ def sample(reader: Reader, status: np.ndarray, path, characters: int) -> list[st
 
 class BulkEncoder:
     """Encodes batches of documents with fastokens: the ids of `Tokenizer.encode_batch`, several times faster. If fastokens is not
-    installed, `tokenizers` encodes (`is_fallback`)."""
+    installed (`is_fallback`), or fails on a batch, `tokenizers` encodes."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._dtype = tokenizer, DTYPES[dtype_name(tokenizer.vocab_size)]
@@ -55,13 +56,14 @@ class BulkEncoder:
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all documents one after another, each with `<|endoftext|>` in front: (tokens,) in the dtype of the shards; and the
         number of tokens of each document: (documents,) int64."""
-        if self._fast is None:
-            ids = self._tokenizer.encode_batch(texts, bos=True)
-            return np.fromiter(chain.from_iterable(ids), self._dtype), np.array([len(i) for i in ids], np.int64)
-        ids, borders = self._fast.encode_batch_flat(texts, split_special_tokens=True)
-        borders = np.frombuffer(borders, "<u8").astype(np.int64)  # (documents + 1,)
-        ids = np.insert(np.frombuffer(ids, "<u4").astype(self._dtype), borders[:-1], self._tokenizer.eot_id)
-        return ids, np.diff(borders) + 1
+        if self._fast is not None:
+            with suppress(ValueError):  # its regular expressions have a limited stack: thousands of equal marks are too much for them
+                ids, borders = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+                borders = np.frombuffer(borders, "<u8").astype(np.int64)  # (documents + 1,)
+                ids = np.insert(np.frombuffer(ids, "<u4").astype(self._dtype), borders[:-1], self._tokenizer.eot_id)
+                return ids, np.diff(borders) + 1
+        ids = self._tokenizer.encode_batch(texts, bos=True)
+        return np.fromiter(chain.from_iterable(ids), self._dtype), np.array([len(i) for i in ids], np.int64)
 
 
 @lru_cache(maxsize=1)

@@ -56,11 +56,11 @@ def test_a_terminal_is_interactive(tiny_run):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "nowhere"], "nowhere is not a checkpoint"),
+        (["--model", "nowhere"], "nowhere is not a folder"),
         (["--prompt", "小兔子" * 100], "shorten"),
         (["--prompt", "\udcff\udcfe"], "not valid Unicode"),
         (["--temperature", "-1"], "temperature is -1"),
-        (["--top-p", "0"], "temperature=0"),
+        (["--top-p", "-0.1"], "top_p is -0.1"),
         (["--top-k", "-1"], "top_k is -1"),
         (["--min-p", "2"], "min_p is 2"),
         (["--stop", ""], "none of them empty"),

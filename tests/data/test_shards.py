@@ -7,6 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from tritale.common.errors import UserError
 from tritale.data.shards import Split, SplitWriter, evenly, write_split
 from tritale.data.tokenizer import Tokenizer
 
@@ -121,6 +122,12 @@ def test_damage_to_a_file_is_named(split, name):
         Split.open(split.folder)
 
 
+def seal(index: dict) -> str:
+    """The JSON of an index with the checksum of its content."""
+    index = {key: value for key, value in index.items() if key != "sha256"}
+    return json.dumps(index | {"sha256": hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -129,15 +136,39 @@ def test_damage_to_a_file_is_named(split, name):
         ({"version": None}, "is not the index of a token split"),
         ({"format": "other"}, "is not the index of a token split"),
         ({"documents": 0}, "holds 0 documents"),
-        ({"dtype": "object"}, "damaged.*'object'"),
-        ({"shards": None}, "damaged"),
+        ({"dtype": "object"}, "damaged: dtype is 'object'"),
+        ({"shards": None}, "damaged: shards is 'None'"),
         ({"tokens": 12345}, "has contradictory numbers of tokens"),
+        ({"vocab_size": 5}, "has the token id .* but its vocabulary has 5 entries"),
+        ({"more": 1}, "does not match its checksum"),
     ],
 )
 def test_damage_to_the_index_is_named(split, change, message):
     path = split.folder / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
+    path.write_text(seal(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        Split.open(split.folder)
+
+
+def test_an_index_without_a_checksum_is_read_and_one_with_another_content_is_not(split):
+    path = split.folder / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"characters": index["characters"] + 1}))
+    with pytest.raises(UserError, match="does not match its checksum; delete the folder"):
+        Split.open(split.folder, verify=False)
+    del index["sha256"]
+    path.write_text(json.dumps(index))
+    assert Split.open(split.folder).n_tokens == split.n_tokens
+
+
+def test_starts_out_of_order_are_damage(split):
+    starts = split.starts.copy()
+    starts[3], starts[4] = starts[4], starts[3]
+    starts.tofile(split.folder / "starts.bin")
+    index = json.loads((split.folder / "index.json").read_text())
+    index["starts"]["sha256"] = hashlib.sha256(starts.tobytes()).hexdigest()
+    (split.folder / "index.json").write_text(seal(index))
+    with pytest.raises(UserError, match=r"starts\.bin is damaged"):
         Split.open(split.folder)
 
 

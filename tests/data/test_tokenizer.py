@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tritale.common.errors import UserError
 from tritale.data.tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 
 WORDS = "小熊 兔子 狐狸 森林 河边 妈妈 苹果 星星 月亮 一起 快乐 伤心 找到 回家 朋友 慢慢 突然 明天 从前 因为 所以 喜欢 帮助 看见".split()
@@ -187,4 +188,38 @@ def test_errors_name_the_value_and_the_next_step(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     path.write_text(whole.replace("<|im_end|>", "<|end|>"))
     with pytest.raises(ValueError, match=r"'<\|end\|>' at id 2 instead of '<\|im_end\|>'"):
+        Tokenizer.load(tmp_path)
+
+
+CHANGES = {
+    "an id beyond the others": lambda t: t["model"]["vocab"].update({"小熊": 99_999}),
+    "an id twice": lambda t: t["model"]["vocab"].update({"小熊": 300}),
+    "an id below 0": lambda t: t["model"]["vocab"].update({"小熊": -1}),
+    "a special token with another id": lambda t: t["post_processor"]["special_tokens"]["<|endoftext|>"].update(ids=[40_000]),
+    "no special token in front": lambda t: t.update(post_processor=None),
+    "another added token": lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 90_000, "content": "<x>"}),
+    "no added tokens": lambda t: t.update(added_tokens=[]),
+    "a normaliser": lambda t: t.update(normalizer={"type": "Lowercase"}),
+    "no pre-tokenizer": lambda t: t.update(pre_tokenizer=None),
+    "another pre-tokenizer": lambda t: t["pre_tokenizer"]["pattern"].update(Regex="."),
+    "no byte fallback": lambda t: t["model"].update(byte_fallback=False),
+    "dropout": lambda t: t["model"].update(dropout=0.5),
+    "no decoder": lambda t: t.update(decoder=None),
+    "a merge of unknown entries": lambda t: t["model"]["merges"].append(["龘", "龘"]),
+    "no merges": lambda t: t["model"].update(merges=None),
+    "an empty vocabulary": lambda t: t["model"].update(vocab={}),
+    "no model": lambda t: t.pop("model"),
+    "another model": lambda t: t["model"].update(type="WordPiece"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tokenizer_that_was_changed_is_refused(tmp_path, tokenizer, change):
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["小熊"] = content["model"]["vocab"].get("小熊", 499)
+    CHANGES[change](content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json .*; (restore|make|train)"):
         Tokenizer.load(tmp_path)

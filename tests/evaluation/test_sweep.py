@@ -1,5 +1,7 @@
 """A sweep measures what each checkpoint's own weights do; its sentences say what its figures say; what cannot work is named."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -7,13 +9,16 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from runs import metrics
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tritale.cli.main import main
+from tritale.cli.options import read_prompts
+from tritale.cli.sweep import table
 from tritale.data.shards import Split
-from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts, read_prompts
+from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
@@ -55,9 +60,59 @@ def test_each_checkpoint_is_measured_with_its_own_weights(run_dir, seed, capsys)
 def test_a_second_sweep_says_the_same_and_replaces_the_first(run_dir):
     main(["sweep", str(run_dir), *SHORT])
     first, inode = (run_dir / "sweep.json").read_bytes(), (run_dir / "sweep.json").stat().st_ino
-    main(["sweep", str(run_dir), *SHORT])
+    with pytest.raises(SystemExit, match="exists from an earlier sweep; give --overwrite"):
+        main(["sweep", str(run_dir), *SHORT])
+    assert (run_dir / "sweep.json").stat().st_ino == inode
+    main(["sweep", str(run_dir), *SHORT, "--overwrite"])
     assert (run_dir / "sweep.json").read_bytes() == first and (run_dir / "sweep.json").stat().st_ino != inode
     assert not list(run_dir.glob(".sweep*"))
+
+
+@pytest.mark.parametrize(("answer", "is_replaced"), [("y\n", True), ("\n", False), ("", False)])
+def test_at_a_terminal_it_asks_before_it_replaces_an_earlier_sweep(run_dir, monkeypatch, capsys, answer, is_replaced):
+    (run_dir / "sweep.json").write_text('{"format": "tritale-sweep"', encoding="utf-8")  # cut off
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with contextlib.nullcontext() if is_replaced else pytest.raises(SystemExit, match="nothing was measured"):
+        main(["sweep", str(run_dir), *SHORT, "--every", "2"])
+    assert (run_dir / "sweep.html").exists() == is_replaced
+    assert "of an earlier sweep? [y/N]" in capsys.readouterr().err
+
+
+def test_print_shows_every_story_and_prompts_come_from_standard_input(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("小[b]\n[/x]\n".encode())))
+    main(["sweep", str(run_dir), "--prompts", "-", "--samples", "1", "--max-new-tokens", "5", "--print"])
+    printed = capsys.readouterr().out
+    report = report_of(run_dir)
+    assert report["prompts"] == ["小[b]", "[/x]"]
+    stories = [(row["step"], story) for row in report["checkpoints"] for story in row["stories"]]
+    assert len(stories) == 4
+    for step, story in stories:
+        assert f"step {step}\n{story['prompt']}{story['text']}\n" in printed
+    assert "sample 1 of 1" not in printed and "sample single" in (run_dir / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_the_table_fits_into_80_columns_without_cut_words(tmp_path):
+    rows = [row(1_000_000, 0.3, 0.1), row(2_000_000, 0.9999, 1.0)]
+    more = {
+        "longest_loop": 444,
+        "distinct_1": 0.1,
+        "distinct_2": 0.2,
+        "distinct_3": 0.3,
+        "length": 1000,
+        "ends_properly": 1,
+        "consistent": 1,
+    }
+    rows = [r | more for r in rows]
+    reference = {k: v for k, v in rows[0].items() if k not in ("step", "val_bits_per_char")}
+    console = Console(width=80, file=(output := io.StringIO()))
+    console.print(table({"checkpoints": rows, "reference": reference, "checks_cast": True}))
+    printed = output.getvalue()
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in printed and "-\n" not in printed
+    assert all(word in printed for word in ("repeated", "distinct", "coherent", "copied", "held-out", "2,000,000", "0.10 0.20 0.30"))
 
 
 def test_each_nth_checkpoint_and_the_last_are_taken(tmp_path):
@@ -111,7 +166,7 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
     assert "Coherent from step 100,000 on: at least 75%" in said
     still = "\n".join(findings(rows[:3], REAL, ABOUT))
     assert "Repetition is still 9.0%" in still and "Coherent from step 60,000 on: at least 50%" in still
-    always = "\n".join(findings(rows[-1:], REAL, ABOUT))
+    always = "\n".join(findings([row(1, 0.01, 0.8), *rows[-1:]], REAL, ABOUT))
     assert "at every measured checkpoint" in always and "has at least 112 characters" in always
     assert "Not coherent yet: 30%" in "\n".join(findings(rows[:2], REAL, ABOUT))
     assert (
@@ -122,7 +177,7 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
 
 def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
     sweep = Sweep(TrainedRun.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
-    real = sweep.run.data(sweep.llm.tokenizer)[0]
+    real = sweep.run.split("train", sweep.llm.tokenizer)
     text = sweep.llm.tokenizer.decode(real.document(5).tolist())
     loop = sweep._story("", 0, "他们有了新朋友。" * 20, 100, is_complete=True)
     assert loop["repeated_4grams"] > 0.9 and loop["loop"] == [0, 160, "他们有了新朋友。"] and not loop["is_coherent"]
@@ -175,7 +230,7 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
     whole = trainer.pop("config")
     for content in (trainer, trainer | {"config": {k: v for k, v in whole.items() if k != "data.source"}}):
         file.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(SystemExit, match=r"lacks keys of the run's config .*data.source.*move step-00000006 away"):
+        with pytest.raises(SystemExit, match=r"lacks the run's config .*data.source is missing.*move step-00000006 away"):
             main([command[0], str(run_dir), *command[1:]])
 
 
@@ -223,14 +278,14 @@ def test_prompts_that_cannot_be_used_are_said(tiny_run, tmp_path):
     assert "context" in message(("小兔" * 300).encode())
     good = tmp_path / "good.txt"
     good.write_text("﻿小兔\r\n\r\n汤姆和杰瑞是好朋友，\n小兔\n", encoding="utf-8")
-    assert read_prompts(good) == ["小兔", "汤姆和杰瑞是好朋友，"]
+    assert read_prompts(str(good)) == ["小兔", "汤姆和杰瑞是好朋友，"]
 
 
 def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
     for options, said in (
         (["--every", "0"], "at least 1"),
         (["--samples", "0"], "at least 1"),
-        (["--top-p", "0"], "temperature=0"),
+        (["--top-p", "2"], "top_p is 2.0"),
         (["--data", str(run_dir / "none")], "give --data"),
     ):
         with pytest.raises(SystemExit, match=re.escape(said)):

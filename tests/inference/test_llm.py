@@ -1,14 +1,19 @@
 """Generation equals that of Hugging Face, alone and in a batch, with native.c and with PyTorch."""
 
+import json
 import math
+import os
 import platform
 import shutil
 import string
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.runs import REPOSITORY
 from tritale.common.sampling import SamplingSettings
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
@@ -396,9 +401,8 @@ def test_a_long_text_is_read_in_windows_half_a_context_apart(n, llm, seed):
         ({"prompt": []}, "no prompts"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"top_p": 0}, "temperature=0.*top_p=1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_p": -0.1}, r"must be in \(0, 1\]"),
+        ({"top_p": -0.1}, r"must be in \[0, 1\]"),
         ({"top_k": 0}, "top_k is 0"),
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
@@ -431,10 +435,11 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, tokenizer):
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path, tokenizer):
     folder = save(tmp_path / "run" / "step-00000002", tokenizer)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         LLM.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is a run, not a checkpoint; .*step-00000002"):
-        LLM.load(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty is not a checkpoint: config.json is missing \(found: nothing\)"):
+        LLM.load(tmp_path / "empty")
     being_written = shutil.copytree(folder, tmp_path / "run" / ".step-00000004.0123abcd.tmp")
     with pytest.raises(ValueError, match="which is being written or was left"):
         LLM.load(being_written)
@@ -516,3 +521,160 @@ def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed)
     expected = llm.generate(prompts, **settings)
     monkeypatch.setattr(native, "_library", lambda: plain)
     assert llm.generate(prompts, **settings) == [llm.generate(prompt, **settings) for prompt in prompts] == expected
+
+
+# --- The boundary of native.c --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("tokens", torch.tensor([3, 600])),
+        ("tokens", torch.tensor([-1, 3])),
+        ("tokens", torch.tensor([3.0, 4.0])),
+        ("tokens", torch.tensor([3, 4], dtype=torch.int32)),
+        ("rows", torch.tensor([0, 2])),
+        ("rows", torch.tensor([-1, 0])),
+        ("rows", torch.tensor([0])),
+        ("positions", torch.tensor([0, 16])),
+        ("positions", torch.tensor([0, -1])),
+        ("last", torch.tensor([2])),
+        ("last", torch.tensor([1, 0])),
+        ("last", torch.tensor([1, 1])),
+        ("last", torch.arange(6)[::3]),
+        ("cache", torch.zeros(2, 2, 2, 16, 2, 13)),
+        ("cache", torch.zeros(2, 2, 2, 16, 2, 14, dtype=torch.float64)),
+        ("cache", torch.zeros(2, 2, 2, 2, 16, 14).transpose(3, 4)),
+        ("cache", torch.zeros(2, 2, 2, 65, 2, 14)),
+    ],
+)
+def test_native_forward_refuses_what_is_out_of_range(name, value, tmp_path, tokenizer):
+    if problem := native.problem():
+        pytest.skip(problem)
+    forward = native.NativeForward(LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model)
+    arguments = {
+        "tokens": torch.tensor([3, 4]), "rows": torch.tensor([0, 0]), "positions": torch.tensor([0, 1]),
+        "cache": torch.zeros(2, 2, 2, 16, 2, 14), "last": torch.tensor([1]),
+    }  # fmt: skip
+    assert forward(**arguments).isfinite().all()
+    with pytest.raises(ValueError, match="capacity out of range" if value.shape[3:4] == (65,) else name):
+        forward(**arguments | {name: value})
+
+
+def test_native_forward_refuses_tensors_that_do_not_fit_the_config(tmp_path, tokenizer):
+    if problem := native.problem():
+        pytest.skip(problem)
+    model = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model
+    model.embedding = torch.nn.Parameter(model.embedding[:500])
+    with pytest.raises(ValueError, match=r"its config needs \(600, 48\)"):
+        native.NativeForward(model)
+    with pytest.raises(ValueError, match="2-d fp32"):
+        native.argmax(torch.zeros(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("token_id", [600, 5000, 2**31])
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(token_id, tmp_path, tokenizer):
+    folder = save(tmp_path / "m", tokenizer)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    longest = max(vocab, key=lambda entry: vocab[entry])
+    assert vocab[longest] == 599
+    vocab[longest] = token_id
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"id {token_id}.*600"):
+        LLM.load(folder, device="cpu")
+
+
+# --- The folder of the compiled library ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", ["folder", "parent", "file", "link", "relative"])
+def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path, monkeypatch):
+    if (problem := native.problem()) or not hasattr(os, "getuid"):
+        pytest.skip(problem or "no owners of files here")
+    tmp_path.chmod(0o755)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    native.load_library()
+    (kept,) = (cache / "tritale").iterdir()
+    if planted == "folder":
+        (cache / "tritale").chmod(0o777)
+    elif planted == "parent":
+        cache.chmod(0o777)
+    elif planted == "file":
+        kept.chmod(0o777)
+    elif planted == "link":
+        (cache / "tritale").rename(tmp_path / "elsewhere")
+        (cache / "tritale").symlink_to(tmp_path / "elsewhere")
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+        monkeypatch.setenv("HOME", "home")
+    compiled, compile = [], native._compile
+    monkeypatch.setattr(native, "_compile", lambda *args: compiled.append(args) or compile(*args))
+    assert not isinstance(native.load_library(), str)
+    assert compiled  # anew, elsewhere or in place of the file
+    if planted == "file":
+        assert not kept.stat().st_mode & 0o022
+
+
+# --- The lines of a litgpt user ------------------------------------------------------------------------------------------------------
+
+
+def test_model_is_a_keyword_and_a_run_means_its_newest_checkpoint(tmp_path, tokenizer):
+    for step in (1, 2):
+        save(tmp_path / "run" / f"step-0000000{step}", tokenizer)
+    newest = LLM.load(model=str(tmp_path / "run" / "step-00000002"), device="cpu")
+    assert torch.equal(LLM.load(model=str(tmp_path / "run"), device="cpu").model.embedding, newest.model.embedding)
+
+
+def test_top_p_0_takes_the_most_likely_token(llm, seed):
+    prompts = random_prompts(5)
+    expected = llm.generate(prompts, temperature=0, max_new_tokens=12)
+    assert llm.generate(prompts, temperature=0.8, top_p=0, top_k=30, max_new_tokens=12) == expected
+    assert llm.generate(prompts[0], top_p=0.0, max_new_tokens=12) == expected[0]
+
+
+@pytest.mark.parametrize("folder", ["run/step-00001000", "run"])
+def test_a_litgpt_checkpoint_is_named_with_the_command_that_converts_it(folder, tmp_path):
+    checkpoint = tmp_path / "run" / "step-00001000"
+    checkpoint.mkdir(parents=True)
+    for name in ("lit_model.pth", "model_config.yaml", "tokenizer.json", "config.json"):
+        (checkpoint / name).write_text("{}")
+    with pytest.raises(
+        ValueError, match=rf"is a litgpt checkpoint; convert it first: tritale import .*{folder} --from litgpt --out"
+    ) as error:
+        LLM.load(tmp_path / folder)
+    assert "remove" not in str(error.value) and "delete" not in str(error.value)
+
+
+# --- Threads -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, expected", [({}, "100"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+@pytest.mark.parametrize("entry", ["tritale.cli.main", "tritale.inference", "train", "tests.conftest"])
+def test_every_entry_point_limits_spinning_before_torch_is_imported(entry, given, expected):
+    code = f"""
+import importlib.abc, os, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+import {entry}
+import torch
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=environment, cwd=REPOSITORY)
+    assert result.stdout == f"{expected}\n", result.stderr
+
+
+@pytest.mark.parametrize("n, n_thread", [(1, 1), (300, 2)])
+def test_a_small_pass_uses_one_thread(n, n_thread, tmp_path, tokenizer, monkeypatch):
+    model, threads = LLM.load(save(tmp_path / "m", tokenizer), device="cpu").model, [2]
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(native.torch, "set_num_threads", lambda n: threads.append(n))
+    assert native.count_threads(model.config, n, n) == n_thread
+    native.limit_threads(model, n)
+    assert native.problem() or threads == ([2, 1] if n_thread == 1 else [2])

@@ -1,13 +1,16 @@
 """A checkpoint on disk is a Hugging Face model, and it is complete or absent."""
 
 import json
+import os
+import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tritale.common.files import atomic_folder
 from tritale.model import GPT, GPTConfig, load_model
-from tritale.model.checkpoint import save_model
+from tritale.model.checkpoint import check_files, read_json, save_model, write_checksums
 
 SHAPES = {
     "mistral": {},
@@ -92,12 +95,18 @@ def test_a_damaged_file_is_named(tmp_path):
     "change, message",
     [
         ({"model_type": ["mistral"]}, "model_type"),
-        ({"vocab_size": "x"}, "vocab_size is 'x', not an integer of at least 1"),
+        ({"vocab_size": "x"}, "vocab_size is 'x', not an integer from 1"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"head_dim": 14.0}, r"head_dim is 14\.0"),
         ({"sliding_window": "5"}, "sliding_window is '5'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not an integer from 1 to 1000"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
+        ({"vocab_size": 10**9}, "vocab_size"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": []}, None),
         ({"rope_parameters": "x"}, "rope_parameters is 'x', not an object"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is None, not a number of at least 0"),
@@ -138,3 +147,82 @@ def test_a_newer_format_is_refused_and_one_without_a_number_is_format_1(tmp_path
         (folder / "config.json").write_text(json.dumps(config | {"tritale_format": value}))
         with pytest.raises(ValueError, match=message):
             load_model(folder)
+
+
+def test_a_flipped_bit_in_any_file_is_found(tmp_path, seed):
+    folder = write(tmp_path / "m", random_model())
+    write_checksums(folder)
+    check_files(folder)
+    model, random_bit = load_model(folder), random.Random(seed)
+    for path in sorted(folder.iterdir()):
+        original = path.read_bytes()
+        for _ in range(10):
+            at = random_bit.randrange(8 * len(original))
+            data = bytearray(original)
+            data[at // 8] ^= 1 << at % 8
+            path.write_bytes(data)
+            with pytest.raises((ValueError, FileNotFoundError)):
+                check_files(folder)
+            if path.name in ("config.json", "model.safetensors"):
+                with pytest.raises(ValueError, match="has changed since it was written"):
+                    load_model(folder)
+        path.write_bytes(original)
+    assert torch.equal(load_model(folder).embedding, model.embedding)
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing", "half", "other"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "checksums.json"])
+def test_a_damaged_file_is_found_by_its_checksum(name, damage, tmp_path, seed):
+    folder = write(tmp_path / "m", random_model())
+    write_checksums(folder)
+    path = folder / name
+    data = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "other": b"{}"}[damage])
+    if name == "checksums.json" and damage == "missing":  # as in checkpoints of earlier versions
+        check_files(folder)
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=name.split(".")[0]):
+        check_files(folder)
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.clear(), "has nothing for model.embed_tokens.weight"),
+        (lambda state: state.pop("model.norm.weight"), "has nothing for model.norm.weight"),
+        (lambda state: state.update({"x": torch.zeros(1)}), r"does not have: \['x'\]"),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(49)}), r"has \(49,\) for model.norm.weight, the model needs \(48,\)"),
+        (
+            lambda state: state.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}),
+            r"model.norm.weight in torch.int8; supported",
+        ),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(48).double()}), r"in torch.float64; supported are torch.float32"),
+        (lambda state: state.update({"lm_head.weight": torch.zeros(3)}), r"lm_head.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_model_are_named(change, message, tmp_path):
+    folder = write(tmp_path / "m", random_model(tie_embeddings=False))
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        folder = write(tmp_path / "m", random_model())
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in folder.iterdir()} == dict.fromkeys(os.listdir(folder), mode)
+
+
+def test_deep_json_is_refused(tmp_path):
+    folder = write(tmp_path / "m", random_model())
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_json(folder, "config.json")

@@ -1,6 +1,6 @@
 """The target programs read the exports and give the same logits. Without llama.cpp, gguf's own reader checks the file."""
 
-import heapq
+import json
 import math
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from tritale.cli.main import main
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig
-from tritale.model.checkpoint import save_model
-from tritale.model.export import export_gguf, export_litgpt, gguf_vocabulary
+from tritale.model.checkpoint import hf_state, save_model
+from tritale.model.export import check_gguf, export_gguf, export_litgpt, gguf_ids, gguf_vocabulary
 from tritale.stories.generator import story
 
 
@@ -148,40 +148,13 @@ def test_the_gguf_file_gives_the_same_logits(model_folder, tmp_path):
     np.testing.assert_allclose(gguf_logits(fields, tensors, ids[0].tolist()), ours, atol=1e-3)
 
 
-def llama_cpp_tokens(text: str, texts: list[str], scores: list[float], types: list[int]) -> list[int]:
-    """llama.cpp's tokenizer "llama" (llm_tokenizer_spm): join the neighbours whose union has the highest score, the leftmost first."""
-    ids = {t: i for i, t in enumerate(texts)}
-    parts = list(text.replace(" ", "▁"))
-    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-    heap = []
-
-    def offer(left, right):
-        if left >= 0 and right < len(parts) and (i := ids.get(parts[left] + parts[right])) is not None:
-            heapq.heappush(heap, (-scores[i], left, right, parts[left] + parts[right]))
-
-    for i in range(len(parts) - 1):
-        offer(i, i + 1)
-    while heap:
-        _, left, right, union = heapq.heappop(heap)
-        if not parts[left] or not parts[right] or after[left] != right or parts[left] + parts[right] != union:
-            continue
-        parts[left], parts[right], after[left] = union, "", after[right]
-        if after[left] < len(parts):
-            before[after[left]] = left
-        offer(before[left], left)
-        offer(left, after[left])
-    result = []
-    for part in filter(None, parts):
-        result += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
-    return result
-
-
 def test_llama_cpp_encodes_to_the_same_ids(tokenizer, seed):
     pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
-    texts, scores, types = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 3)
+    vocabulary = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 3)
+    texts = vocabulary[0]
     assert len(texts) == len(set(texts)) == tokenizer.vocab_size + 3
     for text in [story(seed, i).text for i in range(150)] + ["龘 and <|endoftext|> 12 ……！！\n\n<0x41>", ""]:
-        assert llama_cpp_tokens(text, texts, scores, types) == tokenizer.encode(text), text
+        assert gguf_ids(text, vocabulary) == tokenizer.encode(text), text
 
 
 LLAMA_PROMPT = "汤姆和杰瑞是好朋友，他们 love 龘。"
@@ -255,6 +228,53 @@ def test_an_export_that_is_not_possible_is_refused(tmp_path, tokenizer, seed):
 
 def test_a_missing_package_gguf_is_named(tmp_path, tokenizer, seed, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(SystemExit, match=r"tritale\[export\]"):
+    with pytest.raises(SystemExit, match="pip install gguf"):
         main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "model.gguf")])
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_strings_that_llama_cpp_encodes_differently_are_reported(tmp_path, tokenizer, seed, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    names = ("Tom", "Anna")
+    english = Tokenizer.train(
+        [f"Once Tom met Anna. {n} said hello.{' ' * (1 + i % 2)}They played, and {n} went home." for i in range(300) for n in names], 500
+    )
+    assert gguf_ids("Tom said hello.  They", gguf_vocabulary(english, english.vocab_size)) != english.encode("Tom said hello.  They")
+    assert "spaces" in check_gguf(english, []) and "hello.  They" in check_gguf(english, ["hello.  They", "Tom"])
+    assert "1 of 2 documents" in check_gguf(english, ["hello.  They", "Tom"])
+    main(["export", str(checkpoint(tmp_path / "english", english)), "--to", "gguf", "--out", str(tmp_path / "english.gguf")])
+    assert "spaces" in capsys.readouterr().out
+    assert check_gguf(tokenizer, [story(seed, i).text for i in range(20)]).startswith(
+        "llama.cpp's tokenizer gives the same ids for 20 of 20"
+    )
+
+
+def test_the_gguf_file_has_a_template_that_changes_nothing(tmp_path, tokenizer, seed):
+    jinja2 = pytest.importorskip("jinja2")
+    main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "m.gguf")])
+    template = jinja2.Template(read_gguf(tmp_path / "m.gguf")[0]["tokenizer.chat_template"])
+    assert template.render(messages=[{"role": "user", "content": "从前，"}], add_generation_prompt=True) == "从前，"
+
+
+def test_litgpt_converts_the_export_back_to_hugging_face(model_folder, tmp_path, capsys):
+    pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
+    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+
+    main(["export", str(model_folder), "--to", "litgpt", "--out", str(tmp_path / "lit")])
+    assert "litgpt gives the same logits" in capsys.readouterr().out
+    convert_lit_checkpoint(tmp_path / "lit", tmp_path / "back")
+    state = torch.load(tmp_path / "back" / "model.pth", weights_only=True)
+    for name, tensor in hf_state(LLM.load(model_folder, device="cpu").model).items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_both_versions_of_transformers_read_the_tokenizer(tmp_path, tokenizer, seed):
+    """transformers 4.57 fails with a list of extra_special_tokens; both need left padding and no token_type_ids for `generate`."""
+    folder = checkpoint(tmp_path / "m", tokenizer)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "extra_special_tokens" not in config and config["padding_side"] == "left" and "token_type_ids" not in config["model_input_names"]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = theirs(["小兔", "从前有一只小兔子"], return_tensors="pt", padding=True)
+    assert inputs["input_ids"][1].tolist() == tokenizer.encode("从前有一只小兔子", bos=True) and inputs["attention_mask"][0, 0] == 0
+    transformers.AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, max_new_tokens=2)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import uvicorn
 
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference.engine import Engine
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
 from tritale.serve.app import make_app
+from tritale.serve.connections import make_server
 from tritale.stories.generator import story
 
 ENDLESS = "从前有一只小兔"  # repeated until the completion ends
@@ -67,7 +67,7 @@ def running(folder: Path, *, slots: int = 16, queue: int = 32, **settings) -> It
     """A server in a thread of this process, on a free port."""
     engine = Engine(folder, slots=slots, queue=queue, device="cpu")
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(engine, **settings), log_level="warning", timeout_graceful_shutdown=1))
+    server = make_server(make_app(engine, **settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -386,12 +386,12 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tm
     report = run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
     assert run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3) == json.loads(json.dumps(report))
-    with pytest.raises(ValueError, match=r"made in another way: val_fraction \(0\.3 there, 0\.2 now\)"):
+    with pytest.raises(ValueError, match=r"made with other options \(--val-fraction: 0\.3 → 0\.2\)"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.2)
-    with pytest.raises(ValueError, match=r"made in another way: vocab_size .*tokenizer"):
+    with pytest.raises(ValueError, match=r"made with other options \(--vocab-size: not given → 6400; --tokenizer: [0-9a-f]+ → not given\)"):
         prepare([str(file)], tmp_path / "out", Options(val_fraction=0.3), workers=1)
     write_jsonl(file, stories(seed + 1, 50))
-    with pytest.raises(ValueError, match="made in another way: files"):
+    with pytest.raises(ValueError, match=r"made with other options \(--input: .*a\.jsonl changed\)"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
     (tmp_path / "thesis").mkdir()
@@ -399,6 +399,65 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_is_not_overwritten(tm
     with pytest.raises(ValueError, match="does not hold prepared data"):
         run([file], tmp_path / "thesis", tokenizer_folder)
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_unfinished_data_is_replaced_after_a_change_of_options_or_input(tmp_path, tokenizer_folder, seed):
+    texts = stories(seed, 60)
+    file, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
+    run([file], tmp_path / "complete", tokenizer_folder, val_fraction=0.3)
+    with pytest.raises(ValueError, match="no key 'txt'"):
+        run([file], out, tokenizer_folder, fields=Fields("txt"))
+    with pytest.raises(ValueError, match="for validation, and both need one; try --val-documents 6"):
+        run([file], out, tokenizer_folder, val_fraction=1e-9)
+    (out / "train").mkdir()  # of a run that was killed between the splits
+    output = io.StringIO()
+    options = Options(tokenizer=str(tokenizer_folder), val_fraction=0.3)
+    prepare([str(file)], out, options, workers=1, console=Console(file=output, width=400))
+    assert "unfinished data made with other options (--val-fraction: 1e-09 → 0.3); it is replaced" in output.getvalue()
+    assert digests(out) == digests(tmp_path / "complete")
+
+
+def test_differences_are_named_as_options(tmp_path, tokenizer_folder, seed):
+    texts, out = stories(seed, 60), tmp_path / "[b]"
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", texts, story=texts) for name in "abcde"]
+    run(files[:4], out, tokenizer_folder)
+    with pytest.raises(ValueError) as error:
+        run(files[4:], out, tokenizer_folder, fields=Fields("story", group_key="text"), val_documents=3, dedup="off")
+    for part in ("--text-key: text → story; --group-key: not given → text", "--val-documents: not given → 3; --dedup: exact → off"):
+        assert part in str(error.value)
+    assert "e.jsonl is new" in str(error.value) and "and 2 more" in str(error.value) and "{" not in str(error.value)
+    recipe = out / "prepare.json"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace('"version": 2', '"version": 1'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\(version of prepare: 1 → 2\)"):
+        run(files[:4], out, tokenizer_folder)
+
+
+@pytest.mark.parametrize("n, expected", [(2, 1), (60, 6), (300, 30)])
+def test_small_data_keeps_enough_validation_documents(tmp_path, tokenizer_folder, seed, n, expected):
+    file, output = write_jsonl(tmp_path / "a.jsonl", stories(seed, n)), io.StringIO()
+    options = Options(tokenizer=str(tokenizer_folder))
+    report = prepare([str(file)], tmp_path / "out", options, workers=1, console=Console(file=output, width=400))
+    assert report["splits"]["validation"]["documents"] == expected
+    assert f"validation has only {expected} documents" in output.getvalue()
+    run([file], tmp_path / "again", tokenizer_folder, val_fraction=report["selection"]["val_fraction"])
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_endoftext_marks_inside_documents_are_reported(tmp_path, tokenizer_folder, seed):
+    texts, output = stories(seed, 50), io.StringIO()
+    texts[7] = "<|endoftext|>".join(texts[7:9])
+    options = Options(tokenizer=str(tokenizer_folder), val_fraction=0.3)
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare([str(file)], tmp_path / "out", options, workers=1, console=Console(file=output, width=400))
+    assert "1 documents contain <|endoftext|> as ordinary text" in output.getvalue()
+
+
+def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    file, out, output = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "[b] [/x]", io.StringIO()
+    for _ in range(2):  # made, then found
+        prepare([str(file)], out, Options(vocab_size=400), workers=1, console=Console(file=output, width=400))
+    assert "pip install 'tritale[data]'" in output.getvalue() and f"{out} was made from these files" in output.getvalue()
 
 
 def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted(tmp_path, tokenizer_folder, seed):
@@ -505,6 +564,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert sum(report["errors"].values()) == len(report["first_errors"]) == 3
+    assert f"--data.source {out} --out_dir {out}-run" in printed
     assert "left out, broken           3" in printed and "[red]短[/red]" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page

@@ -100,6 +100,64 @@ def test_a_txt_file_can_be_one_document(tmp_path):
     assert texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="file")) == ["一\n\n二"]
 
 
+STORIES = [f"从前有个孩子叫{i}号。\n\n他说：“你好！”\n" for i in range(30)]
+
+
+@pytest.mark.parametrize("between", ["<|endoftext|>\n", "\n<|endoftext|>\r\n\r\n", "<|endoftext|>"])
+def test_documents_between_endoftext_marks_are_recognised(tmp_path, between):
+    (tmp_path / "a.txt").write_bytes(between.join(STORIES).encode() + between.encode())
+    assert texts_of(tmp_path / "a.txt") == [story.rstrip() for story in STORIES]
+    with pytest.raises(BadInput, match=r"a\.txt:\d+: a line with <\|endoftext\|>; --txt-documents endoftext"):
+        texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="blank-line"))
+
+
+def test_an_endoftext_mark_far_into_a_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BUFFER", 64)
+    (tmp_path / "a.txt").write_text("一\n\n二\n\n" * 40 + "三<|endoftext|>四", encoding="utf-8")
+    check_bad(tmp_path / "a.txt", r"a\.txt:161: a line with <\|endoftext\|>", kept=("一", "二") * 40, rest=161)
+
+
+@pytest.mark.parametrize("data", ["一\n二\n三\n", "一\n" * 100 + "\n二\n", "一\r二", "一\n" * 100 + " \n二\n\n三"])
+def test_a_txt_file_of_unclear_layout_asks(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data.encode())
+    for skip_errors in (False, True):
+        with pytest.raises(ValueError, match=r"a\.txt: is a document a line, .* choose --txt-documents line, blank-line or file"):
+            texts_of(tmp_path / "a.txt", skip_errors=skip_errors)
+    assert texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="line")) == data.split()
+    assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="file"))) == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_carriage_returns_end_lines(tmp_path, name):
+    data = {"a.txt": "一\r\r二\r", "a.csv": "text\r一\r二\r", "a.jsonl": '{"text": "一"}\r{"text": "二"}\r'}[name]
+    (tmp_path / name).write_bytes(data.encode())
+    assert texts_of(tmp_path / name) == ["一", "二"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_under_the_name_jsonl_is_read(tmp_path, seed, name, indent):
+    texts = draw_texts(seed)
+    data = json.dumps([{"text": text} for text in texts], indent=indent).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert texts_of(tmp_path / name) == texts
+
+
+def test_upper_case_endings_are_unpacked(tmp_path, seed):
+    pytest.importorskip(ZSTD)
+    texts = draw_texts(seed)
+    for name in ("a.jsonl.gz", "b.json.zst"):
+        write(tmp_path, name, texts).rename(tmp_path / name.upper())
+        assert texts_of(*find_files([str(tmp_path / name.upper())])) == texts
+
+
+def test_zst_files_of_long_windows_are_read(tmp_path, seed):
+    zstd, texts = pytest.importorskip(ZSTD), draw_texts(seed)
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(write(tmp_path, "a.jsonl", texts).read_bytes(), options=options))
+    assert texts_of(tmp_path / "a.jsonl.zst") == texts
+
+
 def test_a_template_builds_the_text_of_several_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"genre": "童话", "story": "从前", "n": 3}\n', encoding="utf-8")
     assert texts_of(tmp_path / "a.jsonl", fields=Fields(None, "{genre}：{story}{{{n}}}")) == ["童话：从前{3}"]
@@ -121,6 +179,10 @@ def test_files_folders_and_globs_are_found_in_order_and_once(tmp_path):
     assert names("b.jsonl", "*.jsonl*") == ["b.jsonl", "a.jsonl.gz"]
     assert names("**/*.txt") == ["sub/c.txt"]
     assert names("b.jsonl", "./sub/../b.jsonl") == ["b.jsonl"]
+    hidden = tmp_path / "sub" / ".ipynb_checkpoints" / "c-checkpoint.txt"
+    hidden.parent.mkdir()
+    hidden.write_bytes(b"x")
+    assert names("") == ["a.jsonl.gz", "b.jsonl", "sub/c.txt"]
     for missing in ("none.jsonl", "*.csv"):
         with pytest.raises(FileNotFoundError, match=missing.replace("*", r"\*")):
             names(missing)
@@ -264,6 +326,21 @@ def test_a_parquet_column_that_is_no_text_is_named_by_its_row(tmp_path):
     check_bad(tmp_path / "b.parquet", r"b\.parquet:2: not UTF-8 \(byte 0xB6\)", kept=("一", "三"))
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    for name in ("disk/a.txt", "disk/deep/b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "raw").mkdir()
+    try:
+        (tmp_path / "raw" / "more").symlink_to(tmp_path / "disk")
+        (tmp_path / "disk" / "deep" / "loop").symlink_to(tmp_path / "disk")
+        (tmp_path / "raw" / "again").symlink_to(tmp_path / "disk" / "deep")
+    except OSError:
+        pytest.skip("links are not allowed")
+    found = find_files([str(tmp_path / "raw")])
+    assert sorted(os.path.basename(f) for f in found) == ["a.txt", "b.txt"]
+
+
 STORY = "從前，有一個小女孩住在森林旁邊，她最喜歡和爺爺一起散步。有一天，她在路上看見一隻受傷的小鳥，就把牠帶回家。"
 
 
@@ -282,6 +359,25 @@ def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path, encoding, name):
     if encoding != "utf-16":
         (tmp_path / "a.jsonl").write_bytes(f'{{"text": "{text * 20}"}}\n'.encode(encoding) + '{"text": "一"}\n'.encode())
         check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:1: not UTF-8 .*it may be ({name})", kept=("一",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_byte_order_mark_is_named(tmp_path, encoding):
+    stories = [f"从前有一只小兔子，编号{i}。它很高兴。" for i in range(30)]
+    files = {
+        "a.txt": "\n\n".join(stories),
+        "a.csv": "\n".join(["text", *stories]),
+        "a.json": json.dumps([{"text": s} for s in stories], ensure_ascii=False),
+        "a.jsonl": "".join(json.dumps({"text": s}) + "\n" for s in stories),
+        "b.txt": "once upon a time\n\nthere was a hare",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data.encode(encoding))
+        bare = encoding.replace("-le", "le").replace("-be", "be")
+        check_bad(tmp_path / name, rf"{name}:1: not UTF-8 .*it may be {bare}: iconv -f {bare} -t utf-8", rest=1)
+    for data in ("一\0二\n\n三", "one\0two", "\0" * 5000, "一"):
+        (tmp_path / "c.txt").write_bytes(data.encode())
+        assert "".join(texts_of(tmp_path / "c.txt")) == data.replace("\n\n", "")
 
 
 def test_half_a_surrogate_pair_is_named(tmp_path):

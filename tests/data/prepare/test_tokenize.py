@@ -39,6 +39,14 @@ def test_ids_are_those_of_tokenizers(tokenizer, seed):
         agrees(encoder, tokenizer, draw)
 
 
+@pytest.mark.parametrize("mark", ["！", "\0", "……", "=", "\n"])
+def test_long_runs_of_a_mark_are_encoded(tokenizer, mark):
+    texts = ["从前。", "小兔大喊：“救命" + mark * 8000 + "”", "完。"]
+    ids, lengths = BulkEncoder(tokenizer).encode(texts)
+    expected = tokenizer.encode_batch(texts, bos=True)
+    assert ids.tolist() == list(chain.from_iterable(expected)) and lengths.tolist() == [len(i) for i in expected]
+
+
 def test_without_fastokens_tokenizers_does_it(tokenizer, seed, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     encoder = BulkEncoder(tokenizer)

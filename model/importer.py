@@ -1,0 +1,148 @@
+"""Checkpoints of other programs, converted to this project's format: litgpt folders, and Hugging Face's Llama, Mistral and Qwen3."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..common.errors import UserError
+from ..common.files import atomic_folder, read_json_object, write_json
+from ..data.foreign_tokenizer import ForeignTokenizer
+from .checkpoint import copy_weights, gpt_config, save_model, write_checksums
+from .gpt import GPT, GPTConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# What litgpt's Config must say, and its default if the key is missing; everything else computes another function.
+LITGPT_NEEDS = {
+    "norm_class_name": ("RMSNorm", "LayerNorm"), "mlp_class_name": ("LLaMAMLP", "GptNeoxMLP"), "parallel_residual": (False, True),
+    "bias": (False, True), "attn_bias": (False, False), "lm_head_bias": (False, False), "rotary_percentage": (1.0, 0.25),
+    "norm_qk_type": ("default", "default"), "post_attention_norm": (False, False), "post_mlp_norm": (False, False),
+    "shared_attention_norm": (False, False), "scale_embeddings": (False, False), "rope_adjustments": (None, None),
+    "rope_condense_ratio": (1, 1), "rope_interleave": (False, False), "attention_logit_softcapping": (None, None),
+    "final_logit_softcapping": (None, None), "attention_scores_scalar": (None, None), "latent_attention": (None, None),
+}  # fmt: skip
+
+
+def find_sources(folder: Path, kind: str) -> list[Path]:
+    """The checkpoint itself, or those in the subfolders of a run, by name. Raises FileNotFoundError if there is none."""
+    name = "lit_model.pth" if kind == "litgpt" else "config.json"
+    found = [folder] if (folder / name).is_file() else sorted(path.parent for path in folder.glob(f"*/{name}"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no {kind} checkpoint: no {name} in it or in a subfolder; give the folder that contains it")
+    return found
+
+
+def convert(source: Path, out: Path, kind: str) -> None:
+    """Write the checkpoint `source` of "litgpt" or "hf" as the new folder `out`.
+
+    Raises FileNotFoundError if a file is missing, UserError if the architecture or a value is not supported, or `out` exists."""
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten; give another --out")
+    if not (source / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{source} has no tokenizer.json; make one with transformers: "
+            f'AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True).save_pretrained("{source}")'
+        )
+    config, state = _read_litgpt(source) if kind == "litgpt" else _read_hf(source)
+    tokenizer = ForeignTokenizer.load(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size} entries")
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.head = model.embedding
+    copy_weights(model, state, source)
+    with atomic_folder(out) as temporary:
+        save_model(temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+        hf = read_json_object(temporary / "config.json", remedy="")
+        write_json(temporary / "config.json", hf | {"bos_token_id": tokenizer.bos_id, "tritale_import": kind})
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+        write_checksums(temporary)
+
+
+def _read_hf(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    hf = read_json_object(source / "config.json", remedy="give the folder of a Hugging Face model")
+    if hf.get("model_type") == "llama":
+        hf |= {"model_type": "mistral", "sliding_window": None, "attention_bias": hf.get("attention_bias") or hf.get("mlp_bias")}
+    config = gpt_config(hf)
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{source} has no *.safetensors; save the model with save_pretrained(…, safe_serialization=True)")
+    try:
+        return config, {name: tensor for path in files for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{source}: the weights cannot be read ({error}); download or save them again") from None
+
+
+def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    path = source / "model_config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no model_config.yaml; give the complete litgpt folder")
+    try:
+        c = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(c, dict):
+            raise TypeError(f"it holds {type(c).__name__}")
+        for key, (needed, default) in LITGPT_NEEDS.items():
+            if c.get(key, default) != needed:
+                raise UserError(f"{path}: {key} is {c.get(key, default)!r}; only {needed!r} is supported")
+        if c.get("sliding_window_size") and not all(c.get("sliding_window_indices") or [1]):
+            raise UserError(f"{path}: only some layers have a sliding window; all or none are supported")
+        n_head, n_kv_head, width = c["n_head"], c.get("n_query_groups") or c["n_head"], c["n_embd"]
+        head_dim = c.get("head_size") or width // n_head
+        shape = {
+            "vocab_size": c["padded_vocab_size"], "n_layer": c["n_layer"], "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim,
+            "width": width, "mlp_width": c["intermediate_size"], "context": c["block_size"], "rope_theta": c.get("rope_base", 10_000),
+            "norm_eps": c.get("norm_eps", 1e-5), "qk_norm": c.get("norm_qk", False), "window": c.get("sliding_window_size"),
+        }  # fmt: skip
+        config = GPTConfig(**shape)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a litgpt config ({type(error).__name__}: {error}); give the complete litgpt folder") from None
+    try:
+        loaded = torch.load(source / "lit_model.pth", map_location="cpu", weights_only=True, mmap=True)
+        loaded = loaded.get("model", loaded)  # of `litgpt pretrain`
+        lit = {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t for name, t in loaded.items() if isinstance(t, Tensor)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{source / 'lit_model.pth'} cannot be read ({reason}); only plain tensors are read, no pickled code") from None
+    return _litgpt_state(config, lit, source)
+
+
+def _litgpt_state(config: GPTConfig, lit: dict[str, Tensor], source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config with its tie_embeddings, and the weights under Hugging Face's names."""
+    sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    names = {
+        "norm_1": "input_layernorm", "attn.proj": "self_attn.o_proj", "norm_2": "post_attention_layernorm", "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj", "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm",
+    }  # fmt: skip
+    outer = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+    state: dict[str, Tensor] = {}
+    for name, tensor in lit.items():
+        base = name.removesuffix(".weight")
+        if base in outer:
+            state[f"{outer[base]}.weight"] = tensor
+            continue
+        _, _, layer, part = [*base.split(".", 3), "", "", ""][:4]
+        if part in ("attn.qkv", "attn.attn") and tensor.shape == (sum(sizes), config.width):
+            if part == "attn.attn":  # before litgpt 0.5.4: the heads of each group, then its key and value
+                groups = tensor.view(config.n_kv_head, config.n_head // config.n_kv_head + 2, config.head_dim, config.width)
+                q, k, v = (x.reshape(-1, config.width) for x in groups.split((config.n_head // config.n_kv_head, 1, 1), dim=1))
+            else:
+                q, k, v = tensor.split(sizes)
+            state |= {f"model.layers.{layer}.self_attn.{x}_proj.weight": t for x, t in (("q", q), ("k", k), ("v", v))}
+        elif part in names:
+            state[f"model.layers.{layer}.{names[part]}.weight"] = tensor
+        else:
+            raise UserError(f"{source / 'lit_model.pth'} has {name} {tuple(tensor.shape)}, which this architecture does not have")
+    embedding, head = state.get("model.embed_tokens.weight"), state.get("lm_head.weight")
+    is_tied = embedding is not None and (head is None or (head.shape == embedding.shape and torch.equal(head, embedding)))
+    return GPTConfig(**{**vars(config), "tie_embeddings": is_tied}), state

@@ -1,0 +1,165 @@
+"""Imported checkpoints compute what the original program computes, and other architectures are refused."""
+
+import json
+import shutil
+
+import pytest
+import tokenizers
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tritale.cli.main import main
+from tritale.data.tokenizer import Tokenizer
+from tritale.inference import LLM
+from tritale.model import GPT, GPTConfig
+from tritale.model.checkpoint import hf_state
+from tritale.model.export import export_litgpt
+from tritale.stories.generator import story
+
+TEXT = "从前，有一只 little 小兔子。  It said: “龘🐰!”\n"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [story(3, i).text for i in range(100)] + ["Once upon a time there was a little rabbit. It said hello."] * 20
+
+
+def save_foreign_tokenizer(folder, texts, kind: str) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer as Qwen has it, or one with ▁ and byte fallback as Llama has it."""
+    special = ["<pad>", "<s>", "</s>"]
+    if kind == "byte-level":
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token=None))
+        backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        backend.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        )
+        alphabet, special = [], [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=800, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return backend
+
+
+@pytest.mark.parametrize("family, kind", [("Llama", "spaces"), ("Mistral", "spaces"), ("Qwen3", "byte-level")])
+def test_a_hugging_face_model_gives_the_same_completions(family, kind, texts, tmp_path, seed):
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    source.mkdir()
+    backend = save_foreign_tokenizer(source, texts, kind)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=backend.get_vocab_size() + 5, head_dim=12, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=family == "Qwen3", **sizes,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    theirs.bfloat16().save_pretrained(source, max_shard_size="30KB")
+    assert len(list(source.glob("*.safetensors"))) > 1
+    main(["import", str(source), "--from", "hf", "--out", str(tmp_path / "out")])
+    llm, theirs = LLM.load(tmp_path / "out", device="cpu"), transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = llm.encode_prompt(TEXT)
+    assert ids == backend.encode(TEXT).ids and llm.tokenizer.decode(ids) == TEXT
+    torch.testing.assert_close(llm.model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-3, rtol=1e-3)
+    out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=10)[
+        0, len(ids) :
+    ].tolist()
+    n = out.index(2) if 2 in out else len(out)
+    assert llm.complete([TEXT], top_p=0, max_new_tokens=10)[0].tokens == [i for i in out[:n] if i < backend.get_vocab_size()]
+
+
+@pytest.fixture
+def lit(tmp_path, seed):
+    """(our model, a litgpt run with two equal checkpoints of it)"""
+    tokenizer = Tokenizer.train([story(3, i).text for i in range(100)], 600)
+    model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, n_head=4, n_kv_head=2, head_dim=14, tie_embeddings=False))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    for step in (1000, 2000):
+        export_litgpt(model, tokenizer, tmp_path / "lit" / f"step-{step:08d}")
+    return model, tmp_path / "lit"
+
+
+@pytest.mark.parametrize("form", ["plain", "pretrain", "before 0.5.4"])
+def test_the_lines_of_a_litgpt_user_run_on_an_imported_run(form, lit, tmp_path, capsys):
+    model, run = lit
+    for path in run.glob("*/lit_model.pth"):
+        state = torch.load(path, weights_only=True)
+        if form == "before 0.5.4":  # q, k, v of each group together
+            for i in range(2):
+                q, k, v = state.pop(f"transformer.h.{i}.attn.qkv.weight").split([56, 28, 28])
+                groups = torch.cat([q.view(2, 28, 48), k.view(2, 14, 48), v.view(2, 14, 48)], dim=1)
+                state[f"transformer.h.{i}.attn.attn.weight"] = groups.reshape(112, 48)
+        torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "iter_num": 3} if form == "pretrain" else state, path)
+    main(["import", str(run), "--from", "litgpt", "--out", str(tmp_path / "out")])
+    assert "step-00002000 is written" in capsys.readouterr().out
+    for i in range(1, 3):
+        llm = LLM.load(model=f"{tmp_path}/out/step-{i * 1000:08d}")
+        assert all(torch.equal(a, b) for a, b in zip(hf_state(llm.model).values(), hf_state(model).values(), strict=True))
+        text = llm.generate(prompt="汤姆和杰瑞是好朋友，", max_new_tokens=50, temperature=0.8, top_p=0, top_k=30)
+        assert text == llm.generate("汤姆和杰瑞是好朋友，", max_new_tokens=50, temperature=0)
+    weights = load_file(tmp_path / "out" / "step-00001000" / "model.safetensors")
+    assert set(weights) == set(hf_state(model))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bias": True}, "bias is True; only False is supported"),
+        ({"norm_class_name": "LayerNorm"}, "norm_class_name is 'LayerNorm'"),
+        ({"rotary_percentage": 0.5}, r"rotary_percentage is 0\.5"),
+        ({"rope_adjustments": {"factor": 8}}, "rope_adjustments"),
+        ({"sliding_window_size": 8, "sliding_window_indices": [0, 1]}, "only some layers"),
+        ({"n_head": None}, "not a litgpt config"),
+        ({"n_embd": 64}, "which this architecture does not have"),
+    ],
+)
+def test_another_litgpt_architecture_is_refused(change, message, lit, tmp_path):
+    folder = lit[1] / "step-00001000"
+    path = folder / "model_config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        main(["import", str(folder), "--from", "litgpt", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_imported_is_refused(lit, tmp_path):
+    folder, out = lit[1] / "step-00001000", tmp_path / "out"
+    refused = lambda *arguments: pytest.raises(SystemExit, match=arguments[0])
+    run = lambda source, kind: main(["import", str(source), "--from", kind, "--out", str(out)])
+    with refused("has no litgpt checkpoint"):
+        run(tmp_path / "nowhere", "litgpt")
+    with refused("has no .*safetensors"):
+        run(folder, "hf")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for change, message in (({"model_type": "gpt2"}, "model_type is 'gpt2'"), ({"rope_scaling": {"type": "yarn"}}, "rope_scaling")):
+        (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        with refused(message):
+            run(folder, "hf")
+
+    class Evil:
+        def __reduce__(self):
+            return (shutil.rmtree, (str(tmp_path),))
+
+    for content in (b"", b"x" * 100, {"model": Evil()}):
+        torch.save(content, folder / "lit_model.pth") if isinstance(content, dict) else (folder / "lit_model.pth").write_bytes(content)
+        with refused("only plain tensors are read"):
+            run(folder, "litgpt")
+    (folder / "tokenizer.json").unlink()
+    with refused("has no tokenizer.json; make one with transformers"):
+        run(folder, "litgpt")
+    out.mkdir()
+    with refused("exists and is not overwritten"):
+        run(lit[1] / "step-00002000", "litgpt")

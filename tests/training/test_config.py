@@ -1,0 +1,148 @@
+"""Bad configs: each is refused with one line that has the value, what is allowed, and what to do."""
+
+import math
+
+import pytest
+
+from tritale.training.config import RunConfig, divisors, flatten, parse
+
+NUMBERS = {  # values outside the limits of a key
+    "data.stories": ["0", "-1", "1e30", "10" + "0" * 30],
+    "data.validation_stories": ["0", "-1", "99999999"],
+    "data.vocab_size": ["0", "-1", "261", "1000000000"],
+    "model.vocab_size": ["0", "-1", "1000000000"],
+    "model.n_layer": ["0", "-1", "1000000"],
+    "model.n_head": ["0", "-1", "1000000000"],
+    "model.n_kv_head": ["0", "-1", "1000000000"],
+    "model.head_dim": ["0", "-1", "1000000"],
+    "model.width": ["0", "-1", "10000000"],
+    "model.mlp_width": ["0", "-1", "100000000"],
+    "model.context": ["0", "-1", "1000000000000"],
+    "model.rope_theta": ["0", "-1", "1e30"],
+    "model.norm_eps": ["0", "-1", "1e30"],
+    "model.window": ["0", "-1", "1000000000000"],
+    "model.init_std": ["0", "-1", "1e30"],
+    "train.max_steps": ["0", "-1", "1e6", "10000000000000"],
+    "train.global_batch": ["0", "-1", "1000000000000000"],
+    "train.micro_batch": ["0", "-1", "1000000000000000"],
+    "train.context": ["0", "-1", "1000000000000"],
+    "train.grad_clip": ["0", "-1", "1e-30"],
+    "train.z_loss": ["-1", "2"],
+    "train.validate_every": ["0", "-1"],
+    "train.sample_every": ["-1"],
+    "train.checkpoint_every": ["0", "-1"],
+    "train.keep_last": ["-1"],
+    "optim.lr": ["0", "-1", "1e38"],
+    "optim.embedding_lr": ["0", "-1", "1e38"],
+    "optim.momentum": ["1", "-1"],
+    "optim.weight_decay": ["-1", "100"],
+    "optim.warmup_steps": ["-1"],
+    "optim.decay_fraction": ["-0.1", "1.1"],
+    "optim.min_lr_ratio": ["-0.1", "1.1"],
+    "log.every": ["0", "-1"],
+    "log.sample_tokens": ["0", "-1"],
+    "seed": ["-1", str(2**63)],
+}
+OTHERS = {
+    "optim.betas": ["0.9", "[0.9]", "[0.9, 0.9, 0.9]", "[0.9, 1]", "[.nan, 0.9]", "[a, b]", "null"],
+    "data.document_mask": ["yes please", "2", "null", "nan"],
+    "train.compile": ["yes please", "2", "null", "nan"],
+    "model.preset": ["huge", "null", "3"],
+    "train.precision": ["bf32", "null", "16"],
+    "optim.matrices": ["sgd", "null"],
+    "optim.schedule": ["linear", "null"],
+    "log.wandb": ["yes", "null"],
+    "resume": ["no", "null"],
+    "out_dir": ["", " ", "a\0b"],
+    "data.source": ["", "a\0b"],
+    "log.prompts": ["hello", "[1]", "null", "{a: 1}"],
+}
+CASES = [(key, value) for key, values in {**NUMBERS, **OTHERS}.items() for value in values]
+CASES += [(key, value) for key in NUMBERS for value in (".nan", "many", "[1]", "true")]
+CASES += [(key, "-.inf") for key in NUMBERS]
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        parse(list(arguments))
+    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1 and len(exit.value.code) < 400
+    return exit.value.code
+
+
+def test_there_are_200_bad_values():
+    assert len(CASES) >= 200
+
+
+@pytest.mark.parametrize("key, value", CASES)
+def test_a_bad_value_is_refused_with_the_values_that_are_allowed(key, value):
+    message = refusal(f"--{key}={value}")
+    assert message.startswith(f"train.py: {key} is ") and ("; it must be " in message or "; choose one of " in message)
+    assert "; the default is " in message or ", or null" in message or "; choose one of " in message
+
+
+def test_every_number_has_limits_and_every_default_is_within_them():
+    flat = flatten(RunConfig())
+    assert {k for k, v in flat.items() if type(v) in (int, float)} <= NUMBERS.keys()
+    assert math.isinf(parse(["--train.grad_clip=.inf"]).train.grad_clip)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train:\n  max_steps: 100\n  max_steps: 200\n", "sets train.max_steps 2 times (line 2); keep one"),
+        ("seed: 1\nseed: 2\n", "sets seed 2 times"),
+        ("", "must hold sections as a mapping"),
+        ("- 1\n", "must hold sections as a mapping"),
+        ("train: 3\n", "must hold train as a mapping"),
+        ("train: null\n", "must hold train as a mapping"),
+        ("train: [\n", "is not valid YAML"),
+        ("train:\n\tmax_steps: 3\n", "is not valid YAML"),
+        ("a: " + "[" * 3000 + "]" * 3000, "is not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("---\nseed: 1\n---\nseed: 2\n", "is not valid YAML"),
+        ("seed: " + "9" * 5000 + "\n", "Exceeds the limit"),
+        ("1: 2\n", "must be a string"),
+        ("train:\n  max_stesp: 3\n", "unknown config key 'train.max_stesp'; did you mean 'train.max_steps'?"),
+        ("train:\n  grad_clip: inf\n", "train.grad_clip is inf; it must be a number from 1e-06 to .inf; the default is 1"),
+        ("out_dir: null\n", "out_dir is null; it must be the path of a folder"),
+        ("out_dir: 小兔\n".encode("gbk"), "is not UTF-8 text"),
+        ("seed: 1\n".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_is_refused(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refusal("--config", str(path))
+
+
+@pytest.mark.parametrize("path", ["nowhere.yaml", "."])
+def test_a_missing_file_is_named(path):
+    assert f"--config {path!r}: " in refusal("--config", path) and "give a YAML file" in refusal(f"--config={path}")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--optim.learning_rate", "3"], "did you mean 'optim.lr'"),
+        (["--lr", "1"], "did you mean 'optim.lr'"),
+        (["--train.batch_size", "8"], "did you mean 'train.global_batch'"),
+        (["--epochs", "3"], "did you mean 'train.max_steps'"),
+        (["--model.hidden_size", "64"], "did you mean 'model.width'"),
+        (["--max_steps", "3"], "did you mean 'train.max_steps'"),
+        (["--model.n_layers", "3"], "did you mean 'model.n_layer'"),
+        (["--train.learning_rate", "1"], "did you mean 'optim.lr'"),
+        (["--device", "cpu"], "CUDA_VISIBLE_DEVICES= uses the CPU"),
+        (["--dropout", "0.1"], "there is no dropout"),
+        (["--train", "3"], "are sections of keys"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--train.max_steps"], "expected one argument"),
+        (["--optim.warmup_steps=800"], "optim.warmup_steps (800) must be less than train.max_steps (800); try 80"),
+        (["--train.micro_batch=3"], "train.micro_batch (3) must divide train.global_batch (8); try --train.micro_batch 2"),
+    ],
+)
+def test_an_unknown_key_or_argument_is_refused_with_what_was_meant(arguments, message):
+    assert message in refusal(*arguments)
+
+
+def test_divisors():
+    assert [divisors(n) for n in (1, 12, 16, 97)] == [[1], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16], [1, 97]]
