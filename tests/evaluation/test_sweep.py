@@ -344,7 +344,8 @@ def test_the_average_is_the_mean_of_the_weights_and_a_whole_checkpoint(run_dir, 
     assert f"{about['val_bits_per_char']:.4f}" in printed and f"{about['last']['val_bits_per_char']:.4f}" in printed
 
 
-def test_an_average_is_no_checkpoint_to_go_on_from(run_dir):
+def test_an_average_is_no_checkpoint_to_resume_from(tiny_run, tmp_path):
+    run_dir = shutil.copytree(tiny_run, tmp_path / "run")
     before = step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)
     main(["average", str(run_dir), "--last", "2"])
     state.remove_leftovers(run_dir)
