@@ -13,14 +13,12 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from bench.conftest import ROWS
 from bench.measure import DTYPES, device, first_line, spread
 from bench.trainers import MISTRAL, missing
-from tritale.data.tokenizer import END_OF_TEXT, FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
+from tritale.data.tokenizer import FIXED_TOKENS, Tokenizer, make_backend
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import load_model, save_model
@@ -41,13 +39,8 @@ def folder(tmp_path_factory, benchmarking):
     with torch.no_grad():
         model.embedding[0] = 0  # the logit of <|endoftext|> is 0 and never the largest: every contender writes all tokens
     save_model(folder, model, eos_token_id=0, pad_token_id=3)
-    entries = [*FIXED_TOKENS, *(chr(0x4E00 + i) for i in range(20_000)), *(f"entry {i}" for i in range(65_024))][: config.vocab_size]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=[], byte_fallback=True))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
-    Tokenizer(backend).save(folder)
+    characters = [*(chr(0x4E00 + i) for i in range(20_000)), *(f"entry {i}" for i in range(65_024))]
+    Tokenizer(make_backend(characters[: config.vocab_size - len(FIXED_TOKENS)], merges=[])).save(folder)
     return folder
 
 

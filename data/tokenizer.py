@@ -114,7 +114,7 @@ class Tokenizer:
         learnt = json.loads(learner.to_str())["model"]
         entries = sorted(learnt["vocab"], key=learnt["vocab"].get)
 
-        return cls(_backend(entries, [(a, b) for a, b in learnt["merges"]]))
+        return cls(make_backend(entries, [(a, b) for a, b in learnt["merges"]]))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -137,7 +137,7 @@ class Tokenizer:
                 )
         backend.no_padding()
         backend.no_truncation()
-        settings, expected = _settings(backend), _settings(_backend([], []))
+        settings, expected = _settings(backend), _settings(make_backend([], []))
         if differing := [key for key in expected if settings.get(key) != expected[key]]:
             raise UserError(f"{path} has another {differing[0]} than Tokenizer.train makes; restore it, or train it again")
         ids = sorted(backend.get_vocab().values())
@@ -222,7 +222,8 @@ class Tokenizer:
         return TokenizerStats(chars_per_token=sum(map(len, texts)) / len(ids), byte_fallback_share=n_bytes / len(ids))
 
 
-def _backend(entries: Sequence[str], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+def make_backend(entries: Sequence[str], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """The `tokenizers` object with the fixed tokens first, then `entries`, in the order of their ids."""
     # Not trained with `special_tokens`: those, "<0x41>" among them, would be matched in the text.
     vocab = {token: i for i, token in enumerate((*FIXED_TOKENS, *entries))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges), byte_fallback=True))

@@ -143,7 +143,6 @@ def cross_entropy(
         s = softcap * torch.tanh(s / softcap)
     index = torch.where(is_valid, targets, 0).long()
     top = s.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top.isinf(), 0.0)
     s = s - top  # so that an offset common to a row costs no digits
     log_total = torch.logsumexp(s, dim=-1)
     lse = top.squeeze(-1) + log_total
