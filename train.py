@@ -152,7 +152,7 @@ def run(config: RunConfig, here: processes.Processes) -> None:
             paused += time.perf_counter() - pause
 
     # ---- the end ----------------------------------------------------------------------------------------------------------------------
-    if math.isnan(val_bits):  # the run was complete before
+    if math.isnan(val_bits):  # the run had already reached max_steps
         _, val_bits = evaluate()
     log.close()
     if here.is_main:

@@ -2,9 +2,11 @@
 
     python -m bench.kernel_report [--targets sm_86,sm_90] [--ops rms_norm,rope] [--no-traffic] [--json FILE] [--markdown FILE]
 
-Compiles what the ops' own launchers launch (no GPU is needed; minutes the first time, seconds from Triton's cache), counts traffic in the
-interpreter, prints the tables and writes them as JSON and Markdown: a complete report to bench/results/kernels.json and
-docs/kernels-report.md, and its first table into docs/kernels.md; a partial one to out/.
+It compiles every kernel with the options that the ops launch it with, and counts memory traffic in the interpreter. No GPU is needed. The
+first run takes minutes, later ones seconds, because Triton caches the compiled code.
+
+A complete report is printed and written to bench/results/kernels.json and docs/kernels-report.md, and its first table to docs/kernels.md. A
+partial one is written to out/.
 """
 
 import argparse
@@ -82,7 +84,7 @@ def traffic_of(op: str, which: str, traffic: list[dict]) -> str:
 
 
 def glance_lines(rows: list[dict], traffic: list[dict]) -> list[list[str]]:
-    """A line for each kernel, over all models and targets."""
+    """The cells of a table with one line per kernel: each cell summarises all models and targets."""
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
         groups.setdefault((r["op"], r["pass"], r["kernel"]), []).append(r)

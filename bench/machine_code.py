@@ -129,7 +129,7 @@ MODELS_OF = {
     "rms_norm": ("124m", "1b"), "rms_norm fp32": ("44m",), "add_rms_norm": ("44m", "1b"), "add_rms_norm fp32": ("44m", "124m"),
     "rope": ("124m",), "rope packed": ("44m", "1b"), "qk_norm_rope": ("124m",), "qk_norm_rope packed": ("44m", "1b"),
     "flash_attention": ("124m",), "flash_attention packed": ("44m", "1b"),
-    "flash_attention fp32": (),  # `auto` leaves fp32 to PyTorch; at any of LARGER_HEADS on request
+    "flash_attention fp32": (),  # strategy "auto" uses PyTorch in fp32; only for the models of LARGER_HEADS, if they are asked for
 }  # fmt: skip
 # Products of blocks need tensor cores. Triton uses none on sm_75; the ops choose PyTorch's kernels there.
 NEEDS_TENSOR_CORES = ("flash_attention", "flash_attention packed", "flash_attention fp32", "linear_cross_entropy recompute")

@@ -85,7 +85,7 @@ class Case:
     inputs: list[Tensor]
     functions: dict[str, Callable]
     sizes: str
-    flops: float | None = None  # of forward and backward together; None if the op is bound by bytes
+    flops: float | None = None  # of forward and backward together; None if the op is bound by memory bandwidth
 
 
 def _liger(name: str, *more) -> Callable:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BAND = 256  # bytes next to a tensor that are recorded too; a multiple of what loads are aligned to
+BAND = 256  # bytes before and after a tensor that are recorded too; a multiple of the alignment of loads
 
 
 @dataclass

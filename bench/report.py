@@ -439,7 +439,7 @@ def charts(machine: dict, rows: list[dict], folder: Path) -> list[str]:
 
 
 def read_results(file: Path) -> tuple[dict, list[dict]]:
-    """Raises FileNotFoundError, or ValueError if the file is not from `pytest bench --benchmark`."""
+    """Read a results file. Raises FileNotFoundError, or ValueError if it was not written by `pytest bench --benchmark`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; measure with: pytest bench --benchmark")
     try:

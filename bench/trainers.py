@@ -96,7 +96,7 @@ def _litgpt(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
     model = litgpt.GPT(litgpt.Config(**litgpt_config(config)))
     model.load_state_dict(litgpt_state(_weights(config)))
     model.lm_head.weight = model.transformer.wte.weight  # its tie_embeddings
-    run = torch.compile(model) if is_compiled else model  # as its pretrain.py: the model compiled, the loss on the logits outside
+    run = torch.compile(model) if is_compiled else model  # as in litgpt's pretrain.py: the model is compiled, the loss is not
     return model, lambda tokens, targets: utils.chunked_cross_entropy(run(tokens), targets)
 
 
@@ -169,7 +169,7 @@ def serve(pipe: Connection, job: Job) -> None:
             if on.type == "cuda":
                 torch.cuda.synchronize()
             pipe.send({"seconds": time.perf_counter() - start, "bytes": peak() - before})
-    except EOFError:  # the parent is gone
+    except EOFError:  # the parent process has ended
         pass
     except Exception as error:
         pipe.send(first | {"failed": first_line(error)})

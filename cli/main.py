@@ -22,7 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
-# What other programs call our options, if the spelling is not similar.
+# Names of our options in other programs, where the spelling is not similar.
 SYNONYMS = {
     "checkpoint": "--model", "ckpt": "--model", "checkpoint-dir": "--model", "max-tokens": "--max-new-tokens", "n": "--samples",
     "num-samples": "--samples", "num-return-sequences": "--samples", "output": "--out", "out-dir": "--out", "gpu": "--device",

@@ -60,7 +60,7 @@ class Estimate:
     vocab_size: int
     tokens: int
     characters: int
-    sample: int  # stories from which the numbers were computed
+    sample: int  # number of stories from which the other fields were computed
 
 
 def estimate(*, seed: int, stories: int, vocab_size: int) -> Estimate:

@@ -104,7 +104,7 @@ class Split:
         shard_starts = np.cumsum([0, *map(len, self.shards[:-1])])
         shard_of = np.searchsorted(shard_starts, positions, side="right") - 1
         tokens = np.empty(positions.shape, np.int64)
-        borders = np.flatnonzero(np.diff(shard_of)) + 1  # few: neighbours are mostly in the same shard
+        borders = np.flatnonzero(np.diff(shard_of)) + 1  # few, since most neighbouring positions are in the same shard
         for i, j in pairwise([0, *borders, len(positions)]):
             shard = shard_of[i]
             tokens[i:j] = self.shards[shard][positions[i:j] - shard_starts[shard]]

@@ -54,7 +54,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one sequence; `completion` comes with the last piece."""
+    """New text of one sequence. `completion` is set in the last piece only."""
 
     index: int  # of the sequence in its request
     text: str

@@ -395,7 +395,7 @@ def _flash_attention_bwd_dkv(
     o_bh = tl.program_id(0) // n_blocks
     o_b = (o_bh // n_kv_head).to(tl.int64)
     o_h = o_bh % n_kv_head
-    o_block = tl.program_id(0) % n_blocks * BLOCK_N  # causal: the first keys are seen most, and come first
+    o_block = tl.program_id(0) % n_blocks * BLOCK_N  # with a causal mask the first keys have the most work, so they start first
     o_n = o_block + tl.arange(0, BLOCK_N)
     n_rows = n_key - o_block
     p_k += (o_b * stride_kb + o_h.to(tl.int64) * stride_kh) * ALIGN + o_block.to(tl.int64) * stride_kt

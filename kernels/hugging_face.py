@@ -206,7 +206,7 @@ def _patched_class(prefix: str, part: str) -> type:
     stock = getattr(import_module(f"transformers.models.{prefix.lower()}.modeling_{prefix.lower()}"), prefix + part)
     ours = PARTS[part].forward
     forward = FunctionType(ours.__code__, ours.__globals__, "forward", ours.__defaults__, ours.__closure__)
-    forward = functools.wraps(stock.forward)(forward)  # with the stock signature, from which trainers take the names of the inputs
+    forward = functools.wraps(stock.forward)(forward)  # keeps the original signature: trainers read the names of the inputs from it
     names = {"__module__": __name__, "__qualname__": f"Patched{prefix}{part}", "forward": forward}
     return type(prefix + part, (PARTS[part], stock), names)
 
@@ -227,7 +227,8 @@ def _register(before: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    inner = "sdpa" if before == "eager" else before  # eager is no function of the interface; the results are the same
+    # "eager" is not registered in transformers' attention interface; sdpa gives the same results.
+    inner = "sdpa" if before == "eager" else before
     AttentionMaskInterface.register(PREFIX + before, functools.partial(_plan, ALL_MASK_ATTENTION_FUNCTIONS[inner]))
     AttentionInterface.register(PREFIX + before, functools.partial(_attention_function, ALL_ATTENTION_FUNCTIONS[inner]))
     return PREFIX + before

@@ -203,7 +203,7 @@ def _device_sms(index: int) -> int:
 
 
 def sm_count(x: Tensor) -> int:
-    """SMs (streaming multiprocessors) of x's device, which a persistent grid is a multiple of (2 in the interpreter)."""
+    """Number of SMs (streaming multiprocessors) of x's device; 2 in the interpreter. The size of a persistent grid is a multiple of it."""
     return _device_sms(x.device.index) if x.is_cuda else _SMS[architecture(x)]
 
 

@@ -104,7 +104,7 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
     """dw += dᵀ x, summed in dw's dtype; the first product writes, so dw needs no zero fill."""
     if d.dtype == dw.dtype:
         torch.mm(d.T, x, out=dw) if is_first else dw.addmm_(d.T, x)
-    elif d.is_cuda and not torch.version.hip:  # fp32 out of the tensor cores, no (V, K) temporary
+    elif d.is_cuda and not torch.version.hip:  # the product is written in fp32, without a (V, K) temporary
         if is_first:
             torch.mm(d.T, x, out_dtype=dw.dtype, out=dw)
         else:
@@ -318,8 +318,8 @@ def _recompute_combine_kernel(
 
 @jit
 def _recompute_backward_kernel(
-    p_a,  # (n_a, K): the rows that own the result, x for dx and W for dW
-    p_b,  # (n_b, K): the others
+    p_a,  # (n_a, K): the operand whose gradient is computed, x for dx and W for dW
+    p_b,  # (n_b, K): the other operand
     p_out,  # (slices of B, n_a, K) in the accumulator's dtype
     p_targets, p_top, p_log_total, p_scale,  # (tokens,)
     n_a, n_b, width, slice_size, vocab_size,
@@ -370,7 +370,7 @@ def _recompute_backward_kernel(
 
 
 def _slices(size: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(slices, size of one) that cut `size` into slices of blocks, so that programs · slices is about `wanted`; none empty."""
+    """(number of slices, size of each): divide `size` at block borders so that programs · slices is about `wanted`. No slice is empty."""
     blocks = -(-size // block)
     per_slice = -(-blocks // max(1, min(blocks, wanted // max(programs, 1))))
     return -(-blocks // per_slice), per_slice * block

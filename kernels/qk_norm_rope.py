@@ -170,7 +170,7 @@ def _qk_norm_rope_bwd(
     ROW: tl.constexpr = (H + 2 * H_KV) * D
     n_q, n_kv = n_batch * n_tokens * H, n_batch * n_tokens * H_KV
     kind = tl.program_id(1)
-    stride_db = tl.cast(n_tokens, tl.int64) * ROW  # may pass 2³¹
+    stride_db = tl.cast(n_tokens, tl.int64) * ROW  # may exceed 2³¹
     p_dw += (kind * tl.num_programs(0) + tl.program_id(0)) * D
     if kind == 0:
         _norm_rope_rows_bwd(

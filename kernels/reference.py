@@ -92,7 +92,7 @@ def qk_norm_rope(
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split packed q, k, v; RMSNorm over each head of q and k (as Qwen3), then RoPE. v is a view of qkv."""
+    """Split packed q, k, v; RMSNorm over each head of q and k (as in Qwen3), then RoPE. v is a view of qkv."""
     q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=-2)
     q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     return *rope(q, k, cos, sin, positions=positions, cu_seqlens=cu_seqlens), v
@@ -143,7 +143,7 @@ def cross_entropy(
         s = softcap * torch.tanh(s / softcap)
     index = torch.where(is_valid, targets, 0).long()
     top = s.detach().amax(-1, keepdim=True)
-    s = s - top  # so that an offset common to a row costs no digits
+    s = s - top  # so that a large offset common to a row does not cost precision
     log_total = torch.logsumexp(s, dim=-1)
     lse = top.squeeze(-1) + log_total
     nll = log_total - s.gather(-1, index.unsqueeze(-1)).squeeze(-1)

@@ -42,7 +42,7 @@ def _rms_norm_fwd(
         b_x += tl.load(p_residual + o_m[:, None] * stride_residual + o_n[None, :], mask=mask, other=0.0).to(ACC)
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + o_m[:, None] * N + o_n[None, :], b_sum, mask=mask)
-        b_x = b_sum.to(ACC)  # normed after rounding, as the next layer gets it
+        b_x = b_sum.to(ACC)  # normalise the rounded sum, which is also what the next layer gets
     if BLOCK_N >= N:
         b_square = tl.sum(b_x * b_x, axis=1)  # [BLOCK_M]
     else:

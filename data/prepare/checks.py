@@ -95,7 +95,7 @@ def _guess_encoding(data: bytes) -> str | None:
     except ImportError:
         return None
     best = from_bytes(data).best()
-    # iconv spells utf_16_le of Python as utf-16le.
+    # Python's name utf_16_le is utf-16le in iconv.
     return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
 
 

@@ -163,7 +163,7 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_found(op,
     grads = ops.output_gradients(definition, case.inputs)
     want = ops.exact(definition, case.inputs, grads)
     for name, function in case.functions.items():
-        if name in (ops.COMPILED, ops.CUT):  # seconds of C++ compiler
+        if name in (ops.COMPILED, ops.CUT):  # compiling them takes seconds
             continue
         outputs, found, _ = one_round(Stopwatch(), (function, case.inputs, grads))
         assert ops.error([*outputs, *found], want) < ops.TOLERANCE["fp32"], name

@@ -100,7 +100,7 @@ def test_rare_characters_become_bytes_and_lend_no_merge():
 
 def test_characters_leave_room_for_words():
     tokenizer = Tokenizer.train(["".join(map(chr, range(0x4E00, 0x4E00 + 300)))] * 3, len(FIXED_TOKENS) + 99)
-    assert sum(len(entry) == 1 for entry in tokenizer._backend.get_vocab()) == 66 + 1  # and the line end that stands for the rest
+    assert sum(len(entry) == 1 for entry in tokenizer._backend.get_vocab()) == 66 + 1  # 66 characters, and the line end
     assert tokenizer.vocab_size == len(FIXED_TOKENS) + 99
 
 

@@ -122,7 +122,7 @@ def their_scores(ids: torch.Tensor, logits: torch.Tensor, settings: dict) -> tor
 def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, tokenizer, seed):
     settings = OFF | FILTERS[name]
     llm = LLM.load(save(tmp_path / "m", tokenizer), device="cpu")
-    llm.model.embedding.data *= 0.5  # a flatter distribution, so that every filter has something to do
+    llm.model.embedding.data *= 0.5  # a flatter distribution, so that every filter removes tokens
     ids, n = llm.tokenizer.encode("小兔子和小猫", bos=True), 20_000
     scores = their_scores(torch.tensor([ids]), llm.model(torch.tensor([ids]))[:, -1].detach(), settings)
     p = scores.double().softmax(-1)[0]

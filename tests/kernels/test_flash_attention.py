@@ -268,7 +268,7 @@ def pairs_walked(n_query, n_key, block, is_causal=True, window=None, lengths=Non
     ids=lambda o: "-".join(o) or "causal",
 )  # fmt: skip
 def test_traffic_is_its_formula(device, options):
-    """q, o once; k and v for each block of rows that sees them, and no block that it does not."""
+    """The forward loads q and stores o once. It loads k and v once for each block of rows that attends to them, and no other block."""
     n, n_head, n_kv_head, head_dim, m_n = 144, 4, 2, 48, (32, 16)
     q, k, v = heads(device, n, n, n_head, n_kv_head, head_dim, torch.bfloat16)
     call = dict(options)

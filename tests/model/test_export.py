@@ -162,7 +162,7 @@ LLAMA_PROMPT = "汤姆和杰瑞是好朋友，他们 love 龘。"
 
 @pytest.fixture
 def whole_characters(tmp_path, tokenizer, seed, request):
-    """A checkpoint that never generates a byte token: llama.cpp's server holds back the tokens of an incomplete character."""
+    """A checkpoint that never generates a byte token, because llama.cpp's server holds back the tokens of an incomplete character."""
     folder = checkpoint(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
     llm = LLM.load(folder, device="cpu")
     with torch.no_grad():
