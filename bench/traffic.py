@@ -79,8 +79,8 @@ def measure() -> list[dict]:
     note = "ideal: 2 reads and 1 write of a chunk's logits; the matrix products are PyTorch's"
     add("linear_cross_entropy chunk", "both", run, [targets], 3 * n * vocab_size * 2, note=note)
 
-    # Each tile of logits loads tiles of x, (N, K), and of W, (V, K). The backward computes the logits twice, for dx and for dW. Each time it
-    # loads one operand again for the product, and loads and stores the fp32 sums; the first tile of a row only stores them.
+    # Each tile of logits loads tiles of x, (N, K), and of W, (V, K). The backward computes the logits twice, for dx and for dW. Each time
+    # it loads one operand again for the product, and loads and stores the fp32 sums; the first tile of a row only stores them.
     forward = launch_options("linear_cross_entropy_recompute_fwd", x, itemsize=2)
     backward = launch_options("linear_cross_entropy_recompute_bwd", x, itemsize=2)
     formula = cdiv(vocab_size, forward["BLOCK_V"]) * size(x) + cdiv(n, forward["BLOCK_N"]) * size(weight)

@@ -43,7 +43,7 @@ _INTRODUCTION = re.compile(r"(看见|发现|遇见|遇到|碰见|碰到|认识�
 def cast(text: str) -> Cast:
     """Find the characters and things of the built-in stories in `text`. A word inside a longer one is not counted.
 
-    A hero is introduced if the first sentence that names the first hero names it too, or if words such as "met" or "a friend called" precede its name."""
+    A hero is introduced if the first sentence that names the first hero names it too, or if words such as 遇见 or 朋友 precede its name."""
     found: list[tuple[str, ...]] = []
     places: dict[str, int] = {}
     for words in _cast_words():
