@@ -689,7 +689,7 @@ def attention_backend(name: str) -> Iterator[None]:
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("attention backend 'flash_attn' needs the package: pip install 'tritale[flash]', or use 'triton' or 'sdpa'")
+        raise ValueError("attention backend 'flash_attn' needs the package: pip install flash-attn, or use 'triton' or 'sdpa'")
     before, _forced = _forced, name
     try:
         yield

@@ -73,7 +73,7 @@ def draw(found: RangeTest, path: Path, *, configured: float) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'") from None
+        raise UserError("the curve needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(found.rates, found.losses, color="0.8", linewidth=1, label="each step")

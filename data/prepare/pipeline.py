@@ -30,7 +30,7 @@ from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import deduplicate, report, splitting
 from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
 from .documents import Batch
-from .inputs import EXTRA, find_files, import_package
+from .inputs import find_files, import_package
 from .job import LOCK, RECIPE, REPORT, SPLITS, WORK, Job, Options, compare, discard, missing, recipe_of, sha256, write_durably
 from .result import Result
 from .tokenize import SAMPLE_CHARACTERS, BulkEncoder, encode, sample
@@ -95,7 +95,8 @@ def prepare(
                 n = f"validation has only {chosen['validation']:,} documents"
                 console.print(f"{n}, so its loss is inexact; --val-documents {ENOUGH_VALIDATION} or more documents help", **WARNING)
             if BulkEncoder(tokenizer).is_fallback:
-                console.print(f"fastokens is not installed ({EXTRA}): tokenizers encodes instead, several times slower", **WARNING)
+                note = "fastokens is not installed (pip install fastokens): tokenizers encodes instead, several times slower"
+                console.print(note, **WARNING)
             if not (out / "tokenizer").exists():
                 _save_tokenizer(tokenizer, out / "tokenizer")
             encoded = encoding(job, status, tokenizer)

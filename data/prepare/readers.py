@@ -283,7 +283,7 @@ def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
 
 def hub_rows(name: str) -> Records:
     """Stream the split train of a Hugging Face data set; the line is the row, from 1."""
-    datasets = import_package("datasets", name, "pip install datasets")
+    datasets = import_package("datasets", name)
     for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
         yield row, number
 

@@ -87,7 +87,7 @@ def test_lit_model_holds_only_plain_tensors_and_each_once(model_folder, tmp_path
 
 
 def read_gguf(path):
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {t.name: t.data.reshape(list(reversed(t.shape.tolist()))) for t in reader.tensors}
@@ -130,7 +130,7 @@ def gguf_logits(fields: dict, tensors: dict, tokens: list[int]) -> np.ndarray:
 
 def test_the_gguf_file_gives_the_same_logits(model_folder, tmp_path):
     llm, out = LLM.load(model_folder, device="cpu"), tmp_path / "model.gguf"
-    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
     main(["export", str(model_folder), "--to", "gguf", "--out", str(out)])
     fields, tensors = read_gguf(out)
     c, ids = llm.model.config, prompt_ids(llm)
@@ -149,7 +149,7 @@ def test_the_gguf_file_gives_the_same_logits(model_folder, tmp_path):
 
 
 def test_llama_cpp_encodes_to_the_same_ids(tokenizer, seed):
-    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
     vocabulary = gguf_vocabulary(tokenizer, tokenizer.vocab_size + 3)
     texts = vocabulary[0]
     assert len(texts) == len(set(texts)) == tokenizer.vocab_size + 3
@@ -169,7 +169,7 @@ def whole_characters(tmp_path, tokenizer, seed, request):
         llm.model.head[:260] *= 0.01
     save_model(folder, llm.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
     out = tmp_path / "model.gguf"
-    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
     export_gguf(llm.model, llm.tokenizer, out, name="test")
     return llm, out
 
@@ -234,7 +234,7 @@ def test_a_missing_package_gguf_is_named(tmp_path, tokenizer, seed, monkeypatch)
 
 
 def test_strings_that_llama_cpp_encodes_differently_are_reported(tmp_path, tokenizer, seed, capsys):
-    pytest.importorskip("gguf", reason="gguf is not installed (pip install 'tritale[export]')")
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
     names = ("Tom", "Anna")
     english = Tokenizer.train(
         [f"Once Tom met Anna. {n} said hello.{' ' * (1 + i % 2)}They played, and {n} went home." for i in range(300) for n in names], 500

@@ -457,7 +457,7 @@ def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
     file, out, output = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "[b] [/x]", io.StringIO()
     for _ in range(2):  # made, then found
         prepare([str(file)], out, Options(vocab_size=400), workers=1, console=Console(file=output, width=400))
-    assert "pip install 'tritale[data]'" in output.getvalue() and f"{out} was made from these files" in output.getvalue()
+    assert "pip install fastokens" in output.getvalue() and f"{out} was made from these files" in output.getvalue()
 
 
 def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted(tmp_path, tokenizer_folder, seed):
@@ -660,7 +660,7 @@ def test_a_number_of_workers_that_cannot_work_is_named(tmp_path, workers):
 def test_near_without_rensa_names_the_command(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     file = write_jsonl(tmp_path / "a.jsonl", ["一", "二"])
-    with pytest.raises(ValueError, match=r"pip install 'tritale\[data\]'"):
+    with pytest.raises(ValueError, match="pip install rensa"):
         run([file], tmp_path / "out", tokenizer_folder, dedup="near")
 
 

@@ -494,5 +494,5 @@ def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, monkeypat
     if "/" not in name:
         (tmp_path / name).write_bytes(b"x")
         name = tmp_path / name
-    with pytest.raises(ValueError, match=r"needs the package .*: pip install"):
+    with pytest.raises(ValueError, match=r"needs the package (.*), which is not installed: pip install \1$"):
         texts_of(name)
