@@ -143,6 +143,7 @@ def run(config: RunConfig, here: processes.Processes) -> None:
                 if saves and (progress.best_loss is None or val_loss < progress.best_loss):
                     progress.best_step, progress.best_loss = done, val_loss
             if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_last:
+                log.print(f"step {done}: samples")
                 print_samples(step.model, tokenizer, config, log)
             if saves:
                 progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start

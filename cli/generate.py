@@ -31,7 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def memory_report(llm: "LLM", runtime_mib: float) -> str:
-    """Peak memory in a sentence: on a GPU that of the allocator, on a CPU the resident memory beyond `runtime_mib`."""
+    """Peak memory in a line: on a GPU that of the allocator, on a CPU the resident memory beyond `runtime_mib`."""
     import torch
 
     from ..training.processes import peak_memory_gib
@@ -39,12 +39,9 @@ def memory_report(llm: "LLM", runtime_mib: float) -> str:
     weights = sum(p.numel() * p.element_size() for p in llm.model.parameters()) / 2**20
     if llm.model.embedding.is_cuda:
         peak = torch.cuda.max_memory_allocated() / 2**20
-        return f"GPU memory {peak:.0f} MiB at its peak, of which weights {weights:.0f}, cache and the rest {peak - weights:.0f}"
+        return f"GPU memory {peak:.0f} MiB at its peak (weights {weights:.0f})"
     peak = 1024 * peak_memory_gib(torch.device("cpu"))
-    return (
-        f"memory {peak - runtime_mib:.0f} MiB at its peak on top of the {runtime_mib:.0f} MiB of Python and PyTorch, "
-        f"of which weights {weights:.0f}"
-    )
+    return f"memory {peak - runtime_mib:.0f} MiB at its peak (weights {weights:.0f}), and {runtime_mib:.0f} MiB of Python and PyTorch"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
         for n, prompt in enumerate(options.read_prompts("-") if args.prompt == "-" else [args.prompt or ""]):
             write(prompt, None if args.seed is None else args.seed + n)
     if n_tokens:
-        speed = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s"
-        print(f"\n{speed}; {memory_report(llm, runtime_mib)}", file=sys.stderr)
+        print(f"\n{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s", file=sys.stderr)
+        print(memory_report(llm, runtime_mib), file=sys.stderr)
 
 
 def write_stories(llm: "LLM", prompt: str, samplings: list[Sampling]) -> "list[Completion]":
@@ -114,7 +111,7 @@ def interact(write: Callable[[str, int | None], None], seed: int | None) -> None
         import readline  # noqa: F401  (line editing in input())
     except ImportError:
         pass
-    print("Type the beginning of a story, or press Enter for a story without a prompt; Ctrl-D ends.", file=sys.stderr)
+    print("Type the beginning of a story, or press Enter for any story; Ctrl-D ends.", file=sys.stderr)
     n = 0
     while True:
         try:

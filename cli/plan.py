@@ -90,7 +90,7 @@ def print_plan(planned: Plan, warnings: list[PlanWarning], time: tuple[float, in
         "loss": memory.loss,
     }
     for name, n_bytes in parts.items():
-        rows["memory"] += f"\n{'█' * round(30 * n_bytes / memory.total):30} {size(n_bytes):>8}  {name}"
+        rows["memory"] += f"\n{'█' * round(24 * n_bytes / memory.total):24} {size(n_bytes):>8}  {name}"
     if time:
         seconds, micro_batch = time
         rows["time"] = (

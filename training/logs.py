@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
 
@@ -113,16 +113,18 @@ class Log:
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
+            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        first = "compiling" if self.config.train.compile else "training"
+        compiling = "compiling (about a minute)"
+        first = compiling if self.config.train.compile else "training"
         with Progress(*columns, console=self.console, disable=not self.has_bar, expand=True) as bar:
             task = bar.add_task(first, total=total, completed=completed)
 
             def update(done: int, *, loss: float | None = None, speed: float = 0.0) -> None:
                 text = bar.tasks[task].description if loss is None else f"loss {loss:.3f}  {speed:,.0f} tokens/s"
-                bar.update(task, completed=done, description=text.replace("compiling", "training"))
+                bar.update(task, completed=done, description="training" if text == compiling else text)
                 if not self.has_bar and loss is not None:
                     self.print(f"step {done}/{total}  {text}")
 

@@ -145,7 +145,7 @@ class Plan:
             facts.append(f"{data.characters / (data.tokens - data.documents):.2f} characters per token")
         run = f"{t.max_steps:,} steps, {count(self.tokens)} tokens"
         if self.epochs is not None:
-            run += f", {self.epochs:.1f} epochs"
+            run += f", {self.epochs:,.1f} epochs"
         ratio = self.tokens / self.parameters
         fits_all = " (all sequences of a step)" if self.largest_micro_batch == t.global_batch // d.count else ""
         first, middle, last = (f"{rate:.1e}" if rate else "0" for rate in self.rates)
@@ -157,18 +157,26 @@ class Plan:
             "model": f"{count(self.parameters)} parameters, {self.embedding / self.parameters:.0%} of them in the embedding",
             "step": f"{self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
             + (f", {self.steps_per_epoch:,} steps per epoch" if self.steps_per_epoch is not None else ""),
-            "run": f"{run}, {ratio:,.3g} tokens per parameter ({ratio / CHINCHILLA:.2g} × Chinchilla's {CHINCHILLA})",
+            "run": f"{run}, {digits(ratio)} tokens per parameter ({digits(ratio / CHINCHILLA)} × Chinchilla's {CHINCHILLA})",
             "learning rate": f"first step {first}, middle {middle}, last {last}{embedding_rate}",
             "memory": f"{size(self.memory.total)} of {size(d.free_memory)} free; "
             + f"largest micro-batch that fits: {self.largest_micro_batch or 'none'}{fits_all}",
-            "disk": f"{self.checkpoints} × {size(self.checkpoint)} of checkpoints, {size(self.disk)} of {size(d.free_disk)} free",
+            "disk": f"{self.checkpoints:,} × {size(self.checkpoint)} of checkpoints, {size(self.disk)} of {size(d.free_disk)} free",
             "output": c.out_dir,
         }
 
 
 def count(n: int) -> str:
-    """A number as "950", "1.6 M" or "7,864.3 M"."""
-    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"
+    """A number as "950", "1.6 M", "7.9 B" or "3.0 T"."""
+    for unit, value in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if n >= value:
+            return f"{n / value:,.1f} {unit}"
+    return f"{n:,}"
+
+
+def digits(x: float) -> str:
+    """A number with three significant digits and no exponent: "0.059", "8.96", "68,321"."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def size(n_bytes: float) -> str:

@@ -269,7 +269,7 @@ def test_a_terminal_that_cannot_show_a_sample_does_not_end_the_run(encoding, tmp
 
 def test_output_to_a_pipe_has_a_line_for_each_log_step(tmp_path):
     lines = train(tmp_path / "run", train__compile="true").stdout.splitlines()
-    assert "compiling" in lines and not any("nan" in line or "\x1b" in line for line in lines)
+    assert "compiling (about a minute)" in lines and not any("nan" in line or "\x1b" in line for line in lines)
     assert [line.split()[1] for line in lines if line.startswith("step ") and "tokens/s" in line] == [f"{i}/6" for i in range(1, 7)]
 
 
