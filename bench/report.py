@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
-LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒词元数"}
+LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒 token 数"}
 PASSES = ("forward", "backward", "both")
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Ours is the dark warm one.
 GREY, SKY, BLUE, GREEN, YELLOW, PURPLE, ORANGE, RED = "#9a9a9a #56b4e9 #0072b2 #009e73 #e0c000 #cc79a7 #e69f00 #d55e00".split()
@@ -281,7 +281,7 @@ def summary(machine: dict, rows: list[dict]) -> str:
 
 COLUMNS = ["tokens per second", "ours", "fastest other", "speed ratio", "memory ratio"]
 CHINESE = {
-    ", ": "，", "tokens per second": "每秒词元数", "ours": "tritale", "fastest other": "其他库中最快的", "speed ratio": "速度比",
+    ", ": "，", "tokens per second": "每秒 token 数", "ours": "tritale", "fastest other": "其他库中最快的", "speed ratio": "速度比",
     "memory ratio": "内存比", "training step": "训练", "generation": "生成", "one prompt": "一个开头", "6 k vocabulary": "词表 6 k",
     "32 prompts of 1 to 40 characters": "32 个开头（1–40 字）",
 }  # fmt: skip
