@@ -19,7 +19,7 @@ COMPRESSED = (".gz", ".zst")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 BUFFER = 1 << 20  # bytes; the format of a file is decided by so many
-EXTRA = "pip install 'tritale[data]'"
+EXTRA = "of the extra tritale[data]"
 
 
 def find_files(inputs: list[str]) -> list[str]:
@@ -71,12 +71,13 @@ def file_format(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES and not (suffix == ".parquet" and is_compressed) else None
 
 
-def import_package(module: str, what: str, command: str = EXTRA) -> ModuleType:
-    """Import an optional module. Raises UserError with the installing `command` if it is missing."""
+def import_package(module: str, what: str, extra: str = f", {EXTRA}") -> ModuleType:
+    """Import an optional module. Raises UserError with the command that installs it if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{what} needs the package {module.removesuffix('.parquet')}, which is not installed: {command}") from None
+        package = module.removesuffix(".parquet")
+        raise UserError(f"{what} needs the package {package}{extra}, which is not installed: pip install {package}") from None
 
 
 def decompressed(raw: io.FileIO, file: str) -> tuple[io.BufferedReader, tuple[type[Exception], ...]]:

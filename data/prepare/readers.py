@@ -46,6 +46,8 @@ def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
             yield record, line
     except damage as error:
         raise BadInput(file, line, "the compressed file is damaged after this line", f" ({error}); fetch it again") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, after line {line}", file) from None
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------------------------------
@@ -91,23 +93,19 @@ def _json_lines(stream: BinaryIO, file: str) -> Records:
 def _json_values(stream: BinaryIO, file: str) -> Records:
     # The elements of one or several arrays, or values one after another.
     text = _JsonText(stream, file)
-    if text.peek() != "[":
-        while text.peek():
+    is_array = text.peek() == "["
+    while text.peek():
+        if not is_array:
             yield text.value()
-        return
-    while mark := text.peek():
-        if mark != "[":
+            continue
+        if not text.skip("["):
             raise text.broken("only another array may follow an array")
-        text.skip()
-        mark = text.peek()
-        while mark != "]":
+        is_end = text.skip("]")
+        while not is_end:
             yield text.value()
-            mark = text.peek()
-            if mark == ",":
-                text.skip()
-            elif mark != "]":
+            is_end = text.skip("]")
+            if not is_end and not text.skip(","):
                 raise text.broken("no comma before this element")
-        text.skip()
 
 
 class _JsonText:
@@ -129,9 +127,11 @@ class _JsonText:
                 return self._text[self._position : self._position + 1]
             self._read()
 
-    def skip(self) -> None:
-        """Skip one character."""
-        self._advance(self._position + 1)
+    def skip(self, mark: str) -> bool:
+        """Skip the next character if it is `mark`."""
+        is_there = self.peek() == mark
+        self._advance(self._position + is_there)
+        return is_there
 
     def value(self) -> tuple[Any, int]:
         """Decode the next value: (value, line), with BadInput for a value that is not UTF-8. Raises BadInput if it is broken."""
@@ -263,7 +263,7 @@ def parquet_rows(file: str, keys: list[str]) -> Records:
             for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
                 try:
                     rows = batch.to_pylist()
-                except UnicodeDecodeError:
+                except (ValueError, OverflowError):
                     rows = (_parquet_row(batch.slice(i, 1), file, number + 1) for i in range(len(batch)))
                 for row in rows:
                     number += 1
@@ -279,13 +279,18 @@ def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadInput(file, row, f"not UTF-8 (byte 0x{error.object[error.start]:02X})", "; write the column again as UTF-8")
+    except (ValueError, OverflowError) as error:
+        return BadInput(file, row, "a value that Python cannot hold", f" ({error}); write the column as text")
 
 
 def hub_rows(name: str) -> Records:
     """Stream the split train of a Hugging Face data set; the line is the row, from 1."""
-    datasets = import_package("datasets", name, "pip install datasets")
-    for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
-        yield row, number
+    datasets, number = import_package("datasets", name, ""), 0
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
+            yield row, number
+    except Exception as error:  # of the network, the hub, or the files of any format
+        raise UserError(f"{name}:{number + 1}: the data set cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:

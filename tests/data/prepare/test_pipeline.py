@@ -19,6 +19,8 @@ from rich.console import Console
 
 from tritale.cli.main import main
 from tritale.cli.prepare import PRESETS, preset_sizes
+from tritale.common.errors import UserError
+from tritale.common.files import locked
 from tritale.data.built_in import open_data
 from tritale.data.prepare import deduplicate, documents, pipeline, result, splitting, tokenize
 from tritale.data.prepare import report as prepare_report
@@ -449,7 +451,47 @@ def test_endoftext_marks_inside_documents_are_reported(tmp_path, tokenizer_folde
     options = Options(tokenizer=str(tokenizer_folder), val_fraction=0.3)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     prepare([str(file)], tmp_path / "out", options, workers=1, console=Console(file=output, width=400))
-    assert "1 documents contain <|endoftext|> as ordinary text" in output.getvalue()
+    assert f"1 documents contain <|endoftext|> as ordinary text, the first at {file}:8; if" in output.getvalue()
+
+
+@pytest.mark.parametrize("error", [UserError("no ids for it"), MemoryError(), Exception("of the library")])
+@pytest.mark.parametrize("step", ["fingerprints", "encoding"])
+def test_an_error_about_a_document_names_file_and_line(tmp_path, tokenizer_folder, seed, monkeypatch, step, error):
+    texts = stories(seed, 50)
+    bad = random.Random(seed).randrange(50)
+    owner, name = {"fingerprints": (deduplicate, "signatures"), "encoding": (tokenize.BulkEncoder, "encode")}[step]
+    original = getattr(owner, name)
+
+    def fail(*arguments):
+        if texts[bad] in arguments[-1]:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, fail)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", some) for i, some in enumerate((texts[:20], texts[20:]))]
+    line = f"{tmp_path}/{int(bad >= 20)}.jsonl:{bad % 20 + 1 if bad < 20 else bad - 19}"
+    with pytest.raises(UserError if isinstance(error, UserError) else RuntimeError) as raised:
+        run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3, dedup="near" if step == "fingerprints" else "exact")
+    assert str(raised.value) == f"{line}: the document cannot be processed ({error or 'MemoryError'})"
+
+
+def test_an_error_of_many_documents_together_names_the_first_and_the_last(tmp_path, tokenizer_folder, seed, monkeypatch):
+    encode = tokenize.BulkEncoder.encode
+
+    def fail(encoder, texts):
+        if len(texts) > 1:
+            raise MemoryError
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(tokenize.BulkEncoder, "encode", fail)
+    with pytest.raises(RuntimeError, match=r"a\.jsonl:\d+ to .*a\.jsonl:\d+: the document cannot be processed \(MemoryError\)"):
+        run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+
+
+def test_when_no_document_can_be_read_the_first_error_is_shown(tmp_path, tokenizer_folder):
+    file = write_jsonl(tmp_path / "a.jsonl", ["一", "二"])
+    with pytest.raises(UserError, match=r"from 1 files: 2 × no key 'story'; the first: .*a\.jsonl:1: no key 'story'; keys there: text"):
+        run([file], tmp_path / "out", tokenizer_folder, fields=Fields("story"), skip_errors=True)
 
 
 def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
@@ -457,7 +499,7 @@ def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
     file, out, output = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50)), tmp_path / "[b] [/x]", io.StringIO()
     for _ in range(2):  # made, then found
         prepare([str(file)], out, Options(vocab_size=400), workers=1, console=Console(file=output, width=400))
-    assert "pip install 'tritale[data]'" in output.getvalue() and f"{out} was made from these files" in output.getvalue()
+    assert "of the extra tritale[data] is not installed" in output.getvalue() and f"{out} was made from these files" in output.getvalue()
 
 
 def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted(tmp_path, tokenizer_folder, seed):
@@ -475,25 +517,26 @@ def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted
 
 
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):
-    pytest.importorskip("fcntl")
-    (tmp_path / "out" / "work").mkdir(parents=True)
-    with pipeline._only_one(tmp_path / "out" / "work"):
-        with pytest.raises(ValueError, match="another tritale prepare is writing"):
+    with locked(tmp_path / "out" / "work", "another process"):
+        with pytest.raises(ValueError, match="work is in use by another tritale prepare; wait"):
             run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))], tmp_path / "out", tokenizer_folder)
 
 
-def test_an_input_that_shrinks_between_the_passes_is_noticed(tmp_path, tokenizer_folder, seed, monkeypatch):
+@pytest.mark.parametrize("n", [40, 50])
+def test_an_input_that_changes_between_the_passes_is_named(tmp_path, tokenizer_folder, seed, monkeypatch, n):
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))
     encoding = pipeline.encoding
 
-    def shrink(*arguments):
-        write_jsonl(file, stories(seed, 40))
+    def change(*arguments):
+        write_jsonl(file, stories(seed + 1, n))
         return encoding(*arguments)
 
-    monkeypatch.setattr(pipeline, "encoding", shrink)
-    with pytest.raises(ValueError, match="an input file has changed"):
-        run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "encoding", change)
+        with pytest.raises(ValueError, match=r"input changed while it was read \(.*a\.jsonl changed\); run the same command again"):
+            run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     assert not (tmp_path / "out" / "train").exists()
+    assert run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)["documents_read"] == n
 
 
 def test_a_tokenizer_that_does_not_match_is_named(tmp_path, tokenizer_folder, seed):
@@ -565,6 +608,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert sum(report["errors"].values()) == len(report["first_errors"]) == 3
     assert f"--data.source {out} --out_dir {out}-run" in printed
+    assert all(f"{raw / name}:{line}: " in printed.replace("\n", "") for name, line in (("a.jsonl", 63), ("a.jsonl", 64), ("b.csv", 1)))
     assert "left out, broken           3" in printed and "[red]短[/red]" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page
@@ -660,7 +704,9 @@ def test_a_number_of_workers_that_cannot_work_is_named(tmp_path, workers):
 def test_near_without_rensa_names_the_command(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     file = write_jsonl(tmp_path / "a.jsonl", ["一", "二"])
-    with pytest.raises(ValueError, match=r"pip install 'tritale\[data\]'"):
+    with pytest.raises(
+        ValueError, match=r"--dedup near needs the package rensa, of the extra tritale\[data\], which is not installed: pip install rensa"
+    ):
         run([file], tmp_path / "out", tokenizer_folder, dedup="near")
 
 
@@ -668,13 +714,3 @@ def test_splits_need_a_document_each(tmp_path, tokenizer_folder):
     file = write_jsonl(tmp_path / "a.jsonl", ["一", "二", " "])
     with pytest.raises(ValueError, match="of 3 documents 2 are for training and 0 for validation"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=1e-9)
-
-
-def test_what_was_written_after_the_last_commit_is_cut_off(tmp_path):
-    path = tmp_path / "documents.bin"
-    path.write_bytes(b"committed, and more")
-    with pipeline._open_at(path, 9) as file:
-        file.write(b"!")
-    assert path.read_bytes() == b"committed!"
-    with pytest.raises(ValueError, match="fewer bytes than were written"):
-        pipeline._open_at(path, 11)

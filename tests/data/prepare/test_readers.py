@@ -7,11 +7,14 @@ import json
 import os
 import random
 import re
+import sys
+import types
 from collections import Counter
 
 import pytest
 
 from tritale.cli.main import main
+from tritale.common.errors import UserError
 from tritale.data.prepare import inputs, readers
 from tritale.data.prepare.checks import BadInput
 from tritale.data.prepare.documents import Fields, Reader
@@ -232,13 +235,13 @@ def test_a_name_of_a_data_set_is_read_as_a_stream(tmp_path, monkeypatch):
 # ---- bad input ------------------------------------------------------------------------------------------------------------------------
 
 
-def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = (), rest: int | None = None) -> None:
-    """It stops with `message`; with skip_errors it is counted once and `kept` remains, and `rest` is named where all from there is lost."""
+def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = (), rest: int | None = None, n_errors: int = 1) -> None:
+    """It stops with `message`; with skip_errors it is counted and `kept` remains, and `rest` is named where all from there is lost."""
     with pytest.raises(BadInput, match=message):
         texts_of(path, fields=fields)
     reader = Reader([str(path)], fields, skip_errors=True)
     assert tuple(document.text for _, document in reader.read()) == kept
-    assert sum(reader.errors.values()) == 1, reader.errors
+    assert sum(reader.errors.values()) == n_errors, reader.errors
     assert str(path) in reader.first_errors[0]
     assert rest is None or f": the rest of the file from {path}:{rest} on" in next(iter(reader.errors)), reader.errors
 
@@ -325,6 +328,37 @@ def test_a_parquet_column_that_is_no_text_is_named_by_its_row(tmp_path):
     damaged = pyarrow.Array.from_buffers(pyarrow.string(), 3, column.buffers())
     parquet.write_table(pyarrow.table({"text": damaged}), tmp_path / "b.parquet")
     check_bad(tmp_path / "b.parquet", r"b\.parquet:2: not UTF-8 \(byte 0xB6\)", kept=("一", "三"))
+
+
+def test_parquet_values_that_python_cannot_hold_are_named_by_their_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    times = pyarrow.array([None, 2**62, None], pyarrow.timestamp("s"))
+    parquet.write_table(pyarrow.table({"text": ["一", "二", "三"], "time": times}), tmp_path / "a.parquet")
+    check_bad(
+        tmp_path / "a.parquet", r"a\.parquet:(1: null under 'time'|2: a value that Python)", fields=Fields(None, "{time}{text}"), n_errors=3
+    )
+    assert texts_of(tmp_path / "a.parquet") == ["一", "二", "三"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="there is no file whose reading fails")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises((OSError, BadInput), match=str(tmp_path / name)):
+        texts_of(tmp_path / name)
+
+
+def test_an_error_of_a_data_set_names_its_row(monkeypatch):
+    def load(name, **options):
+        yield {"text": "一"}
+        raise ConnectionError("the hub is gone")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    for skip_errors in (False, True):  # the rest is not left out in silence
+        with pytest.raises(UserError, match=r"someone/stories:2: the data set cannot be read \(ConnectionError: the hub is gone\)"):
+            texts_of("someone/stories", skip_errors=skip_errors)
 
 
 def test_linked_folders_are_read_once(tmp_path):
@@ -494,5 +528,5 @@ def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, monkeypat
     if "/" not in name:
         (tmp_path / name).write_bytes(b"x")
         name = tmp_path / name
-    with pytest.raises(ValueError, match=r"needs the package .*: pip install"):
+    with pytest.raises(ValueError, match=rf"needs the package {module.removesuffix('.parquet')}.* which is not installed: pip install"):
         texts_of(name)

@@ -32,7 +32,7 @@ def agrees(encoder: BulkEncoder, tokenizer: Tokenizer, draw: random.Random) -> N
 
 
 def test_ids_are_those_of_tokenizers(tokenizer, seed):
-    pytest.importorskip("fastokens", reason="fastokens is not installed (pip install 'tritale[data]')")
+    pytest.importorskip("fastokens", reason="fastokens is not installed (pip install fastokens)")
     draw, encoder = random.Random(seed), BulkEncoder(tokenizer)
     assert not encoder.is_fallback
     for _ in range(300):
