@@ -233,11 +233,12 @@ def dtype_name(vocab_size: int) -> str:
 
 def open_at(path: Path, size: int) -> BinaryIO:
     """Open a file for appending after its first `size` bytes, and cut off the rest. Raises UserError if it has fewer."""
-    file = open(path, "ab")
-    if (found := file.tell()) < size:
+    file = open(path, "r+b" if path.exists() else "xb")
+    if (found := file.seek(0, os.SEEK_END)) < size:
         file.close()
         raise UserError(f"{path} has {found:,} bytes instead of at least {size:,}; {REMEDY}")
     file.truncate(size)
+    file.seek(size)
     return file
 
 

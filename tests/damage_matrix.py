@@ -199,13 +199,13 @@ def stop(*_) -> None:
     raise TookTooLong
 
 
-def outcome(command: Callable[..., str], *arguments: Path) -> tuple[str, str]:
+def outcome(name: str, run: Path, checkpoint: Path) -> tuple[str, str]:
     """("refused", message), ("finished", result), ("traceback" or "hang", details) of one command."""
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return "finished", command(*arguments)
+            return "finished", COMMANDS[name](run, checkpoint)
     except SystemExit as error:
         message = str(error.code)
         is_message = isinstance(error.code, str) and len(message.strip().splitlines()) <= 3
@@ -228,7 +228,7 @@ def verdict(name: str, damage: Damage, run: Path, expected: str, folder: Path, m
         if not damage.keeps_checksums:
             for checksums in checkpoint.rglob(CHECKSUMS):
                 checksums.unlink()
-        status, details = outcome(COMMANDS[name], copy, checkpoint)
+        status, details = outcome(name, copy, checkpoint)
         if marker.exists():
             marker.unlink()
             return "code executed"
@@ -253,7 +253,7 @@ def matrix(folder: Path, sample: int | None = None, seed: int = 0) -> tuple[int,
     expected = {}
     for name in COMMANDS:
         copy = Path(shutil.copytree(run, folder / "run"))
-        status, expected[name] = outcome(COMMANDS[name], copy, copy / "step-00000003")
+        status, expected[name] = outcome(name, copy, copy / "step-00000003")
         assert status == "finished", expected[name]
         shutil.rmtree(copy)
     cells = [(name, d) for d in damages(run / "step-00000003", run / "step-00000006", marker) for name in COMMANDS]

@@ -287,7 +287,7 @@ def _batches(
 
 def _note_strangest(strangest: dict, batch: Batch, kept: list[int], name: str, lengths, characters, n_bytes) -> None:
     # Keeps the first few of each kind. The sort is stable, so of two equal ones the earlier is kept.
-    share = n_bytes / lengths
+    share = n_bytes / np.maximum(lengths - 1, 1)  # without `<|endoftext|>`
     for kind, key in (("shortest", characters), ("longest", -characters), ("most byte fallback", -share)):
         best = strangest.setdefault(kind, [])
         for j in np.argsort(key, kind="stable")[: N_STRANGEST[kind]].tolist():

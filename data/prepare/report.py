@@ -108,7 +108,7 @@ def print_report(report: dict, console: Console) -> None:
     for name, value in facts(report):
         console.print(Text(visible(f"{name:26} {value}"), style="red" if name.startswith("leak") and is_leaking(report) else ""))
     for error in report["first_errors"]:
-        console.print(Text(visible(error), style="yellow"))
+        console.print(Text(visible(error), style="yellow"), soft_wrap=True)
     heads, *rows = vocabulary_cells(report)
     table = Table(*heads, title="Vocabulary size", caption=vocabulary_note(report))
     for cells in rows:

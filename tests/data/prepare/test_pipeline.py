@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import headless_chromium
 from rich.console import Console
 
 from tritale.cli.main import main
@@ -677,6 +678,28 @@ def test_the_tables_are_complete_at_80_columns_and_show_control_characters_escap
         assert "\x1b" not in text and "\x9b" not in text and "\\x1b[31m\u3000" in text
     assert f">{name}:52</td>" in page and f'title="{tmp_path}/{name}:52"' in page and "break-all" not in page
     assert "width: 100%; height: auto" in page  # the charts
+
+
+@pytest.fixture(scope="module")
+def browser():
+    yield from headless_chromium()
+
+
+@pytest.mark.parametrize("width", [1240, 390])
+def test_the_page_fits_its_window_with_long_names(tmp_path, tokenizer_folder, seed, browser, width):
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", stories(seed + i, 50)) for i, name in enumerate(("很长的文件名字" * 9, "a-long-name" * 9))
+    ]
+    run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    )
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    unusual, texts = browser.execute_script(
+        "return [document.querySelector('.unusual').scrollWidth, [...document.querySelectorAll('.unusual .text')].map(t => t.clientWidth)]"
+    )
+    assert unusual <= width and len(texts) == 10 and min(texts) > 0.4 * unusual
 
 
 @pytest.mark.parametrize(
