@@ -25,19 +25,18 @@ def vocabulary_table(
     If the text gives fewer entries than a size, `found` is their number and the measurements are None."""
     progress(0, len(VOCABULARIES))
     pool.stop()  # frees the memory of the processes that computed the presets and so imported torch
-    rows = []
+    rows: list[dict] = []
     for size in VOCABULARIES:
         shares = {name: size * width / (size * width + body) for name, (body, width) in presets.items()}
-        rows.append(
-            {"vocab_size": size} | dict.fromkeys(("found", "characters_per_token", "byte_fallback_share")) | {"embedding_share": shares}
-        )
-    for n, (row, (found, stats)) in enumerate(pool.map(_measure, ((row, (train, validation, row["vocab_size"])) for row in rows)), 1):
+        rows.append({"vocab_size": size, "characters_per_token": None, "byte_fallback_share": None, "embedding_share": shares})
+    items = ((row, (train, validation, row["vocab_size"])) for row in rows)
+    for n, (row, (found, stats)) in enumerate(pool.map(_measure, items, lambda row: f"a vocabulary of {row['vocab_size']:,}"), 1):
         progress(n, len(VOCABULARIES))
+        for larger in rows[n - 1 :]:
+            larger["found"] = found  # unless more are found for a larger one
         if found < row["vocab_size"]:
-            for larger in rows[n - 1 :]:
-                larger["found"] = found
             break
-        row |= {"found": found, "characters_per_token": stats.chars_per_token, "byte_fallback_share": stats.byte_fallback_share}
+        row |= {"characters_per_token": stats.chars_per_token, "byte_fallback_share": stats.byte_fallback_share}
     progress(len(VOCABULARIES), len(VOCABULARIES))
     return rows
 

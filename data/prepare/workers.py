@@ -48,9 +48,9 @@ class Workers:
                     return
                 result = ahead[0][1].result()
             except BrokenProcessPool:
-                place = f"{name(ahead[0][0])} or after"
+                place = f"at {name(ahead[0][0])} or after" if ahead else "at its start"
                 raise UserError(
-                    f"a worker process was killed at {place}, perhaps for its memory; use fewer --workers than {self._n}"
+                    f"a worker process was killed {place}, perhaps for its memory; use fewer --workers than {self._n}"
                 ) from None
             yield ahead.popleft()[0], result
 
