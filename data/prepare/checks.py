@@ -57,7 +57,9 @@ def other_encoding(file: str, line: int, byte: int, encoding: str | None) -> Bad
 
 
 def utf16(start: bytes) -> str | None:
-    """The kind of UTF-16 in which a file begins. Without a byte order mark it is found by the zero bytes of ASCII characters."""
+    """The kind of UTF-16 or UTF-32 in which a file begins. UTF-16 without a byte order mark is found by the zero bytes of ASCII."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     place, zeros = _utf8_error(start), start.count(0)

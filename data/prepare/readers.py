@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from json.decoder import JSONDecodeError
@@ -23,6 +24,8 @@ from .inputs import decompressed, file_format, import_package
 LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
 CHUNK = 1 << 20  # bytes of JSON
 SEPARATOR = END_OF_TEXT  # between documents of a txt file
+_MARK = re.compile(rb"[-=*#_~+]{2,}|</?[^<>]{1,30}>|\[[A-Z]{1,10}\]")  # a line that often separates documents
+FEWEST_MARKS = 5
 LINES_PER_BLOCK = 20  # a txt file with more may have a document on each line
 
 Records = Iterator[tuple[Any, int]]
@@ -210,8 +213,14 @@ def _txt_layout(start: bytes, file: str) -> str:
     # What a document is, from the start of the file. Raises UserError if that is unclear.
     if SEPARATOR.encode() in start:
         return "endoftext"
-    lines = [bool(line.strip()) for line in re.split(rb"\r\n?|\n", start)]
-    n_lines, n_blocks = sum(lines), sum(b and not a for a, b in pairwise([False, *lines]))
+    lines = [line.strip() for line in re.split(rb"\r\n?|\n", start)]
+    n_lines, n_blocks = sum(map(bool, lines)), sum(bool(b) and not a for a, b in pairwise([b"", *lines]))
+    ((mark, n_marks),) = Counter(filter(_MARK.fullmatch, lines)).most_common(1) or [(b"", 0)]
+    if n_marks >= max(FEWEST_MARKS, n_blocks // 20):
+        raise UserError(
+            f"{file}: {n_marks:,} lines of its start are {mark.decode(errors='replace')}; if documents are separated there, replace them "
+            f"by {SEPARATOR}; else choose --txt-documents line, blank-line or file"
+        )
     if n_lines > (LINES_PER_BLOCK * n_blocks if n_blocks > 1 else 1):
         blocks = f"{n_blocks:,} blocks with blank lines between them" if n_blocks > 1 else "no blank line"
         raise UserError(
