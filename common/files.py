@@ -1,5 +1,6 @@
 """Writing files and folders that are complete or absent: they are written under a temporary name, synced and renamed."""
 
+import hashlib
 import json
 import os
 import re
@@ -118,6 +119,15 @@ def _sync(path: Path, mode: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, which is read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -45,8 +45,7 @@ class Batches:
     """The training batches of one process.
 
     With `document_mask`, each segment of `cu_seqlens` is a document or the part of it in the micro-batch, at most `context` tokens, and
-    attention must stay within it. Without it, the rows are consecutive parts of the stream.
-    """
+    attention must stay within it. Without it, the rows are consecutive parts of the stream."""
 
     def __init__(
         self,
@@ -128,8 +127,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
     replaces the one that begins the first.
 
     With `document_mask` no piece is cut at the border of a micro-batch. The rest is padded (target IGNORED, in separate segments), so the
-    loss does not depend on `micro_batch`. Raises UserError if `context` or `micro_batch` is below 1.
-    """
+    loss does not depend on `micro_batch`. Raises UserError if `context` or `micro_batch` is below 1."""
     if context < 1 or micro_batch < 1:
         raise UserError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
     n = micro_batch * context

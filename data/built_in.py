@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
-from ..common.files import read_json_object, sync_entries, sync_folder, write_json
+from ..common.files import atomic_folder, read_json_object, write_json
 from ..stories.generator import TRAIN_START, VALIDATION_START, story
 from .shards import REMEDY, Split, write_split
 from .tokenizer import Tokenizer
@@ -25,8 +25,8 @@ def write_built_in(
     vocab_size: int,
     track: Callable[[Iterable, str], Iterable] = lambda items, description: items,
 ) -> None:
-    """Write tokenizer/, train/ and validation/ into `folder`, unless it already holds the same data. `track` may wrap the slow loops in a
-    progress bar. The splits come from separate ranges of the generator. A validation story with the text of a training story is left out.
+    """Write tokenizer/, train/ and validation/ into `folder`, unless it holds the same data. The splits come from separate ranges of the
+    generator, without validation stories whose text is in training. `track` may wrap the slow loops in a progress bar.
 
     Raises UserError if `folder` holds something else."""
     recipe = {"stories": stories, "validation_stories": validation_stories, "vocab_size": vocab_size, "seed": seed, "version": 1}
@@ -34,23 +34,19 @@ def write_built_in(
         return
     if folder.exists() and not (folder / RECIPE).is_file():
         raise UserError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
-    temporary = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
     train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
     known = {s.text for s in train}
     validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]
     sample = [s.text for s in train[:TOKENIZER_STORIES]]
     (tokenizer,) = [Tokenizer.train(sample, vocab_size) for _ in track(range(1), "training the tokenizer")]
-    tokenizer.save(temporary / "tokenizer")
-    for name, part in (("train", train), ("validation", validation)):
-        texts = (s.text for s in track(part, f"tokenizing {name}"))
-        write_split(temporary / name, texts, tokenizer, entropy_bits=sum(s.bits for s in part))
-    write_json(temporary / RECIPE, recipe)
-    sync_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    sync_entries(folder.parent)
+    with atomic_folder(folder) as temporary:
+        tokenizer.save(temporary / "tokenizer")
+        for name, part in (("train", train), ("validation", validation)):
+            texts = (s.text for s in track(part, f"tokenizing {name}"))
+            write_split(temporary / name, texts, tokenizer, entropy_bits=sum(s.bits for s in part))
+        write_json(temporary / RECIPE, recipe)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import tokenizers
 
 from ..common.errors import UserError
 from ..common.files import read_json_object
-from .tokenizer import Tokenizer, check_unicode
+from .tokenizer import Tokenizer, unicode_errors
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -75,11 +75,8 @@ class ForeignTokenizer(Tokenizer):
         return cls(backend, eot_id=eot, pad_id=eot if pad is None else pad, bos_id=bos)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        try:
+        with unicode_errors([text]):
             ids = self._backend.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            check_unicode([text])
-            raise
         first = self.bos_id if self.bos_id is not None else self.eot_id if not ids else None
         return [first, *ids] if bos and first is not None else ids
 

@@ -10,6 +10,7 @@ Each document begins with `<|endoftext|>`. A split is written into a temporary f
 killed process leaves no incomplete split under its name.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -20,11 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from ..common.errors import UserError
-from ..common.files import read_json_object, sync_entries, sync_folder, write_json
+from ..common.files import read_json_object, sha256_of, sync_entries, sync_folder, write_json
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "tritale-tokens", 1
@@ -54,25 +56,14 @@ class Split:
         """Map the split in `folder`. The index and the sizes are always checked. `verify` also reads every file, compares its sha256 and
         checks its values.
 
-        Raises FileNotFoundError for a missing index or file; UserError for a damaged file, a split without documents, or an index in
-        another version of the format.
-        """
+        Raises FileNotFoundError for a missing file; UserError for a damaged one, another version of the format, or no documents."""
         folder = Path(folder)
         index = _read_index(folder / INDEX)
         dtype = DTYPES[index["dtype"]]
         shards = tuple(_map(folder, shard, dtype, shard["tokens"], verify) for shard in index["shards"])
         starts = _map(folder, index["starts"], np.dtype("<i8"), index["documents"] + 1, verify)
-        split = cls(
-            folder=folder,
-            n_tokens=index["tokens"],
-            n_documents=index["documents"],
-            characters=index["characters"],
-            entropy_bits=index["entropy_bits"],
-            vocab_size=index["vocab_size"],
-            tokenizer_hash=index["tokenizer_hash"],
-            starts=starts,
-            shards=shards,
-        )
+        same = {key: index[key] for key in ("characters", "entropy_bits", "vocab_size", "tokenizer_hash")}
+        split = cls(folder, index["tokens"], index["documents"], **same, starts=starts, shards=shards)
         counts = {split.n_tokens, sum(map(len, shards)), int(starts[-1])}
         if len(counts) > 1:
             raise UserError(f"{folder} has contradictory numbers of tokens: {sorted(counts)}; {REMEDY}")
@@ -96,8 +87,7 @@ class Split:
         """The tokens at `positions`, (n,) with 0 ≤ position ≤ n_tokens and n ≥ 1: (n,) int64.
 
         Position n_tokens is the `<|endoftext|>` that ends the last document, so `take(positions + 1)` are the targets of
-        `take(positions)`.
-        """
+        `take(positions)`."""
         positions = positions % self.n_tokens  # position 0 is an `<|endoftext|>`
         if len(self.shards) == 1:
             return self.shards[0][positions].astype(np.int64)
@@ -122,10 +112,7 @@ def write_split(
     """Tokenise `texts`, one document each, into a split at `folder`. An existing split is replaced.
 
     `texts` may be a generator over more text than fits in memory. `entropy_bits` is the entropy of all texts, if it is known. A shard has
-    at most `max_shard_tokens` tokens, unless a single document is longer.
-
-    Raises UserError if `texts` is empty, or if `folder` holds something that is not a split.
-    """
+    at most `max_shard_tokens` tokens, unless a single document is longer. Raises UserError as `SplitWriter` does."""
     writer = SplitWriter(folder, tokenizer, max_shard_tokens=max_shard_tokens)
     texts = iter(texts)
     try:
@@ -142,12 +129,11 @@ def write_split(
 class SplitWriter:
     """Writes a split incrementally into `<folder>.partial`, which `finish` renames to `folder`.
 
-    `commit` returns a state (JSON) with which a later process can resume. What was written after the commit is discarded.
-    """
+    `commit` returns a state (JSON) with which a later process can resume. What was written after the commit is discarded."""
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, max_shard_tokens: int = 2**27, state: dict | None = None):
-        """Resume from `state`, or begin a new split. Raises UserError if `folder` holds something that is not a split, or if the files
-        do not match `state`."""
+        """Resume from `state`, or begin a new split. Raises UserError if `folder` holds something else, or if the files lack what `state`
+        says."""
         self.folder = Path(folder)
         if self.folder.exists() and not (self.folder / INDEX).is_file() and (self.folder.is_file() or any(self.folder.iterdir())):
             raise UserError(f"{folder} exists and is not a token split, so it is not overwritten; name another folder, or empty it")
@@ -155,22 +141,18 @@ class SplitWriter:
         self._dtype_name = dtype_name(tokenizer.vocab_size)
         self.dtype = DTYPES[self._dtype_name]
         self._partial = self.folder.with_name(f"{self.folder.name}.partial")
-        self._shard: _HashedFile | None = None  # the last one of _state["shards"], while it is written
+        self._shard: BinaryIO | None = None  # the last one of _state["shards"], while it is written
         if state is None:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-            self._state = {"tokens": 0, "documents": 0, "characters": 0, "shards": []}
-            self._starts = _HashedFile(self._partial / STARTS)
-            return
-        self._state = json.loads(json.dumps(state))
-        known = {STARTS, *(shard["file"] for shard in state["shards"])}
+        self._state = copy.deepcopy(state) or {"tokens": 0, "documents": 0, "characters": 0, "shards": []}
+        shards = self._state["shards"]
         for path in self._partial.iterdir():
-            if path.name not in known:
+            if path.name not in (STARTS, *(shard["file"] for shard in shards)):
                 path.unlink()
-        self._starts = _HashedFile(self._partial / STARTS, keep=8 * state["documents"])
-        if state["shards"] and "sha256" not in state["shards"][-1]:
-            last = state["shards"][-1]
-            self._shard = _HashedFile(self._partial / last["file"], keep=last["tokens"] * self.dtype.itemsize)
+        self._starts = open_at(self._partial / STARTS, 8 * self._state["documents"])
+        if shards and "sha256" not in shards[-1]:
+            self._shard = open_at(self._partial / shards[-1]["file"], shards[-1]["tokens"] * self.dtype.itemsize)
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, characters: int) -> None:
         """Append documents: `ids` (tokens,) in `dtype`, `lengths` (documents,) with lengths.sum() == tokens, `characters` in total."""
@@ -184,7 +166,7 @@ class SplitWriter:
             if not self._shard or stop <= document:  # the next document does not fit
                 self._close_shard()
                 shards.append({"file": _shard_name(len(shards)), "tokens": 0, "documents": 0})
-                self._shard = _HashedFile(self._partial / shards[-1]["file"])
+                self._shard = open_at(self._partial / shards[-1]["file"], 0)
                 stop = max(document + 1, int(np.searchsorted(ends, done + self._max_shard_tokens, side="right")))
             end = int(ends[stop - 1])
             self._shard.write(ids[done:end].tobytes())
@@ -197,11 +179,10 @@ class SplitWriter:
 
     def commit(self) -> dict:
         """Sync everything to the disk and return the state from which another writer can resume."""
-        self._starts.sync()
-        if self._shard:
-            self._shard.sync()
+        for file in filter(None, (self._starts, self._shard)):
+            sync(file)
         sync_entries(self._partial)
-        return json.loads(json.dumps(self._state))
+        return copy.deepcopy(self._state)
 
     def finish(self, entropy_bits: float | None = None) -> Split:
         """Rename the split to its folder, in place of an existing one. Raises UserError if it has no documents."""
@@ -209,6 +190,7 @@ class SplitWriter:
             raise UserError(f"there are no documents to write to {self.folder}; check the input files and the filters on them")
         self._close_shard()
         self._starts.write(np.array(self._state["tokens"], "<i8").tobytes())
+        self._starts.close()
         index = {
             "format": FORMAT,
             "version": VERSION,
@@ -216,7 +198,7 @@ class SplitWriter:
             "vocab_size": self._tokenizer.vocab_size,
             "tokenizer_hash": self._tokenizer.hash,
             **self._state,
-            "starts": {"file": STARTS, "sha256": self._starts.close()},
+            "starts": {"file": STARTS, "sha256": sha256_of(self._partial / STARTS)},
             "entropy_bits": entropy_bits,
         }
         index["sha256"] = checksum(index)
@@ -231,16 +213,17 @@ class SplitWriter:
 
     def abandon(self) -> None:
         """Remove everything that was written."""
-        with suppress(OSError):  # a full disk
-            self._close_shard()
-        with suppress(OSError):
-            self._starts.close()
+        for file in filter(None, (self._starts, self._shard)):
+            with suppress(OSError):  # a full disk
+                file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _close_shard(self) -> None:
         if self._shard:
-            self._state["shards"][-1]["sha256"] = self._shard.close()
-            self._shard = None
+            sync(self._shard)
+            self._shard.close()
+            self._shard, shard = None, self._state["shards"][-1]
+            shard["sha256"] = sha256_of(self._partial / shard["file"])
 
 
 def dtype_name(vocab_size: int) -> str:
@@ -248,37 +231,21 @@ def dtype_name(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-class _HashedFile:
-    # A file whose sha256 is computed while it is written. It is new, or resumes after its first `keep` bytes. `close` syncs it.
-    def __init__(self, path: Path, keep: int | None = None):
-        self._file = open(path, "xb" if keep is None else "r+b")
-        self._sha256 = hashlib.sha256()
-        if keep is not None:
-            left = keep
-            while left and (data := self._file.read(min(left, 1 << 20))):
-                self._sha256.update(data)
-                left -= len(data)
-            if left:
-                self._file.close()
-                raise UserError(f"{path} has {keep - left:,} bytes instead of at least {keep:,}; {REMEDY}")
-            self._file.seek(keep)
-            self._file.truncate()
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file for appending after its first `size` bytes, and cut off the rest. Raises UserError if it has fewer."""
+    file = open(path, "r+b" if path.exists() else "xb")
+    if (found := file.seek(0, os.SEEK_END)) < size:
+        file.close()
+        raise UserError(f"{path} has {found:,} bytes instead of at least {size:,}; {REMEDY}")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
 
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> str:
-        if not self._file.closed:
-            try:
-                self.sync()
-            finally:
-                self._file.close()
-        return self._sha256.hexdigest()
+def sync(file: BinaryIO) -> None:
+    """Write what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _read_index(path: Path) -> dict:
@@ -286,34 +253,31 @@ def _read_index(path: Path) -> dict:
         raise FileNotFoundError(f"{path} is missing: there is no finished token split; make the data again")
     index = read_json_object(path, remedy=REMEDY)
     version = index.get("version")
-    if index.get("format") != FORMAT or not isinstance(version, int):
+    if index.get("format") != FORMAT or type(version) is not int:
         raise UserError(f"{path} is not the index of a token split ({FORMAT}); {REMEDY}")
     if version != VERSION:
         remedy = "update tritale" if version > VERSION else REMEDY
         raise UserError(f"{path} has version {version} of the format, this tritale reads version {VERSION}; {remedy}")
     # Indexes written before there was a checksum have none. A key that is not known may be a damaged "sha256".
     names = {"format", "version", "dtype", "vocab_size", "tokenizer_hash", *COUNTS, "shards", "starts", "entropy_bits"}
-    found = index.pop("sha256", None)
-    if index.keys() != names or found not in (None, checksum(index)):
+    expected = index.pop("sha256") if "sha256" in index else checksum(index)
+    if index.keys() != names or expected != checksum(index):
         raise UserError(f"{path} is damaged: its content does not match its checksum; {REMEDY}")
     if index["documents"] == 0:
         raise UserError(f"{path.parent} holds 0 documents; {REMEDY} with some text")
     is_count = lambda value: type(value) is int and 0 < value < 2**63
-    shards, starts, entropy = index["shards"], index["starts"], index["entropy_bits"]
-    is_valid = {
-        "dtype": isinstance(index["dtype"], str) and index["dtype"] in DTYPES,
-        "vocab_size": is_count(index["vocab_size"]),
-        "tokenizer_hash": isinstance(index["tokenizer_hash"], str),
-        **{name: is_count(index[name]) or (name == "characters" and index[name] == 0) for name in COUNTS},
-        "shards": isinstance(shards, list) and shards != [] and all(isinstance(s, dict) for s in shards),
-        "starts": isinstance(starts, dict) and starts.get("file") == STARTS and isinstance(starts.get("sha256"), str),
-        "entropy_bits": entropy is None or (type(entropy) in (int, float) and 0 <= entropy < math.inf),
+    is_file = lambda value, name: isinstance(value, dict) and value.get("file") == name and isinstance(value.get("sha256"), str)
+    is_shard = lambda value, i: is_file(value, _shard_name(i)) and is_count(value.get("tokens"))
+    checks = {
+        "dtype": lambda value: isinstance(value, str) and value in DTYPES,
+        "tokenizer_hash": lambda value: isinstance(value, str),
+        "characters": lambda value: is_count(value) or (type(value) is int and value == 0),
+        "shards": lambda value: isinstance(value, list) and value != [] and all(is_shard(s, i) for i, s in enumerate(value)),
+        "starts": lambda value: is_file(value, STARTS),
+        "entropy_bits": lambda value: value is None or (type(value) in (int, float) and 0 <= value < math.inf),
     }
-    if is_valid["shards"]:
-        expected = [(_shard_name(i), True, True) for i in range(len(shards))]
-        is_valid["shards"] = expected == [(s.get("file"), is_count(s.get("tokens")), isinstance(s.get("sha256"), str)) for s in shards]
-    for name, valid in is_valid.items():
-        if not valid:
+    for name, check in ({"vocab_size": is_count} | dict.fromkeys(COUNTS, is_count) | checks).items():
+        if not check(index[name]):
             raise UserError(f"{path} is damaged: {name} is {str(index[name])[:60]!r}; {REMEDY}")
     return index
 

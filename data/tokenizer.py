@@ -14,7 +14,8 @@ special tokens inside a text, which are ordinary text here.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from ..common.errors import UserError
+from ..common.files import atomic_file, write_json
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
@@ -38,14 +40,19 @@ CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry,
 CHARACTER_SHARE = 2 / 3  # in at most this share of the entries: at 4,096, entries for all characters give 9 % more tokens
 
 
-def check_unicode(texts: Iterable[str]) -> None:
-    """Raises UserError for the first text that UTF-8 cannot encode."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = ascii(text[max(0, error.start - 10) : error.start + 10])
-            raise UserError(f"character {error.start + 1} of the text ({found}) is not valid Unicode; give the text as UTF-8") from None
+@contextmanager
+def unicode_errors(texts: Iterable[str]) -> Iterator[None]:
+    """Raises UserError in place of the TypeError of `tokenizers` for a text that UTF-8 cannot encode."""
+    try:
+        yield
+    except TypeError:
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                found = ascii(text[max(0, error.start - 10) : error.start + 10])
+                raise UserError(f"character {error.start + 1} of the text ({found}) is not valid Unicode; give the text as UTF-8") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,7 @@ class Tokenizer:
         """Learn `vocab_size` entries from `texts`, which are held in memory; give a sample of at most about 100 MB of a large corpus.
 
         The same texts in the same order give the same tokenizer on any machine. Pairs that occur once are not merged, so a small text may
-        give fewer entries; see `vocab_size` of the result.
-
-        Raises UserError if `vocab_size` leaves no room for entries, or if there is no text.
-        """
+        give fewer entries. Raises UserError if `vocab_size` leaves no room for entries, or if there is no text."""
         texts = list(texts)
         room = vocab_size - len(FIXED_TOKENS)
         if room < 2:
@@ -102,26 +106,17 @@ class Tokenizer:
 
         learner = tokenizers.Tokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-        learner.train_from_iterator(
-            (text.translate(rare) for text in texts),
-            trainers.BpeTrainer(
-                vocab_size=room,
-                min_frequency=2,
-                max_token_length=MAX_ENTRY_CHARACTERS + 1,  # the trainer's limit is exclusive
-                show_progress=False,
-            ),
-        )
+        longest = MAX_ENTRY_CHARACTERS + 1  # the trainer's limit is exclusive
+        trainer = trainers.BpeTrainer(vocab_size=room, min_frequency=2, max_token_length=longest, show_progress=False)
+        learner.train_from_iterator((text.translate(rare) for text in texts), trainer)
         learnt = json.loads(learner.to_str())["model"]
-        entries = sorted(learnt["vocab"], key=learnt["vocab"].get)
-
-        return cls(make_backend(entries, [(a, b) for a, b in learnt["merges"]]))
+        return cls(make_backend(sorted(learnt["vocab"], key=learnt["vocab"].get), [(a, b) for a, b in learnt["merges"]]))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Read `tokenizer.json` from the folder of a tokenizer or checkpoint.
 
-        Raises FileNotFoundError if it is missing, UserError if it is damaged or not of the kind that `Tokenizer.train` makes.
-        """
+        Raises FileNotFoundError if it is missing, UserError if it is damaged or not of the kind that `Tokenizer.train` makes."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; train a tokenizer with Tokenizer.train, or give the folder that holds one")
@@ -162,8 +157,9 @@ class Tokenizer:
         }
         if context is not None:
             config["model_max_length"] = context
-        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
+        with atomic_file(folder / "tokenizer.json") as temporary:  # last and complete: a folder with this file is complete
+            temporary.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
         """`tokenizer.json` without white space."""
@@ -177,21 +173,14 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of `text`, without special tokens. With `bos`, the id of `<|endoftext|>`, which begins every document, comes first.
 
-        Raises UserError for a text that UTF-8 cannot encode: one with half a surrogate pair, as decoding other bytes may give.
-        """
-        try:
+        Raises UserError for a text that UTF-8 cannot encode: one with half a surrogate pair, as decoding other bytes may give."""
+        with unicode_errors([text]):
             return self._backend.encode(text, add_special_tokens=bos).ids
-        except TypeError:
-            check_unicode([text])
-            raise
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
-        try:
+        with unicode_errors(texts):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=bos)]
-        except TypeError:
-            check_unicode(texts)
-            raise
 
     @cached_property
     def merges(self) -> list[tuple[str, str]]:
@@ -205,8 +194,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are dropped; incomplete characters become U+FFFD.
 
-        Raises UserError for an id that is not in the vocabulary.
-        """
+        Raises UserError for an id that is not in the vocabulary."""
         try:
             return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
         except KeyError as error:

@@ -20,18 +20,15 @@ class BadInput(UserError):
 
 def check_text(text: str, file: str, line: int) -> None:
     """Raises BadInput for a text that is not UTF-8 or longer than a document may be."""
-    is_long = False
     try:
-        is_long = len(text) > MAX_DOCUMENT // 4 and len(text.encode("utf-8")) > MAX_DOCUMENT
-        if not is_long and not text.isascii():
-            text.encode("utf-8")
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError:
         bad = None
         with suppress(UnicodeEncodeError):
             bad = not_utf8(text.encode("utf-8", "surrogateescape"), file, line)
         shown = excerpt(text.encode("utf-8", "replace").decode())
         raise bad or BadInput(file, line, "half of a surrogate pair, which UTF-8 cannot encode", f" ({shown})") from None
-    if is_long:
+    if size > MAX_DOCUMENT:
         raise too_long(file, line)
 
 
@@ -48,11 +45,9 @@ def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:
     place = _utf8_error(raw)
     if place is None:
         return None
-    try:
-        with open(file, "rb", buffering=0) as f:  # more of the file gives a better guess
-            sample = decompressed(f, file)[0].read(1 << 16)
-    except Exception:
-        sample = raw
+    sample = b""
+    with suppress(Exception), open(file, "rb", buffering=0) as f:  # more of the file gives a better guess
+        sample = decompressed(f, file)[0].read(1 << 16)
     return other_encoding(file, line, raw[place], _guess_encoding(sample) or _guess_encoding(raw))
 
 
@@ -62,7 +57,9 @@ def other_encoding(file: str, line: int, byte: int, encoding: str | None) -> Bad
 
 
 def utf16(start: bytes) -> str | None:
-    """The kind of UTF-16 in which a file begins. Without a byte order mark it is found by the zero bytes of ASCII characters."""
+    """The kind of UTF-16 or UTF-32 in which a file begins. UTF-16 without a byte order mark is found by the zero bytes of ASCII."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     place, zeros = _utf8_error(start), start.count(0)
@@ -74,7 +71,8 @@ def utf16(start: bytes) -> str | None:
 
 def _readable(text: str) -> float:
     # The share of Chinese and ASCII characters; the latter count twice, since two bytes of ASCII may also be a Chinese character.
-    return (len(re.findall(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", text)) + 2 * len(re.findall(r"[\t-\r -~]", text))) / len(text)
+    n_chinese, n_ascii = (len(re.findall(kind, text)) for kind in (r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", r"[\t-\r -~]"))
+    return (n_chinese + 2 * n_ascii) / len(text)
 
 
 def _utf8_error(raw: bytes) -> int | None:
@@ -83,20 +81,18 @@ def _utf8_error(raw: bytes) -> int | None:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return error.start
-    return None
 
 
 def _guess_encoding(data: bytes) -> str | None:
     place = _utf8_error(data)
     if place is None or place > len(data) - 4:  # the last character is cut
         return None
-    try:
+    with suppress(ImportError):
         from charset_normalizer import from_bytes
-    except ImportError:
-        return None
-    best = from_bytes(data).best()
-    # Python's name utf_16_le is utf-16le in iconv.
-    return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
+
+        best = from_bytes(data).best()
+        # iconv spells utf_16_le of Python as utf-16le.
+        return re.sub(r"_(?=[bl]e$)", "", best.encoding).replace("_", "-") if best else None
 
 
 def excerpt(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..tokenizer import END_OF_TEXT
+from .documents import at_place
 
 RECORD = np.dtype([("hash", "<u8", 2), ("split_hash", "<u8"), ("characters", "<u4")])  # characters 0: only white space
 TRAIN, VALIDATION, EXACT, NEAR, BLANK = range(5)  # status of a document: its split, or why it is left out
@@ -32,12 +33,13 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def fingerprints(texts: list[str], groups: list[str | None], is_near: bool) -> tuple[list[bytes], int, int]:
-    """The records, the signatures if `is_near`, and the numbers of texts that `normalise` changes and that contain `<|endoftext|>`."""
+def fingerprints(texts: list[str], groups: list[str | None], places: list[str], is_near: bool) -> tuple[list[bytes], int, list[str]]:
+    """The records, the signatures if `is_near`, the number of texts that `normalise` changes, and the places of `<|endoftext|>`."""
     normal = [normalise(text) for text in texts]
     records = np.array([record(text, group) for text, group in zip(normal, groups, strict=True)], RECORD)
-    parts = [records.tobytes()] + ([signatures(normal).tobytes()] if is_near else [])
-    return parts, sum(a != b for a, b in zip(texts, normal, strict=True)), sum(END_OF_TEXT in text for text in texts)
+    parts = [records.tobytes()] + ([at_place(signatures, normal, places).tobytes()] if is_near else [])
+    marked = [place for text, place in zip(texts, places, strict=True) if END_OF_TEXT in text]
+    return parts, sum(a != b for a, b in zip(texts, normal, strict=True)), marked
 
 
 def record(text: str, group: str | None) -> tuple[tuple[int, int], int, int]:
@@ -99,7 +101,7 @@ def near_duplicates(path: Path, status: np.ndarray, threshold: float, track: Cal
             is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
             leader = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
             others = np.flatnonzero(~is_first)
-            near = _are_near(path, index[leader[others]], index[others], threshold)
+            near = are_near(path, index[leader[others]], index[others], threshold)
             removed, kept = index[others[near]], index[leader[others[near]]]
             n_crossing += int((status[removed] != status[kept]).sum())
             status[removed] = NEAR
@@ -137,7 +139,7 @@ def band_keys(rows: np.ndarray, band: int) -> np.ndarray:
     return key
 
 
-def _are_near(path: Path, a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
+def are_near(path: Path, a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
     near = np.zeros(len(a), bool)
     for i in range(0, len(a), PAIRS_AT_ONCE):
         of = slice(i, i + PAIRS_AT_ONCE)

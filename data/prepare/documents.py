@@ -2,8 +2,9 @@
 
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -45,12 +46,15 @@ class Fields:
         if not any(name for _, name, _, _ in parts):
             raise UserError(f"--template {self.template!r} names no field; write one in braces, as in '{{genre}}：{{story}}'")
 
-    @property
+    @cached_property
+    def _parts(self) -> list[tuple[str, str | None]]:
+        # (literal text, the field after it) of the template
+        return [(literal, name) for literal, name, _, _ in string.Formatter().parse(self.template or "")]
+
+    @cached_property
     def keys(self) -> list[str]:
         """The fields that a record must have."""
-        keys = [self.text_key]
-        if self.template is not None:
-            keys = [name for _, name, _, _ in string.Formatter().parse(self.template)]
+        keys = [self.text_key] if self.template is None else [name for _, name in self._parts]
         return [key for key in dict.fromkeys([*keys, self.group_key]) if key is not None]
 
     def document(self, record: Any, file: str, line: int) -> Document:
@@ -58,19 +62,16 @@ class Fields:
         if not isinstance(record, dict):
             raise BadInput(file, line, f"{_kind(record)}, not an object with fields; for lists or plain strings use txt, or objects")
         for key in self.keys:
-            if record.get(key) is None:
-                error = no_key(file, line, key, [str(k) for k in record])
-                raise BadInput(file, line, f"null under {key!r}") if key in record else error
-            is_text_key = self.template is None and key == self.text_key
-            if type(record[key]) not in ((str,) if is_text_key else (str, int, float)):
-                expected = "not a string" if is_text_key else "not a string or a number"
+            if key not in record:
+                raise no_key(file, line, key, [str(k) for k in record])
+            types, expected = (str, int, float), "not a string or a number"
+            if self.template is None and key == self.text_key:
+                types, expected = (str,), "not a string"
+            if type(record[key]) not in types:
                 raise BadInput(file, line, f"{_kind(record[key])} under {key!r}, {expected}")
-        group = None if self.group_key is None else str(record[self.group_key])
-        if self.template is None:
-            return Document(record[self.text_key], group, line)
-        parts = string.Formatter().parse(self.template)
-        text = "".join(literal + ("" if name is None else str(record[name])) for literal, name, _, _ in parts)
-        return Document(text, group, line)
+        filled = (literal + ("" if name is None else str(record[name])) for literal, name in self._parts)
+        text = record[self.text_key] if self.template is None else "".join(filled)
+        return Document(text, None if self.group_key is None else str(record[self.group_key]), line)
 
     def check(self, files: list[str]) -> None:
         """Raises UserError for an option about fields if one of the files is txt, which has none."""
@@ -114,19 +115,19 @@ class Reader:
             self._raw = None
             self._bytes_before += size
 
-    def batches(self, place: list[int]) -> Iterator["Batch"]:
-        """Yield the documents after `place`, the `place` of an earlier batch or [0, 0]."""
-        batch, n_characters = Batch(place), 0
+    def batches(self, first: int, place: list[int]) -> Iterator["Batch"]:
+        """Yield the documents from number `first` on, which comes after `place`: the `place` of an earlier batch, or [0, 0]."""
+        batch, n_characters = Batch(first, place), 0
         for file, document in self.read(*place):
             before, n = batch.place
             batch.place = [file, n + 1 if file == before else 1]
             batch.texts.append(document.text)
             batch.groups.append(document.group)
-            batch.lines.append((file, document.line))
+            batch.places.append(f"{self.files[file]}:{document.line}")
             n_characters += len(document.text)
             if len(batch.texts) == BATCH_DOCUMENTS or n_characters > BATCH_CHARACTERS:
                 yield self._finish(batch)
-                batch, n_characters = Batch(batch.place), 0
+                batch, n_characters = Batch(batch.first + len(batch.texts), batch.place), 0
         if batch.texts:
             yield self._finish(batch)
 
@@ -136,10 +137,18 @@ class Reader:
 
     def _documents(self, file: str, n_counted: int) -> Iterator[Document]:
         # Errors before document `n_counted` were counted earlier.
-        n_documents = n_records = 0
+        n_documents, is_empty = 0, True
+
+        def handle(error: BadInput, kind: str) -> None:
+            if not self.skip_errors:
+                raise error
+            if n_documents >= n_counted:
+                self.errors[_printable(kind)] += 1
+                self.first_errors += [_printable(str(error))] if len(self.first_errors) < MAX_FIRST_ERRORS else []
+
         try:
             for record, line in self._records(file):
-                n_records += 1
+                is_empty = False
                 try:
                     if isinstance(record, BadInput):
                         raise record
@@ -147,24 +156,14 @@ class Reader:
                     check_text(document.text, file, line)
                     check_text(document.group or "", file, line)
                 except BadInput as error:
-                    self._handle(error, error.kind, is_counted=n_documents < n_counted)
+                    handle(error, error.kind)
                 else:
                     yield document
                     n_documents += 1
-            if not n_records:
-                error = BadInput(file, 1, "the file is empty", "; leave it out")
-                self._handle(error, error.kind, is_counted=n_documents < n_counted)
+            if is_empty:
+                handle(BadInput(file, 1, "the file is empty", "; leave it out"), "the file is empty")
         except BadInput as error:
-            kind = f"{error.kind}: the rest of the file from {file}:{error.line} on"
-            self._handle(error, kind, is_counted=n_documents < n_counted)
-
-    def _handle(self, error: BadInput, kind: str, is_counted: bool) -> None:
-        if not self.skip_errors:
-            raise error
-        if not is_counted:
-            self.errors[_printable(kind)] += 1
-            if len(self.first_errors) < MAX_FIRST_ERRORS:
-                self.first_errors.append(_printable(str(error)))
+            handle(error, f"{error.kind}: the rest of the file from {file}:{error.line} on")
 
     def _records(self, file: str) -> Records:
         if not Path(file).is_file():
@@ -185,10 +184,23 @@ def _printable(text: str) -> str:
 class Batch:
     """Documents that a worker gets at once."""
 
+    first: int  # the number of its first document, from 0 over all files
     place: list[int]  # after it: index of the file, documents read of that file
     texts: list[str] = field(default_factory=list)
     groups: list[str | None] = field(default_factory=list)
-    lines: list[tuple[int, int]] = field(default_factory=list)  # (index of the file, line)
+    places: list[str] = field(default_factory=list)  # file:line
     errors: dict[str, int] = field(default_factory=dict)  # so far, as in Reader
     first_errors: list[str] = field(default_factory=list)
     bytes_read: int = 0
+
+
+def at_place(function: Callable[[list], Any], items: list, places: list[str]) -> Any:
+    """`function(items)`, for items of documents. If it fails, the error names the place of the document on which it fails."""
+    try:
+        return function(items)
+    except Exception as error:
+        for i in range(len(items) if len(items) > 1 else 0):
+            at_place(function, items[i : i + 1], places[i : i + 1])
+        place = " to ".join(dict.fromkeys((places[0], places[-1])))
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        raise kind(f"{place}: the document cannot be processed ({error or type(error).__name__})") from error

@@ -1,6 +1,5 @@
 """One run of `prepare`: its options, what its steps share, and the recipe that says how the data in the output folder was made."""
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -11,14 +10,14 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, read_json_object, temporary_of, write_json
+from ...common.files import LOCK, atomic_file, read_json_object, sha256_of, temporary_of, write_json
 from ..built_in import open_data
 from ..shards import REMEDY, checksum
 from ..tokenizer import FIXED_TOKENS, Tokenizer
 from .documents import Fields, Reader
 from .workers import Workers
 
-RECIPE, REPORT, WORK, LOCK = "prepare.json", "report.json", "work", "lock"
+RECIPE, REPORT, WORK = "prepare.json", "report.json", "work"
 VERSION = 2
 SPLITS = ("train", "validation")
 
@@ -55,6 +54,7 @@ class Job:
     """One run of `prepare`: what its steps share."""
 
     files: list[str]
+    listing: dict  # `listing_of(files)` at the start
     options: Options
     out: Path
     workers: Workers
@@ -89,25 +89,30 @@ class Job:
         write_durably(self.work / name, {"state": state, "sha256": checksum(state)})
 
 
+def listing_of(files: list[str]) -> dict[str, list[int] | None]:
+    """{file: [size, time of the last change]}, None for a data set."""
+    stats = {name: Path(name).stat() if Path(name).is_file() else None for name in files}
+    return {name: stat and [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
 def recipe_of(files: list[str], options: Options, tokenizer: Tokenizer | None) -> dict:
-    listing = {}
-    for name in files:
-        stat = Path(name).stat() if Path(name).is_file() else None
-        listing[name] = [stat.st_size, stat.st_mtime_ns] if stat else None
     chosen = asdict(options) | {"vocab_size": None if tokenizer else options.vocab_size, "tokenizer": tokenizer and tokenizer.hash}
     del chosen["skip_errors"]  # a run that was stopped by an error may continue with skip
-    return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing, **chosen}))
+    return json.loads(json.dumps({"format": "tritale-prepare", "version": VERSION, "files": listing_of(files), **chosen}))
 
 
-def compare(out: Path, recipe: dict) -> tuple[str, str | None]:
-    """(how the data in `out` differs, the sha256 of its report if it is finished). Raises UserError if `out` holds something else."""
+def compare(out: Path, recipe: dict) -> tuple[str, dict | None]:
+    """(how the data in `out` differs, `checksums` of it if it is finished). Raises UserError if `out` holds something else."""
     begun = {out / WORK, temporary_of(out / RECIPE)}  # of a run that was killed before it wrote its recipe
     if out.is_file() or (out.is_dir() and not (out / RECIPE).is_file() and not begun.issuperset(out.iterdir())):
         raise UserError(f"{out} exists and does not hold prepared data, so nothing is written there; choose another --out")
     if not (out / RECIPE).is_file():
         return "", None
     found = read_json_object(out / RECIPE, remedy=REMEDY)
-    return "; ".join(_differences(found, recipe)), found.get("finished")
+    finished = found.get("finished")
+    if finished is not None and not isinstance(finished, dict):
+        finished = {REPORT: finished}  # of an earlier version
+    return "; ".join(_differences(found, recipe)), finished
 
 
 def _differences(found: dict, recipe: dict) -> Iterator[str]:
@@ -116,15 +121,20 @@ def _differences(found: dict, recipe: dict) -> Iterator[str]:
         return
     sections = [found.get("files"), found.get("fields")]
     files, fields = (section if isinstance(section, dict) else {} for section in sections)
-    changed = [f"{f} changed" if f in files else f"{f} is new" for f, stat in recipe["files"].items() if files.get(f) != stat]
-    changed += [f"{f} is not among them" for f in files if f not in recipe["files"]]
-    if changed:
-        yield f"--input: {', '.join(changed[:3])}" + (f" and {len(changed) - 3:,} more" if len(changed) > 3 else "")
+    if changed := changed_files(files, recipe["files"]):
+        yield f"--input: {changed}"
     before, now = found | fields, recipe | recipe["fields"]
     shown = lambda key, values: "not given" if values.get(key) is None else str(values[key])[:40]
     for key in now:
         if key not in ("files", "fields") and before.get(key) != now[key]:
             yield f"--{key.replace('_', '-')}: {shown(key, before)} → {shown(key, now)}"
+
+
+def changed_files(before: dict, now: dict) -> str:
+    """The differences of two listings, in words."""
+    changed = [f"{f} changed" if f in before else f"{f} is new" for f, stat in now.items() if before.get(f) != stat]
+    changed += [f"{f} is not among them" for f in before if f not in now]
+    return ", ".join(changed[:3]) + (f" and {len(changed) - 3:,} more" if len(changed) > 3 else "")
 
 
 def discard(out: Path) -> None:
@@ -137,17 +147,19 @@ def discard(out: Path) -> None:
             path.unlink()
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def checksums(out: Path) -> dict[str, str]:
+    """{file: sha256} of the finished files that do not have their checksum elsewhere."""
+    return {name: sha256_of(out / name) for name in (REPORT, "tokenizer/tokenizer_config.json")}
 
 
-def missing(out: Path, report_sha256: str) -> str:
-    """What is missing from the finished data, in words."""
+def damage(out: Path, finished: dict) -> str:
+    """What is missing or damaged in the finished data with these `checksums`, in words."""
     try:
-        open_data(out, verify=False)
+        open_data(out)
     except (FileNotFoundError, ValueError) as error:
         return str(error).partition(";")[0]
-    return "" if sha256(out / REPORT) == report_sha256 else f"{out / REPORT} is missing or damaged"
+    wrong = [out / name for name, sha256 in finished.items() if not (out / name).is_file() or sha256_of(out / name) != sha256]
+    return f"{wrong[0]} is missing or damaged" if wrong else ""
 
 
 def write_durably(path: Path, value: dict) -> None:

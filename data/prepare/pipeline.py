@@ -14,24 +14,38 @@ two bytes per document.
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...common.errors import UserError
-from ...common.files import atomic_file, read_json_object, sync_entries, sync_folder
-from ..shards import REMEDY, SplitWriter
+from ...common.files import atomic_file, locked, read_json_object
+from ..shards import REMEDY, SplitWriter, open_at, sync
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import deduplicate, report, splitting
 from .deduplicate import BLANK, EXACT, NEAR, RECORD, SIGNATURE, TRAIN, VALIDATION, chunks
-from .documents import Batch
+from .documents import Batch, Reader
 from .inputs import find_files, import_package
-from .job import LOCK, RECIPE, REPORT, SPLITS, WORK, Job, Options, compare, discard, missing, recipe_of, sha256, write_durably
+from .job import (
+    RECIPE,
+    REPORT,
+    SPLITS,
+    WORK,
+    Job,
+    Options,
+    changed_files,
+    checksums,
+    compare,
+    damage,
+    discard,
+    listing_of,
+    recipe_of,
+    write_durably,
+)
 from .result import Result
 from .tokenize import SAMPLE_CHARACTERS, BulkEncoder, encode, sample
 from .workers import Workers
@@ -68,37 +82,37 @@ def prepare(
         import_package("rensa", "--dedup near")
     recipe = recipe_of(files, options, given)
     work, (differences, finished) = out / WORK, compare(out, recipe)
-    if finished:
+    if finished is not None:
         if differences:
             raise UserError(f"{out} holds data made with other options ({differences}); choose another --out, or delete {out}")
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
-        problem = missing(out, finished)
+        problem = damage(out, finished)
         if not problem:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
             console.print(f"{out} was made from these files with these options before; nothing to do", markup=False)
             return read_json_object(out / REPORT, remedy=REMEDY)
         console.print(f"{out} was made before, but it is no longer complete ({problem}); it is made again", markup=False)
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        with _only_one(work), pool, _progress(console) as progress:
-            job = Job(files, options, out, pool, progress)
+        with locked(work, "another tritale prepare"), pool, _progress(console) as progress:
+            job = Job(files, recipe["files"], options, out, pool, progress)
             if differences:
                 console.print(f"{out} holds unfinished data made with other options ({differences}); it is replaced", **WARNING)
+            if differences or finished is not None:
                 discard(out)
             write_durably(out / RECIPE, recipe)
             read = fingerprints(job)
             status, chosen = selection(job, read)
             tokenizer = given or trained_tokenizer(job, status)
             if read["marked"]:
-                n = f"{read['marked']:,} documents contain {END_OF_TEXT}"
-                console.print(f"{n} as ordinary text; if it separates stories there, split them before", **WARNING)
+                n = f"{read['marked']:,} documents contain {END_OF_TEXT} as ordinary text, the first at {read['marked_at']}"
+                console.print(f"{n}; if it separates stories there, split them before", **WARNING)
             if chosen["validation"] < ENOUGH_VALIDATION:
                 n = f"validation has only {chosen['validation']:,} documents"
                 console.print(f"{n}, so its loss is inexact; --val-documents {ENOUGH_VALIDATION} or more documents help", **WARNING)
             if BulkEncoder(tokenizer).is_fallback:
-                note = "fastokens is not installed (pip install fastokens): tokenizers encodes instead, several times slower"
-                console.print(note, **WARNING)
-            if not (out / "tokenizer").exists():
-                _save_tokenizer(tokenizer, out / "tokenizer")
+                n = "fastokens is not installed (pip install fastokens): tokenizers encodes instead, several times slower"
+                console.print(n, **WARNING)
+            if not (out / "tokenizer" / "tokenizer.json").exists():
+                tokenizer.save(out / "tokenizer")
             encoded = encoding(job, status, tokenizer)
             found = Result(job, tokenizer, status, read, chosen, encoded).report(preset_sizes)
     except OSError as error:
@@ -108,7 +122,7 @@ def prepare(
         raise
     write_durably(out / REPORT, found)
     report.write_html(out / "report.html", found)
-    write_durably(out / RECIPE, recipe | {"finished": sha256(out / REPORT)})
+    write_durably(out / RECIPE, recipe | {"finished": checksums(out)})
     shutil.rmtree(work)
     return found
 
@@ -118,44 +132,35 @@ def prepare(
 
 def fingerprints(job: Job) -> dict:
     """Write work/documents.bin (RECORD per document) and, for near duplicates, work/signatures.bin; return the counts."""
-    state = job.load("fingerprints.json") or {
-        "documents": 0,
-        "place": [0, 0],
-        "normalised": 0,
-        "marked": 0,
-        "errors": {},
-        "first_errors": [],
-    }
+    state: dict = {"documents": 0, "place": [0, 0], "normalised": 0, "marked": 0, "marked_at": "", "errors": {}, "first_errors": []}
+    state |= job.load("fingerprints.json") or {}
     if state.get("done"):
         return state
     is_near = job.options.dedup == "near"
     outputs = {job.documents: RECORD.itemsize} | ({job.signatures: SIGNATURE.itemsize} if is_near else {})
-    opened = [_open_at(path, state["documents"] * size) for path, size in outputs.items()]
+    opened = [open_at(path, state["documents"] * size) for path, size in outputs.items()]
     reader = job.reader(state["errors"], state["first_errors"])
     total = sum(Path(f).stat().st_size for f in job.files if Path(f).is_file())
     task = job.progress.add_task("reading", total=total or None)
 
     def commit(**more: object) -> None:
         for file in opened:
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         job.save("fingerprints.json", state | more)
 
-    items = ((batch, (batch.texts, batch.groups, is_near)) for batch in reader.batches(state["place"]))
-    for n, (batch, (data, n_normalised, n_marked)) in enumerate(job.workers.map(deduplicate.fingerprints, items), 1):
+    arguments = lambda batch: (batch.texts, batch.groups, batch.places, is_near)
+    for batch, (data, n_normalised, marked) in _batches(job, reader, state, deduplicate.fingerprints, arguments, commit):
         for file, part in zip(opened, data, strict=True):
             file.write(part)
-        state["documents"] += len(batch.texts)
         state["normalised"] += n_normalised
-        state["marked"] += n_marked
-        state |= {"place": batch.place, "errors": batch.errors, "first_errors": batch.first_errors}
+        state["marked"] += len(marked)
+        state["marked_at"] = state["marked_at"] or next(iter(marked), "")
+        state |= {"errors": batch.errors, "first_errors": batch.first_errors}
         job.progress.update(task, completed=batch.bytes_read)
-        if n % BATCHES_PER_COMMIT == 0:
-            commit()
     state |= {"errors": dict(reader.errors), "first_errors": reader.first_errors}
     if not state["documents"]:
-        seen = "; ".join(f"{n} × {what}" for what, n in state["errors"].items()) or "the files are empty"
-        raise UserError(f"no document could be read from {len(job.files)} files: {seen}")
+        seen = "; ".join(f"{n} × {what}" for what, n in state["errors"].items())
+        raise UserError(f"no document could be read from {len(job.files)} files: {seen}; the first: {state['first_errors'][0]}")
     commit(done=True)
     for file in opened:
         file.close()
@@ -220,7 +225,7 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
 
 def trained_tokenizer(job: Job, status: np.ndarray) -> Tokenizer:
     """The tokenizer in `out`, or one trained on a sample of the training documents."""
-    if (job.out / "tokenizer").exists():
+    if (job.out / "tokenizer" / "tokenizer.json").exists():
         return Tokenizer.load(job.out / "tokenizer")
     task = job.progress.add_task("training the tokenizer", total=None)
     tokenizer = Tokenizer.train(sample(job.reader(), status, job.documents, SAMPLE_CHARACTERS), job.options.vocab_size)
@@ -228,76 +233,72 @@ def trained_tokenizer(job: Job, status: np.ndarray) -> Tokenizer:
     return tokenizer
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    temporary = folder.with_name("tokenizer.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save(temporary)
-    sync_folder(temporary)
-    temporary.rename(folder)
-    sync_entries(folder.parent)
-
-
 def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
     """Write train/ and validation/; return the byte tokens and the strangest documents."""
     state = job.load("encoding.json") or {"documents": 0, "place": [0, 0], "splits": [None, None], "byte_tokens": [0, 0], "strangest": {}}
-    folders = [job.out / name for name in SPLITS]
-    if state.get("done") and all(folder.exists() for folder in folders):
-        return state
     writers = [
-        SplitWriter(folder, tokenizer, state=written, max_shard_tokens=job.options.max_shard_tokens)
-        for folder, written in zip(folders, state["splits"], strict=True)
-        if not (state.get("done") and folder.exists())
+        SplitWriter(job.out / name, tokenizer, state=written, max_shard_tokens=job.options.max_shard_tokens)
+        for name, written in zip(SPLITS, state["splits"], strict=True)
+        if not (state.get("done") and (job.out / name).exists())
     ]
 
     def commit(**more: object) -> None:
         state["splits"] = [writer.commit() for writer in writers]
         job.save("encoding.json", state | more)
 
+    def kept(batch: Batch) -> list[list[int]]:
+        part = status[batch.first : batch.first + len(batch.texts)]
+        return [np.flatnonzero(part == split).tolist() for split in (TRAIN, VALIDATION)]
+
+    def arguments(batch: Batch) -> tuple:
+        splits = [([batch.texts[i] for i in indices], [batch.places[i] for i in indices]) for indices in kept(batch)]
+        return str(job.out / "tokenizer"), tokenizer.hash, splits
+
     if not state.get("done"):
         task = job.progress.add_task("encoding", total=len(status), completed=state["documents"])
-        items = _by_split(job.reader().batches(state["place"]), status, state["documents"], (str(job.out / "tokenizer"), tokenizer.hash))
-        for n, ((batch, kept), results) in enumerate(job.workers.map(encode, items), 1):
-            for i, (ids, lengths, characters, n_bytes) in enumerate(results):
+        for batch, results in _batches(job, job.reader(), state, encode, arguments, commit):
+            for i, (indices, (ids, lengths, characters, n_bytes)) in enumerate(zip(kept(batch), results, strict=True)):
                 if len(lengths):
                     writers[i].add(ids, lengths, characters=int(characters.sum()))
                     state["byte_tokens"][i] += int(n_bytes.sum())
-                    _note_strangest(state["strangest"], job.files, batch, kept[i], SPLITS[i], lengths, characters, n_bytes)
-            state["documents"] += len(batch.texts)
-            state["place"] = batch.place
-            job.progress.update(task, completed=state["documents"])
-            if n % BATCHES_PER_COMMIT == 0:
-                commit()
+                    _note_strangest(state["strangest"], batch, indices, SPLITS[i], lengths, characters, n_bytes)
+            job.progress.update(task, completed=batch.first + len(batch.texts))
+        if changed := changed_files(job.listing, listing_of(job.files)):
+            raise UserError(f"input changed while it was read ({changed}); run the same command again")
         if state["documents"] != len(status):
-            raise UserError(f"{state['documents']:,} documents were read, {len(status):,} before: an input file has changed; {REMEDY}")
+            raise UserError(f"{state['documents']:,} documents were read, {len(status):,} before: the input has changed; {REMEDY}")
         commit(done=True)
     for writer in writers:
         writer.finish()
     return state
 
 
-def _by_split(batches: Iterable[Batch], status: np.ndarray, done: int, tokenizer: tuple[str, str]) -> Iterator[tuple[Any, tuple]]:
-    # ((batch, the indices of the kept documents for each split), the arguments of `encode`)
-    for batch in batches:
-        part = status[done : done + len(batch.texts)]
-        kept = [np.flatnonzero(part == split).tolist() for split in (TRAIN, VALIDATION)]
-        yield (batch, kept), (*tokenizer, [[batch.texts[i] for i in indices] for indices in kept])
-        done += len(batch.texts)
+def _batches(
+    job: Job, reader: Reader, state: dict, function: Callable, arguments: Callable, commit: Callable
+) -> Iterator[tuple[Batch, Any]]:
+    # (batch, function(*arguments(batch))) for the documents after those of `state`, which is committed regularly.
+    items = ((batch, arguments(batch)) for batch in reader.batches(state["documents"], state["place"]))
+    for n, (batch, result) in enumerate(job.workers.map(function, items, lambda batch: batch.places[0]), 1):
+        yield batch, result
+        state |= {"documents": batch.first + len(batch.texts), "place": batch.place}
+        if n % BATCHES_PER_COMMIT == 0:
+            commit()
 
 
-def _note_strangest(strangest: dict, files: list[str], batch: Batch, kept: list[int], name: str, lengths, characters, n_bytes) -> None:
+def _note_strangest(strangest: dict, batch: Batch, kept: list[int], name: str, lengths, characters, n_bytes) -> None:
     # Keeps the first few of each kind. The sort is stable, so of two equal ones the earlier is kept.
-    share = n_bytes / lengths
+    share = n_bytes / np.maximum(lengths - 1, 1)  # without `<|endoftext|>`
     for kind, key in (("shortest", characters), ("longest", -characters), ("most byte fallback", -share)):
         best = strangest.setdefault(kind, [])
         for j in np.argsort(key, kind="stable")[: N_STRANGEST[kind]].tolist():
             if (len(best) == N_STRANGEST[kind] and key[j] >= best[-1]["key"]) or (kind == "most byte fallback" and not n_bytes[j]):
                 break
-            text, (file, line) = batch.texts[kept[j]], batch.lines[kept[j]]
+            text, place = batch.texts[kept[j]], batch.places[kept[j]]
             best.append(
                 {
                     "key": float(key[j]),
                     "side": name,
-                    "place": f"{files[file]}:{line}",
+                    "place": place,
                     "characters": int(characters[j]),
                     "tokens": int(lengths[j]),
                     "byte_fallback": float(share[j]),
@@ -308,36 +309,6 @@ def _note_strangest(strangest: dict, files: list[str], batch: Batch, kept: list[
             del best[N_STRANGEST[kind] :]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_one(work: Path) -> Iterator[None]:
-    # The operating system releases the lock when the process ends.
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(work / LOCK, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another tritale prepare is writing to {work.parent}; wait for it, or choose another --out") from None
-        yield
-
-
 def _progress(console: Console) -> Progress:
     columns = TextColumn("{task.description:24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left")
     return Progress(*columns, TimeRemainingColumn(), console=console)
-
-
-def _open_at(path: Path, size: int) -> BinaryIO:
-    # Open for appending after the first `size` bytes.
-    file = open(path, "r+b" if path.exists() else "wb")
-    if file.seek(0, os.SEEK_END) < size:
-        file.close()
-        raise UserError(f"{path} has fewer bytes than were written; {REMEDY}")
-    file.truncate(size)
-    file.seek(size)
-    return file

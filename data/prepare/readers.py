@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from json.decoder import JSONDecodeError
@@ -23,6 +24,8 @@ from .inputs import decompressed, file_format, import_package
 LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
 CHUNK = 1 << 20  # bytes of JSON
 SEPARATOR = END_OF_TEXT  # between documents of a txt file
+_MARK = re.compile(rb"[-=*#_~+]{2,}|</?[^<>]{1,30}>|\[[A-Z]{1,10}\]")  # a line that often separates documents
+FEWEST_MARKS = 5
 LINES_PER_BLOCK = 20  # a txt file with more may have a document on each line
 
 Records = Iterator[tuple[Any, int]]
@@ -46,6 +49,8 @@ def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
             yield record, line
     except damage as error:
         raise BadInput(file, line, "the compressed file is damaged after this line", f" ({error}); fetch it again") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, after line {line}", file) from None
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------------------------------
@@ -91,23 +96,19 @@ def _json_lines(stream: BinaryIO, file: str) -> Records:
 def _json_values(stream: BinaryIO, file: str) -> Records:
     # The elements of one or several arrays, or values one after another.
     text = _JsonText(stream, file)
-    if text.peek() != "[":
-        while text.peek():
+    is_array = text.peek() == "["
+    while text.peek():
+        if not is_array:
             yield text.value()
-        return
-    while mark := text.peek():
-        if mark != "[":
+            continue
+        if not text.skip("["):
             raise text.broken("only another array may follow an array")
-        text.skip()
-        mark = text.peek()
-        while mark != "]":
+        is_end = text.skip("]")
+        while not is_end:
             yield text.value()
-            mark = text.peek()
-            if mark == ",":
-                text.skip()
-            elif mark != "]":
+            is_end = text.skip("]")
+            if not is_end and not text.skip(","):
                 raise text.broken("no comma before this element")
-        text.skip()
 
 
 class _JsonText:
@@ -129,9 +130,11 @@ class _JsonText:
                 return self._text[self._position : self._position + 1]
             self._read()
 
-    def skip(self) -> None:
-        """Skip one character."""
-        self._advance(self._position + 1)
+    def skip(self, mark: str) -> bool:
+        """Skip the next character if it is `mark`."""
+        is_there = self.peek() == mark
+        self._advance(self._position + is_there)
+        return is_there
 
     def value(self) -> tuple[Any, int]:
         """Decode the next value: (value, line), with BadInput for a value that is not UTF-8. Raises BadInput if it is broken."""
@@ -210,8 +213,14 @@ def _txt_layout(start: bytes, file: str) -> str:
     # What a document is, from the start of the file. Raises UserError if that is unclear.
     if SEPARATOR.encode() in start:
         return "endoftext"
-    lines = [bool(line.strip()) for line in re.split(rb"\r\n?|\n", start)]
-    n_lines, n_blocks = sum(lines), sum(b and not a for a, b in pairwise([False, *lines]))
+    lines = [line.strip() for line in re.split(rb"\r\n?|\n", start)]
+    n_lines, n_blocks = sum(map(bool, lines)), sum(bool(b) and not a for a, b in pairwise([b"", *lines]))
+    ((mark, n_marks),) = Counter(filter(_MARK.fullmatch, lines)).most_common(1) or [(b"", 0)]
+    if n_marks >= max(FEWEST_MARKS, n_blocks // 20):
+        raise UserError(
+            f"{file}: {n_marks:,} lines of its start are {mark.decode(errors='replace')}; if documents are separated there, replace them "
+            f"by {SEPARATOR}; else choose --txt-documents line, blank-line or file"
+        )
     if n_lines > (LINES_PER_BLOCK * n_blocks if n_blocks > 1 else 1):
         blocks = f"{n_blocks:,} blocks with blank lines between them" if n_blocks > 1 else "no blank line"
         raise UserError(
@@ -263,7 +272,7 @@ def parquet_rows(file: str, keys: list[str]) -> Records:
             for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
                 try:
                     rows = batch.to_pylist()
-                except UnicodeDecodeError:
+                except (ValueError, OverflowError):
                     rows = (_parquet_row(batch.slice(i, 1), file, number + 1) for i in range(len(batch)))
                 for row in rows:
                     number += 1
@@ -279,13 +288,18 @@ def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadInput(file, row, f"not UTF-8 (byte 0x{error.object[error.start]:02X})", "; write the column again as UTF-8")
+    except (ValueError, OverflowError) as error:
+        return BadInput(file, row, "a value that Python cannot hold", f" ({error}); write the column as text")
 
 
 def hub_rows(name: str) -> Records:
     """Stream the split train of a Hugging Face data set; the line is the row, from 1."""
-    datasets = import_package("datasets", name)
-    for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
-        yield row, number
+    datasets, number = import_package("datasets", name), 0
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, split="train", streaming=True), 1):
+            yield row, number
+    except Exception as error:  # of the network, the hub, or the files of any format
+        raise UserError(f"{name}:{number + 1}: the data set cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:

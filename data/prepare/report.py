@@ -1,5 +1,6 @@
 """The report at the end of `prepare`: printed to the terminal, and as an HTML file with charts."""
 
+import math
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,19 +25,18 @@ def vocabulary_table(
     If the text gives fewer entries than a size, `found` is their number and the measurements are None."""
     progress(0, len(VOCABULARIES))
     pool.stop()  # frees the memory of the processes that computed the presets and so imported torch
-    rows = []
+    rows: list[dict] = []
     for size in VOCABULARIES:
         shares = {name: size * width / (size * width + body) for name, (body, width) in presets.items()}
-        rows.append(
-            {"vocab_size": size} | dict.fromkeys(("found", "characters_per_token", "byte_fallback_share")) | {"embedding_share": shares}
-        )
-    for n, (row, (found, stats)) in enumerate(pool.map(_measure, ((row, (train, validation, row["vocab_size"])) for row in rows)), 1):
+        rows.append({"vocab_size": size, "characters_per_token": None, "byte_fallback_share": None, "embedding_share": shares})
+    items = ((row, (train, validation, row["vocab_size"])) for row in rows)
+    for n, (row, (found, stats)) in enumerate(pool.map(_measure, items, lambda row: f"a vocabulary of {row['vocab_size']:,}"), 1):
         progress(n, len(VOCABULARIES))
+        for larger in rows[n - 1 :]:
+            larger["found"] = found  # unless more are found for a larger one
         if found < row["vocab_size"]:
-            for larger in rows[n - 1 :]:
-                larger["found"] = found
             break
-        row |= {"found": found, "characters_per_token": stats.chars_per_token, "byte_fallback_share": stats.byte_fallback_share}
+        row |= {"characters_per_token": stats.chars_per_token, "byte_fallback_share": stats.byte_fallback_share}
     progress(len(VOCABULARIES), len(VOCABULARIES))
     return rows
 
@@ -106,6 +106,8 @@ def vocabulary_note(report: dict) -> str:
 def print_report(report: dict, console: Console) -> None:
     for name, value in facts(report):
         console.print(Text(visible(f"{name:26} {value}"), style="red" if name.startswith("leak") and is_leaking(report) else ""))
+    for error in report["first_errors"]:
+        console.print(Text(visible(error), style="yellow"), soft_wrap=True)
     heads, *rows = vocabulary_cells(report)
     table = Table(*heads, title="Vocabulary size", caption=vocabulary_note(report))
     for cells in rows:
@@ -123,39 +125,37 @@ def print_report(report: dict, console: Console) -> None:
 def write_html(path: Path, report: dict) -> None:
     """Write the page to `path`."""
     heads, *rows = vocabulary_cells(report)
-    template = Path(__file__).with_name("report.html")
-    values = {
-        "report": report,
-        "facts": facts(report),
-        "is_leaking": is_leaking(report),
-        "visible": visible,
-        "file_and_line": file_and_line,
-    }
-    values |= {"heads": heads, "vocabularies": rows, "note": vocabulary_note(report)}
-    html = render_page(template, histograms=_histograms(report["lengths"]), curves=_curves(report["vocabularies"]), **values)
+    html = render_page(
+        Path(__file__).with_name("report.html"),
+        report=report,
+        facts=facts(report),
+        is_leaking=is_leaking(report),
+        visible=visible,
+        file_and_line=file_and_line,
+        histograms=[_histogram(report["lengths"], unit) for unit in ("characters", "tokens")],
+        curves=_curves(report["vocabularies"]),
+        heads=heads,
+        vocabularies=rows,
+        note=vocabulary_note(report),
+    )
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
 
-def _histograms(lengths: dict) -> list[str]:
+def _histogram(lengths: dict, unit: str) -> str:
     # The bars from the first to the last that is not empty.
-    charts = []
-    for unit in ("characters", "tokens"):
-        filled = [i for i, n in enumerate(lengths[unit]) if n]
-        bars = []
-        for i in range(filled[0], filled[-1] + 1):
-            low, high = -(-lengths["edges"][i] // 1), -(-lengths["edges"][i + 1] // 1) - 1
-            interval = f"{low:,.0f}" if high <= low else f"{low:,.0f}–{high:,.0f}"
-            bars.append((f"{lengths['edges'][i]:,.0f}", f"{interval} {unit}: {lengths[unit][i]:,} documents", lengths[unit][i]))
-        charts.append(bar_chart(f"Length in {unit}", "documents", unit, bars))
-    return charts
+    filled, bars = [i for i, n in enumerate(lengths[unit]) if n], []
+    for i in range(filled[0], filled[-1] + 1):
+        low, high = math.ceil(lengths["edges"][i]), math.ceil(lengths["edges"][i + 1]) - 1
+        interval = f"{low:,}" if high <= low else f"{low:,}–{high:,}"
+        bars.append((f"{lengths['edges'][i]:,.0f}", f"{interval} {unit}: {lengths[unit][i]:,} documents", lengths[unit][i]))
+    return bar_chart(f"Length in {unit}", "documents", unit, bars)
 
 
 def _curves(rows: list[dict]) -> list[str]:
     sizes = [row["vocab_size"] for row in rows]
     measured = [row["characters_per_token"] for row in rows if row["characters_per_token"] is not None]
-    charts = (
-        [line_chart("Characters per token", "on validation", "vocabulary", sizes, {"measured": measured}, log_x=True)] if measured else []
-    )
     shares = {name: [100 * row["embedding_share"][name] for row in rows] for name in rows[0]["embedding_share"]}
-    return [*charts, line_chart("Embedding", "% of all parameters", "vocabulary", sizes, shares, log_x=True)]
+    charts = [("Characters per token", "on validation", {"measured": measured})] if measured else []
+    charts.append(("Embedding", "% of all parameters", shares))
+    return [line_chart(title, unit, "vocabulary", sizes, lines, log_x=True) for title, unit, lines in charts]

@@ -36,7 +36,7 @@ class Result:
         task = job.progress.add_task("comparing vocabularies", total=None)
         train = excerpts(splits[0], self.tokenizer, MEASURED_CHARACTERS)
         validation = excerpts(splits[1], self.tokenizer, MEASURED_CHARACTERS // 5)
-        ((_, presets),) = job.workers.map(preset_sizes, [(None, ())])
+        ((_, presets),) = job.workers.map(preset_sizes, [("the sizes of the models", ())])
         track = lambda done, total: job.progress.update(task, completed=done, total=total)
         table = report.vocabulary_table(train, validation, presets, job.workers, track)
         return {

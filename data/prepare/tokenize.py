@@ -11,7 +11,7 @@ import numpy as np
 from ..shards import DTYPES, dtype_name
 from ..tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from .deduplicate import RECORD, TRAIN, chunks, normalise
-from .documents import Reader
+from .documents import Reader, at_place
 
 SAMPLE_CHARACTERS = 6_000_000  # to train the tokenizer; more gains little, and takes 60 bytes of memory for each
 PIECE = 1 << 16  # characters; the trainer takes more memory for a longer text
@@ -72,15 +72,15 @@ def _encoder(folder: str, tokenizer_hash: str) -> BulkEncoder:
     return BulkEncoder(Tokenizer.load(folder))
 
 
-def encode(folder: str, tokenizer_hash: str, splits: Sequence[list[str]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Encode the texts of each split with the tokenizer in `folder`: (ids, tokens, characters, byte tokens), the last three for each
-    document."""
-    results = []
-    for texts in splits:
+def encode(folder: str, tokenizer_hash: str, splits: Sequence[tuple[list[str], list[str]]]) -> list[tuple[np.ndarray, ...]]:
+    """Encode the (texts, places) of each split with the tokenizer in `folder`: (ids, tokens, characters, byte tokens), the last three for
+    each document."""
+    results, encoder = [], _encoder(folder, tokenizer_hash)
+    for texts, places in splits:
         texts = [normalise(text) for text in texts]
         ids, lengths = np.empty(0, np.uint16), np.empty(0, np.int64)
         if texts:
-            ids, lengths = _encoder(folder, tokenizer_hash).encode(texts)
+            ids, lengths = at_place(encoder.encode, texts, places)
         is_byte = (ids >= len(SPECIAL_TOKENS)) & (ids < len(FIXED_TOKENS))
         ends = np.cumsum(lengths)
         total = np.concatenate([[0], np.cumsum(is_byte, dtype=np.int64)])

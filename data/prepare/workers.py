@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 from typing import Any
@@ -28,25 +29,30 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def map(self, function: Callable, items: Iterable[tuple[Any, tuple]]) -> Iterator[tuple[Any, Any]]:
-        """Yield (item, function(*arguments)) for each (item, arguments), in order, computing a few ahead."""
+    def map(self, function: Callable, items: Iterable[tuple[Any, tuple]], name: Callable[[Any], str] = str) -> Iterator[tuple[Any, Any]]:
+        """Yield (item, function(*arguments)) for each (item, arguments), in order, computing a few ahead.
+
+        Raises UserError, with the `name` of the first item without a result, if a process is killed."""
         if self._n == 1:
             yield from ((item, function(*arguments)) for item, arguments in items)
             return
         if not self._pool:
             # Not forked: this process may have threads.
             self._pool = ProcessPoolExecutor(self._n, get_context("spawn"), _set_up)
-        ahead = deque()
-        try:
-            for item, arguments in items:
-                ahead.append((item, self._pool.submit(function, *arguments)))
-                if len(ahead) > 2 * self._n:
-                    item, future = ahead.popleft()
-                    yield item, future.result()
-            for item, future in ahead:
-                yield item, future.result()
-        except BrokenProcessPool:
-            raise UserError(f"a worker process was killed, perhaps for its memory; use fewer --workers than {self._n}") from None
+        ahead, items = deque(), iter(items)
+        while True:
+            try:
+                for item, arguments in islice(items, 1 + 2 * self._n - len(ahead)):
+                    ahead.append((item, self._pool.submit(function, *arguments)))
+                if not ahead:
+                    return
+                result = ahead[0][1].result()
+            except BrokenProcessPool:
+                place = f"at {name(ahead[0][0])} or after" if ahead else "at its start"
+                raise UserError(
+                    f"a worker process was killed {place}, perhaps for its memory; use fewer --workers than {self._n}"
+                ) from None
+            yield ahead.popleft()[0], result
 
     def stop(self) -> None:
         """End the processes and free their memory; the next call of `map` starts new ones."""

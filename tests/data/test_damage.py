@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_damage import matrix
 from tritale.common.errors import UserError
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.prepare.pipeline import Options, prepare
@@ -120,6 +121,11 @@ def test_a_wrong_value_under_a_right_checksum_is_reported(tmp_path, data, key):
             continue
         path.write_text(seal(index | {key: value}), encoding="utf-8")
         assert is_harmless(folder, undamaged), value
+
+
+def test_damage_to_a_prepared_folder_is_refused_or_repaired_by_every_command(tmp_path, seed):
+    _, failures = matrix(tmp_path, lambda cells: random.Random(seed).sample(cells, 40))
+    assert not failures
 
 
 @pytest.mark.parametrize("name", ["recipe.json", "prepare.json", "report.json"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tritale.common.errors import UserError
-from tritale.data.shards import Split, SplitWriter, evenly, write_split
+from tritale.data.shards import Split, SplitWriter, evenly, open_at, write_split
 from tritale.data.tokenizer import Tokenizer
 
 
@@ -242,6 +242,16 @@ def test_a_writer_goes_on_from_its_last_commit_to_the_same_bytes(tmp_path):
     for path in whole.folder.iterdir():
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
     assert len(list((tmp_path / "a").iterdir())) == len(list(whole.folder.iterdir()))
+
+
+def test_what_was_written_after_the_last_commit_is_cut_off(tmp_path):
+    path = tmp_path / "documents.bin"
+    path.write_bytes(b"committed, and more")
+    with open_at(path, 9) as file:
+        file.write(b"!")
+    assert path.read_bytes() == b"committed!"
+    with pytest.raises(UserError, match=r"documents\.bin has 10 bytes instead of at least 11"):
+        open_at(path, 11)
 
 
 def test_evenly_takes_first_last_and_no_more_than_asked():

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import headless_chromium
 from rich.console import Console
 
 from tritale.cli.main import main
 from tritale.cli.prepare import PRESETS, preset_sizes
+from tritale.common.errors import UserError
+from tritale.common.files import locked
 from tritale.data.built_in import open_data
 from tritale.data.prepare import deduplicate, documents, pipeline, result, splitting, tokenize
 from tritale.data.prepare import report as prepare_report
@@ -449,7 +452,47 @@ def test_endoftext_marks_inside_documents_are_reported(tmp_path, tokenizer_folde
     options = Options(tokenizer=str(tokenizer_folder), val_fraction=0.3)
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     prepare([str(file)], tmp_path / "out", options, workers=1, console=Console(file=output, width=400))
-    assert "1 documents contain <|endoftext|> as ordinary text" in output.getvalue()
+    assert f"1 documents contain <|endoftext|> as ordinary text, the first at {file}:8; if" in output.getvalue()
+
+
+@pytest.mark.parametrize("error", [UserError("no ids for it"), MemoryError(), Exception("of the library")])
+@pytest.mark.parametrize("step", ["fingerprints", "encoding"])
+def test_an_error_about_a_document_names_file_and_line(tmp_path, tokenizer_folder, seed, monkeypatch, step, error):
+    texts = stories(seed, 50)
+    bad = random.Random(seed).randrange(50)
+    owner, name = {"fingerprints": (deduplicate, "signatures"), "encoding": (tokenize.BulkEncoder, "encode")}[step]
+    original = getattr(owner, name)
+
+    def fail(*arguments):
+        if texts[bad] in arguments[-1]:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, fail)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", some) for i, some in enumerate((texts[:20], texts[20:]))]
+    line = f"{tmp_path}/{int(bad >= 20)}.jsonl:{bad % 20 + 1 if bad < 20 else bad - 19}"
+    with pytest.raises(UserError if isinstance(error, UserError) else RuntimeError) as raised:
+        run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3, dedup="near" if step == "fingerprints" else "exact")
+    assert str(raised.value) == f"{line}: the document cannot be processed ({error or 'MemoryError'})"
+
+
+def test_an_error_of_many_documents_together_names_the_first_and_the_last(tmp_path, tokenizer_folder, seed, monkeypatch):
+    encode = tokenize.BulkEncoder.encode
+
+    def fail(encoder, texts):
+        if len(texts) > 1:
+            raise MemoryError
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(tokenize.BulkEncoder, "encode", fail)
+    with pytest.raises(RuntimeError, match=r"a\.jsonl:\d+ to .*a\.jsonl:\d+: the document cannot be processed \(MemoryError\)"):
+        run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+
+
+def test_when_no_document_can_be_read_the_first_error_is_shown(tmp_path, tokenizer_folder):
+    file = write_jsonl(tmp_path / "a.jsonl", ["一", "二"])
+    with pytest.raises(UserError, match=r"from 1 files: 2 × no key 'story'; the first: .*a\.jsonl:1: no key 'story'; keys there: text"):
+        run([file], tmp_path / "out", tokenizer_folder, fields=Fields("story"), skip_errors=True)
 
 
 def test_brackets_in_messages_are_text(tmp_path, seed, monkeypatch):
@@ -475,25 +518,26 @@ def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted
 
 
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):
-    pytest.importorskip("fcntl")
-    (tmp_path / "out" / "work").mkdir(parents=True)
-    with pipeline._only_one(tmp_path / "out" / "work"):
-        with pytest.raises(ValueError, match="another tritale prepare is writing"):
+    with locked(tmp_path / "out" / "work", "another process"):
+        with pytest.raises(ValueError, match="work is in use by another tritale prepare; wait"):
             run([write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))], tmp_path / "out", tokenizer_folder)
 
 
-def test_an_input_that_shrinks_between_the_passes_is_noticed(tmp_path, tokenizer_folder, seed, monkeypatch):
+@pytest.mark.parametrize("n", [40, 50])
+def test_an_input_that_changes_between_the_passes_is_named(tmp_path, tokenizer_folder, seed, monkeypatch, n):
     file = write_jsonl(tmp_path / "a.jsonl", stories(seed, 50))
     encoding = pipeline.encoding
 
-    def shrink(*arguments):
-        write_jsonl(file, stories(seed, 40))
+    def change(*arguments):
+        write_jsonl(file, stories(seed + 1, n))
         return encoding(*arguments)
 
-    monkeypatch.setattr(pipeline, "encoding", shrink)
-    with pytest.raises(ValueError, match="an input file has changed"):
-        run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "encoding", change)
+        with pytest.raises(ValueError, match=r"input changed while it was read \(.*a\.jsonl changed\); run the same command again"):
+            run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)
     assert not (tmp_path / "out" / "train").exists()
+    assert run([file], tmp_path / "out", tokenizer_folder, val_fraction=0.3)["documents_read"] == n
 
 
 def test_a_tokenizer_that_does_not_match_is_named(tmp_path, tokenizer_folder, seed):
@@ -565,6 +609,7 @@ def test_the_command_prints_a_report_and_writes_a_page(tmp_path, tokenizer_folde
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert sum(report["errors"].values()) == len(report["first_errors"]) == 3
     assert f"--data.source {out} --out_dir {out}-run" in printed
+    assert all(f"{raw / name}:{line}: " in printed.replace("\n", "") for name, line in (("a.jsonl", 63), ("a.jsonl", 64), ("b.csv", 1)))
     assert "left out, broken           3" in printed and "[red]短[/red]" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;🜁" in page and "<script" not in page
@@ -635,6 +680,28 @@ def test_the_tables_are_complete_at_80_columns_and_show_control_characters_escap
     assert "width: 100%; height: auto" in page  # the charts
 
 
+@pytest.fixture(scope="module")
+def browser():
+    yield from headless_chromium()
+
+
+@pytest.mark.parametrize("width", [1240, 390])
+def test_the_page_fits_its_window_with_long_names(tmp_path, tokenizer_folder, seed, browser, width):
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", stories(seed + i, 50)) for i, name in enumerate(("很长的文件名字" * 9, "a-long-name" * 9))
+    ]
+    run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    )
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    unusual, texts = browser.execute_script(
+        "return [document.querySelector('.unusual').scrollWidth, [...document.querySelectorAll('.unusual .text')].map(t => t.clientWidth)]"
+    )
+    assert unusual <= width and len(texts) == 10 and min(texts) > 0.4 * unusual
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -668,13 +735,3 @@ def test_splits_need_a_document_each(tmp_path, tokenizer_folder):
     file = write_jsonl(tmp_path / "a.jsonl", ["一", "二", " "])
     with pytest.raises(ValueError, match="of 3 documents 2 are for training and 0 for validation"):
         run([file], tmp_path / "out", tokenizer_folder, val_fraction=1e-9)
-
-
-def test_what_was_written_after_the_last_commit_is_cut_off(tmp_path):
-    path = tmp_path / "documents.bin"
-    path.write_bytes(b"committed, and more")
-    with pipeline._open_at(path, 9) as file:
-        file.write(b"!")
-    assert path.read_bytes() == b"committed!"
-    with pytest.raises(ValueError, match="fewer bytes than were written"):
-        pipeline._open_at(path, 11)

@@ -1,17 +1,22 @@
 """Every format gives the same documents, and whatever is wrong is named with file and line."""
 
+import bz2
 import csv
 import gzip
 import importlib
 import json
+import lzma
 import os
 import random
 import re
+import sys
+import types
 from collections import Counter
 
 import pytest
 
 from tritale.cli.main import main
+from tritale.common.errors import UserError
 from tritale.data.prepare import inputs, readers
 from tritale.data.prepare.checks import BadInput
 from tritale.data.prepare.documents import Fields, Reader
@@ -128,6 +133,19 @@ def test_a_txt_file_of_unclear_layout_asks(tmp_path, data):
     assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="file"))) == 1
 
 
+@pytest.mark.parametrize("mark", ["---", "*" * 10, "</s>", "<|end_of_text|>", "[SEP]", "====="])
+@pytest.mark.parametrize("between", ["{}\n", "\n{}\n\n"])
+def test_lines_that_may_separate_documents_are_asked_about(tmp_path, mark, between):
+    (tmp_path / "a.txt").write_text(between.format(mark).join(STORIES), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=rf"29 lines of its start are {re.escape(mark)}; if .* replace them by <\|endoftext\|>; else choose"
+    ):
+        texts_of(tmp_path / "a.txt")
+    assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="blank-line"))) >= 59
+    (tmp_path / "b.txt").write_text("……\n\n".join(STORIES) + f"\n{mark}\n\n完", encoding="utf-8")  # a scene, an ellipsis
+    assert len(texts_of(tmp_path / "b.txt")) > 60
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
 def test_carriage_returns_end_lines(tmp_path, name):
     data = {"a.txt": "一\r\r二\r", "a.csv": "text\r一\r二\r", "a.jsonl": '{"text": "一"}\r{"text": "二"}\r'}[name]
@@ -150,6 +168,51 @@ def test_upper_case_endings_are_unpacked(tmp_path, seed):
     for name in ("a.jsonl.gz", "b.json.zst"):
         write(tmp_path, name, texts).rename(tmp_path / name.upper())
         assert texts_of(*find_files([str(tmp_path / name.upper())])) == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.zst", "a.csv.gz"])
+def test_the_content_and_not_the_name_says_how_a_file_is_compressed(tmp_path, seed, name):
+    zstd, texts = pytest.importorskip(ZSTD), draw_texts(seed)
+    plain = write(tmp_path, name.removesuffix(".gz").removesuffix(".zst"), texts).read_bytes()
+    for data in (plain, gzip.compress(plain), zstd.compress(plain)):
+        (tmp_path / name).write_bytes(data)
+        assert texts_of(tmp_path / name) == texts
+    for kind, data in {"bz2": bz2.compress(plain), "xz": lzma.compress(plain), "zip": b"PK\3\4\x14\0\0\0" + plain}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name} is a {kind} file under another name; unpack it"):
+            texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "A.TXT.XZ", "a.csv.zip", "a.json.gzip"])
+def test_a_file_of_another_compression_in_a_folder_is_named(tmp_path, name):
+    for file in ("b.txt", "picture.zip", "notes.md.xz", name):
+        (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"{name} is compressed in another way than \.gz and \.zst; unpack it"):
+        find_files([str(tmp_path)])
+    (tmp_path / name).unlink()
+    assert find_files([str(tmp_path)]) == [str(tmp_path / "b.txt")]
+
+
+def test_links_and_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "b.txt").write_bytes(b"x")
+    try:
+        (tmp_path / "c.txt").symlink_to(tmp_path / "gone.txt")
+    except OSError:
+        pytest.skip("links are not allowed")
+    with pytest.raises(FileNotFoundError, match=r"c\.txt is a link to a file that does not exist"):
+        find_files([str(tmp_path)])
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # root may read any folder
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files([str(tmp_path)])
 
 
 def test_zst_files_of_long_windows_are_read(tmp_path, seed):
@@ -232,13 +295,13 @@ def test_a_name_of_a_data_set_is_read_as_a_stream(tmp_path, monkeypatch):
 # ---- bad input ------------------------------------------------------------------------------------------------------------------------
 
 
-def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = (), rest: int | None = None) -> None:
-    """It stops with `message`; with skip_errors it is counted once and `kept` remains, and `rest` is named where all from there is lost."""
+def check_bad(path, message: str, fields: Fields = TEXT, kept: tuple = (), rest: int | None = None, n_errors: int = 1) -> None:
+    """It stops with `message`; with skip_errors it is counted and `kept` remains, and `rest` is named where all from there is lost."""
     with pytest.raises(BadInput, match=message):
         texts_of(path, fields=fields)
     reader = Reader([str(path)], fields, skip_errors=True)
     assert tuple(document.text for _, document in reader.read()) == kept
-    assert sum(reader.errors.values()) == 1, reader.errors
+    assert sum(reader.errors.values()) == n_errors, reader.errors
     assert str(path) in reader.first_errors[0]
     assert rest is None or f": the rest of the file from {path}:{rest} on" in next(iter(reader.errors)), reader.errors
 
@@ -327,6 +390,37 @@ def test_a_parquet_column_that_is_no_text_is_named_by_its_row(tmp_path):
     check_bad(tmp_path / "b.parquet", r"b\.parquet:2: not UTF-8 \(byte 0xB6\)", kept=("一", "三"))
 
 
+def test_parquet_values_that_python_cannot_hold_are_named_by_their_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    times = pyarrow.array([None, 2**62, None], pyarrow.timestamp("s"))
+    parquet.write_table(pyarrow.table({"text": ["一", "二", "三"], "time": times}), tmp_path / "a.parquet")
+    check_bad(
+        tmp_path / "a.parquet", r"a\.parquet:(1: null under 'time'|2: a value that Python)", fields=Fields(None, "{time}{text}"), n_errors=3
+    )
+    assert texts_of(tmp_path / "a.parquet") == ["一", "二", "三"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="there is no file whose reading fails")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises((OSError, BadInput), match=str(tmp_path / name)):
+        texts_of(tmp_path / name)
+
+
+def test_an_error_of_a_data_set_names_its_row(monkeypatch):
+    def load(name, **options):
+        yield {"text": "一"}
+        raise ConnectionError("the hub is gone")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    for skip_errors in (False, True):  # the rest is not left out in silence
+        with pytest.raises(UserError, match=r"someone/stories:2: the data set cannot be read \(ConnectionError: the hub is gone\)"):
+            texts_of("someone/stories", skip_errors=skip_errors)
+
+
 def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     for name in ("disk/a.txt", "disk/deep/b.txt"):
@@ -345,7 +439,9 @@ def test_linked_folders_are_read_once(tmp_path):
 STORY = "從前，有一個小女孩住在森林旁邊，她最喜歡和爺爺一起散步。有一天，她在路上看見一隻受傷的小鳥，就把牠帶回家。"
 
 
-@pytest.mark.parametrize("encoding, name", [("gb18030", "gb18030|gbk|gb2312|hz"), ("big5", "big5"), ("utf-16", "utf-16(le)?")])
+@pytest.mark.parametrize(
+    "encoding, name", [("gb18030", "gb18030|gbk|gb2312|hz"), ("big5", "big5"), ("utf-16", "utf-16(le)?"), ("utf-32", "utf-32")]
+)
 def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path, encoding, name):
     pytest.importorskip("charset_normalizer")
     simple = STORY.translate(str.maketrans("從個邊歡爺隻傷鳥帶見書", "从个边欢爷只伤鸟带见书"))
@@ -357,7 +453,7 @@ def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path, encoding, name):
     (tmp_path / "a.csv").write_bytes(f"id,text\n0,{text * 20}\n".encode(encoding))
     with pytest.raises(BadInput, match=rf"a\.csv:[12]: not UTF-8 .*it may be ({name})"):
         texts_of(tmp_path / "a.csv")
-    if encoding != "utf-16":
+    if encoding not in ("utf-16", "utf-32"):
         (tmp_path / "a.jsonl").write_bytes(f'{{"text": "{text * 20}"}}\n'.encode(encoding) + '{"text": "一"}\n'.encode())
         check_bad(tmp_path / "a.jsonl", rf"a\.jsonl:1: not UTF-8 .*it may be ({name})", kept=("一",))
 

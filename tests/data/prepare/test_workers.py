@@ -44,5 +44,5 @@ def environment() -> dict[str, str]:
 
 
 def test_a_killed_worker_is_reported():
-    with Workers(2) as pool, pytest.raises(UserError, match=r"a worker process was killed, .* use fewer --workers than 2"):
-        list(pool.map(os._exit, ((i, (9,)) for i in count())))
+    with Workers(2) as pool, pytest.raises(UserError, match=r"was killed at a\.txt:1 or after, .* use fewer --workers than 2"):
+        list(pool.map(os._exit, ((i, (9,)) for i in count(1)), "a.txt:{}".format))
