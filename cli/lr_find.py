@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
             f"--lowest is {args.lowest} and --highest {args.highest}; both must be finite and above 0, and --highest above --lowest"
         )
     if not find_spec("matplotlib"):  # before the work, not after
-        raise UserError("the curve needs matplotlib: pip install 'tritale[plots]'")
+        raise UserError("the curve needs matplotlib: pip install matplotlib")
     config = parse(args.overrides, file=args.config, prog="tritale lr-find")
     train, log, here = config.train, Log(config, is_main=True), processes.start()
     if config.data.source == "built-in":
