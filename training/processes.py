@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..common.errors import UserError
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. A GPU has those of the first name that is part of its own.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is part of a GPU's name counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
     "B200": 2250, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
