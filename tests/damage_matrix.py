@@ -2,7 +2,8 @@
 
 A cell is one damaged file and one command: generate, serve, export, average, sweep, or a training run that resumes. It passes if the
 command refuses in one line, if it warns and leaves the damaged checkpoint out, or if it does not use the file and its result is that of the
-undamaged run. It fails if there is a traceback, a hang (30 s of CPU time, or 300 s), code from the file is executed, or the damage goes unnoticed.
+undamaged run. It fails if there is a traceback, a hang (30 s of CPU time, or 300 s), code from the file is executed, or the damage goes
+unnoticed.
 
 Damaged bytes (truncated, emptied, ten flipped bits, missing, replaced) keep the checksums. Damaged values (wrong types, sizes, shapes,
 dtypes, NaN) are valid files with new checksums, as another tool may write them.
@@ -43,6 +44,8 @@ from tritale.model.checkpoint import CHECKSUMS, write_checksums  # noqa: E402
 CPU_SECONDS, SECONDS = 30, 300
 TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, SECONDS))
 WRONG_VALUES = (None, "x", -1, 1.5, 10**9, [], {"a": 1})
+# Other values that a run may have: nothing can notice them.
+LEGAL = {"characters = 1000000000", "entropy_bits = None", "entropy_bits = 1.5", "entropy_bits = 1000000000", "config.log.prompts = []"}
 EARLIER, NEWEST = "step-00000003", "step-00000006"  # generate, serve, export and resume use the earlier one
 
 
@@ -139,7 +142,7 @@ def json_damages(file: str, path: Path) -> Iterator[Damage]:
             at = ".".join((*names, key))
             yield Damage(file, f"{at} missing", changed_json(lambda v, n=names, k=key: group_of(v, n).pop(k)), False)
             for new in WRONG_VALUES:
-                if type(new) is not type(old) or new != old:
+                if (type(new) is not type(old) or new != old) and f"{at} = {new!r}" not in LEGAL:
                     change = changed_json(lambda v, n=names, k=key, new=new: group_of(v, n).update({k: new}))
                     yield Damage(file, f"{at} = {new!r}", change, False)
 

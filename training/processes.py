@@ -36,7 +36,7 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the process group that torchrun sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
+    """Join the process group that the launcher sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -52,13 +52,13 @@ def start() -> Processes:
 
 
 def end_with_parent() -> None:
-    """End this process soon after its parent, torchrun, has ended. Otherwise the ranks would continue after `kill -9` of torchrun."""
+    """End this process soon after its parent, the launcher, has ended. Otherwise the ranks would continue after `kill -9` of it."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.write(2, b"train.py: torchrun has ended, so this process ends\n")
+        os.write(2, b"train.py: the launcher has ended, so this process ends\n")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

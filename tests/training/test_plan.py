@@ -26,7 +26,6 @@ from tritale.training.step import TrainingStep, measure, random_batch
 HERE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 CPU = DeviceFacts(
     name="CPU, 1 threads",
-    kind="cpu",
     count=1,
     precision="fp32",
     has_bf16=False,
