@@ -1,4 +1,4 @@
-"""Train a GPT from scratch: python train.py [--config FILE] [--section.key VALUE …], on several GPUs torchrun --nproc-per-node N train.py …
+"""Train a GPT from scratch: python train.py [--config FILE] [--section.key VALUE …], on several GPUs tritale train --processes N …
 
 Read it from top to bottom: data, plan, model and optimizer, resume, the loop, the end. Without --config it runs configs/quickstart.yaml.
 `python train.py --help` lists every key.
@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from tritale.training import processes, state
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
-from tritale.training.step import TrainingStep
+from tritale.training.step import TrainingStep, explain_out_of_memory
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log) -> None:
@@ -41,7 +42,8 @@ def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log)
 def main(config: RunConfig) -> None:
     here = processes.start()
     with locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext():
-        run(config, here)
+        with explain_out_of_memory(config):
+            run(config, here)
     processes.stop()
 
 
@@ -173,8 +175,9 @@ if __name__ == "__main__":
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # torchrun ends this process in the meantime if the main process fails too: one message is enough
+            time.sleep(3)  # the launcher ends this process in the meantime if the main process fails too: one message is enough
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"
         sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)

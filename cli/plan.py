@@ -19,7 +19,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", default=None, metavar="FILE", help="YAML file; configs/quickstart.yaml if not given")
     p.add_argument("--tokens", type=int, default=None, help="number of tokens of training data that is not prepared yet")
     p.add_argument("--vocab-size", type=int, default=None, help="vocabulary size of data that is not prepared yet")
-    p.add_argument("--processes", type=int, default=1, help="number of processes that torchrun will start")
+    p.add_argument("--processes", type=int, default=1, help="number of processes of the run")
     p.add_argument("--no-measure", action="store_true", help="do not measure the time of a step")
     p.epilog = "Keys of the config are set as for train.py: --train.micro_batch 16 …"
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training import processes
     from ..training.config import at_least, parse
     from ..training.plan import DeviceFacts, known_data, plan
-    from ..training.step import measure
+    from ..training.step import explain_out_of_memory, measure
 
     for name in ("tokens", "vocab_size", "processes"):
         if getattr(args, name) is not None:
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
         warnings = [*data_warnings(config), *warnings]
     time = None
     if not args.no_measure and planned.largest_micro_batch:
-        time = measure(planned, here, lambda items, text: track(items, text, console=console, transient=True))
+        with explain_out_of_memory(config):
+            time = measure(planned, here, lambda items, text: track(items, text, console=console, transient=True))
     print_plan(planned, warnings, time, console, title=args.config or "configs/quickstart.yaml")
 
 
@@ -82,14 +83,8 @@ def print_plan(planned: Plan, warnings: list[PlanWarning], time: tuple[float, in
         f"vocabulary {s.vocab_size:,}, context {s.context}"
     )
     rows["learning rate"] += "\n" + sparkline(planned)
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        f"activations of {train.micro_batch} × {planned.sequence}": memory.activations,
-        "loss": memory.loss,
-    }
-    for name, n_bytes in parts.items():
+    for name, n_bytes in memory._asdict().items():
+        name += f" of {train.micro_batch} × {planned.sequence}" if name == "activations" else ""
         rows["memory"] += f"\n{'█' * round(24 * n_bytes / memory.total):24} {size(n_bytes):>8}  {name}"
     if time:
         seconds, micro_batch = time

@@ -1,19 +1,53 @@
-"""tritale train: run train.py, also from an installed package."""
+"""tritale train: run train.py, also from an installed package, in one process or several."""
 
 import argparse
+import logging
+import os
 import runpy
 import sys
 from pathlib import Path
 
-HELP = "train a model: tritale train [--config FILE] [--section.key VALUE …]"
+from ..common.errors import UserError
+
+HELP = "train a model: tritale train [--processes N] [--config FILE] [--section.key VALUE …]"
 TAKES_CONFIG = True
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"  # beside the packages, in a checkout and in the wheel
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """Add none: train.py reads all options, also --help."""
+    """train.py reads all other options, also --help."""
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="one for each GPU; on a CPU they share the cores")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.processes < 1:
+        raise UserError(f"--processes is {args.processes}; it must be at least 1")
+    if args.processes > 1 and "--help" not in args.overrides:
+        launch(args.processes, args.overrides)
+        return
     sys.argv = [str(SCRIPT), *args.overrides]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def launch(processes: int, overrides: list[str]) -> None:
+    """Start the processes as torchrun does, but print nothing: a process that fails has printed its own message. torchrun adds its
+    traceback to that."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # torchrun's warnings and errors
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    options = ["--standalone", f"--nproc-per-node={processes}", "--module", "tritale", "train"]
+    try:
+        run.run(run.parse_args([*options, *overrides]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise UserError(
+                f"process {rank} was ended by signal {-failure.exitcode} (9 is often a lack of memory); "
+                "run the same command again to resume from the last checkpoint"
+            ) from None
+        sys.exit(failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)

@@ -1,11 +1,12 @@
-"""Every file of a checkpoint, damaged in many ways, given to every command that reads it: python -m tests.damage_matrix [--sample N]
+"""Every file of a run, damaged in many ways, given to every command that reads it: python -m tests.damage_matrix [--part I/N | --sample N]
 
-A cell is one damaged file and one command: generate, export, average, or a training run that resumes. It passes if the command refuses in
-one line, if it warns and uses an earlier checkpoint, or if it does not use the file and its result is that of the undamaged checkpoint. It
-fails if there is a traceback, a hang (30 s), code from the file is executed, or the damage goes unnoticed.
+A cell is one damaged file and one command: generate, serve, export, average, sweep, or a training run that resumes. It passes if the
+command refuses in one line, if it warns and leaves the damaged checkpoint out, or if it does not use the file and its result is that of the
+undamaged run. It fails if there is a traceback, a hang (30 s of CPU time, or 300 s), code from the file is executed, or the damage goes
+unnoticed.
 
 Damaged bytes (truncated, emptied, ten flipped bits, missing, replaced) keep the checksums. Damaged values (wrong types, sizes, shapes,
-dtypes, NaN) are valid files without checksums, as another tool may write them.
+dtypes, NaN) are valid files with new checksums, as another tool may write them.
 """
 
 import argparse
@@ -25,8 +26,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -35,14 +39,39 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 from runs import command, train  # noqa: E402
 
 from tritale.cli.main import main as tritale  # noqa: E402
+from tritale.model.checkpoint import CHECKSUMS, write_checksums  # noqa: E402
 
-CHECKSUMS = "checksums.json"
-SECONDS = 30
+CPU_SECONDS, SECONDS = 30, 300
+TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, SECONDS))
 WRONG_VALUES = (None, "x", -1, 1.5, 10**9, [], {"a": 1})
-# Files whose damage a command must notice. Others may be left unread.
-MODEL = {"model.safetensors", "config.json", "tokenizer.json"}
-MUST_NOTICE = {"generate": MODEL, "export": MODEL, "average": MODEL - {"tokenizer.json"}}  # average uses the newest tokenizer
-MUST_NOTICE["resume"] = {"model.safetensors", "trainer/state.safetensors", "trainer/trainer.json"}
+# Other values that a run may have: nothing can notice them.
+LEGAL = {"characters = 1000000000", "entropy_bits = None", "entropy_bits = 1.5", "entropy_bits = 1000000000", "config.log.prompts = []"}
+EARLIER, NEWEST = "step-00000003", "step-00000006"  # generate, serve, export and resume use the earlier one
+
+
+def model(step: str) -> set[str]:
+    return {f"{step}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")}
+
+
+def split(name: str) -> set[str]:
+    return {f"data/{name}/{file}" for file in ("index.json", "starts.bin", "tokens-00000.bin")}
+
+
+TRAINER = {f"{EARLIER}/trainer/{name}" for name in ("trainer.json", "state.safetensors")}
+# The folders whose files are damaged for a command, the files that it reads, whose values are damaged too, and those of them whose damaged
+# bytes it must notice.
+FOLDERS = {name: (f"{EARLIER}/",) for name in ("generate", "serve", "export")}
+FOLDERS |= {"average": (EARLIER, NEWEST, "data"), "sweep": (EARLIER, NEWEST, "data"), "resume": (EARLIER, "data")}
+OF_TOKENIZER = {f"{EARLIER}/{name}" for name in ("tokenizer_config.json", "generation_config.json")}
+READS = {name: model(EARLIER) | OF_TOKENIZER for name in ("generate", "serve", "export")}
+READS["average"] = model(EARLIER) | model(NEWEST) | {f"{NEWEST}/trainer/trainer.json"} | split("validation")
+READS["sweep"] = READS["average"] | split("train")
+DATA = {f"data/{name}" for name in ("recipe.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")}
+READS["resume"] = model(EARLIER) | OF_TOKENIZER | TRAINER | split("train") | split("validation") | DATA
+MUST_NOTICE = {name: model(EARLIER) for name in ("generate", "serve", "export")}
+MUST_NOTICE["average"] = READS["average"] - {f"{EARLIER}/tokenizer.json", f"{NEWEST}/trainer/trainer.json"}
+MUST_NOTICE["sweep"] = READS["sweep"] - {f"{NEWEST}/trainer/trainer.json"}
+MUST_NOTICE["resume"] = {f"{EARLIER}/model.safetensors", *TRAINER} | split("train") | split("validation")
 
 
 class Marker:
@@ -57,10 +86,10 @@ class Marker:
 
 @dataclass(frozen=True)
 class Damage:
-    file: str
+    file: str  # relative to the run
     name: str
     apply: Callable[[Path], object]  # changes the file at this path
-    keeps_checksums: bool
+    is_of_bytes: bool  # and keeps the checksums
 
 
 def flip(position: int) -> Callable[[Path], None]:
@@ -96,6 +125,8 @@ def changed_json(change: Callable[[dict], None]) -> Callable[[Path], None]:
     def apply(path: Path) -> None:
         value = json.loads(path.read_text(encoding="utf-8"))
         change(value)
+        if "shards" in value:
+            value.pop("sha256", None)  # the checksum of a split's index is in the index, and optional
         path.write_text(json.dumps(value), encoding="utf-8")
 
     return apply
@@ -104,11 +135,20 @@ def changed_json(change: Callable[[dict], None]) -> Callable[[Path], None]:
 def json_damages(file: str, path: Path) -> Iterator[Damage]:
     for content in ("{}", "[]", "null", "1", '"x"', "[" * 100_000, "\ufffe"):
         yield Damage(file, f"content {content[:5]}", lambda p, content=content: p.write_text(content, encoding="utf-8"), False)
-    for key, old in json.loads(path.read_text(encoding="utf-8")).items():
-        yield Damage(file, f"{key} missing", changed_json(lambda v, key=key: v.pop(key)), False)
-        for new in WRONG_VALUES:
-            if type(new) is not type(old) or new != old:
-                yield Damage(file, f"{key} = {new!r}", changed_json(lambda v, key=key, new=new: v.update({key: new})), False)
+    value = json.loads(path.read_text(encoding="utf-8"))
+    groups = {(): value} | {(key,): inner for key, inner in value.items() if isinstance(inner, dict)}
+    for names, group in groups.items():
+        for key, old in group.items():
+            at = ".".join((*names, key))
+            yield Damage(file, f"{at} missing", changed_json(lambda v, n=names, k=key: group_of(v, n).pop(k)), False)
+            for new in WRONG_VALUES:
+                if (type(new) is not type(old) or new != old) and f"{at} = {new!r}" not in LEGAL:
+                    change = changed_json(lambda v, n=names, k=key, new=new: group_of(v, n).update({k: new}))
+                    yield Damage(file, f"{at} = {new!r}", change, False)
+
+
+def group_of(value: dict, names: tuple[str, ...]) -> dict:
+    return value[names[0]] if names else value
 
 
 def changed_tensors(change: Callable[[dict, str], object]) -> Callable[[Path], None]:
@@ -138,11 +178,14 @@ def tensor_damages(file: str) -> Iterator[Damage]:
         yield Damage(file, what, changed_tensors(change), False)
 
 
-def damages(checkpoint: Path, other: Path, marker: Path) -> list[Damage]:
+def damages(run: Path, marker: Path) -> list[Damage]:
+    """The damages of each file of a run that a command reads."""
     found: list[Damage] = []
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        file = path.relative_to(checkpoint).as_posix()
-        found += byte_damages(file, path, other / file, marker)
+    other = {EARLIER: NEWEST, NEWEST: EARLIER, "data/train": "data/validation", "data/validation": "data/train"}
+    for path in sorted(p for folder in (EARLIER, NEWEST, "data") for p in (run / folder).rglob("*") if p.is_file()):
+        file = path.relative_to(run).as_posix()
+        swapped = next((run / file.replace(a, b, 1) for a, b in other.items() if file.startswith(a)), path)
+        found += byte_damages(file, path, swapped, marker)
         if path.suffix == ".json" and path.name != CHECKSUMS:
             found += json_damages(file, path)
         if path.suffix == ".safetensors":
@@ -153,10 +196,30 @@ def damages(checkpoint: Path, other: Path, marker: Path) -> list[Damage]:
 # ---- the commands: each returns its result as text --------------------------------------------------------------------------------------
 
 
-def generate(run: Path, checkpoint: Path) -> str:
+def generate(run: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        tritale(["generate", "--model", str(checkpoint), "--prompt", "从前", "--max-new-tokens", "8", "--temperature", "0"])
+        tritale(["generate", "--model", str(run / EARLIER), "--prompt", "从前", "--max-new-tokens", "8", "--temperature", "0"])
     return out.getvalue()
+
+
+class Client:
+    """Takes the place of the server, and sends it one request."""
+
+    def __init__(self, app: FastAPI):
+        self.client = TestClient(app, base_url="http://127.0.0.1")
+
+    def run(self, sockets: list) -> None:
+        request = {"model": EARLIER, "prompt": "从前", "max_tokens": 8, "temperature": 0}
+        reply = self.client.post("/v1/completions", json=request).json()
+        if "error" in reply:
+            sys.exit(reply["error"]["message"])
+        print(reply["choices"])
+
+
+def serve(run: Path) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out, patch("tritale.serve.connections.make_server", Client):
+        tritale(["serve", str(run / EARLIER), "--port", "0"])
+    return out.getvalue().partition("\n")[2]  # without the address
 
 
 def digest(folder: Path) -> str:
@@ -165,30 +228,39 @@ def digest(folder: Path) -> str:
     ).hexdigest()
 
 
-def export(run: Path, checkpoint: Path) -> str:
-    tritale(["export", str(checkpoint), "--to", "litgpt", "--out", str(run / "exported")])
+def export(run: Path) -> str:
+    tritale(["export", str(run / EARLIER), "--to", "litgpt", "--out", str(run / "exported")])
     return digest(run / "exported")
 
 
-def average(run: Path, checkpoint: Path) -> str:
+def average(run: Path) -> str:
     tritale(["average", str(run), "--last", "2"])
     (averaged,) = run.glob("average-*")
     return digest(averaged)
 
 
-def resume(run: Path, checkpoint: Path) -> str:
-    for later in run.glob("step-*"):
-        if later.name > checkpoint.name:
-            shutil.rmtree(later)
+def sweep(run: Path) -> str:
+    tritale(["sweep", str(run), "--samples", "1", "--max-new-tokens", "4"])
+    report = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
+    if report["left_out"]:
+        sys.exit(f"left out: {report['left_out']}")
+    return json.dumps(report)
+
+
+def resume(run: Path) -> str:
+    shutil.rmtree(run / NEWEST)
     sys.argv = command(run)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    speed = patch("tritale.training.processes.matmul_flops", lambda device, precision: (1e9, "measured now"))  # saves half of the time
+    with contextlib.redirect_stdout(io.StringIO()) as out, speed:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    if "earlier checkpoint is used" in out.getvalue():
+    if "and not used" in out.getvalue():
         sys.exit("warned, and used an earlier checkpoint")
-    return digest(run / "step-00000006")
+    return digest(run / NEWEST)
 
 
-COMMANDS: dict[str, Callable[[Path, Path], str]] = {"generate": generate, "export": export, "average": average, "resume": resume}
+COMMANDS: dict[str, Callable[[Path], str]] = {
+    "generate": generate, "serve": serve, "export": export, "average": average, "sweep": sweep, "resume": resume,
+}  # fmt: skip
 
 
 class TookTooLong(BaseException):
@@ -199,23 +271,32 @@ def stop(*_) -> None:
     raise TookTooLong
 
 
-def outcome(name: str, run: Path, checkpoint: Path) -> tuple[str, str]:
+def outcome(name: str, run: Path) -> tuple[str, str]:
     """("refused", message), ("finished", result), ("traceback" or "hang", details) of one command."""
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    for number, timer, seconds in TIMERS:
+        signal.signal(number, stop)
+        signal.setitimer(timer, seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return "finished", COMMANDS[name](run, checkpoint)
+            return "finished", COMMANDS[name](run)
     except SystemExit as error:
         message = str(error.code)
         is_message = isinstance(error.code, str) and len(message.strip().splitlines()) <= 3
         return ("refused" if is_message else "traceback"), message
     except TookTooLong:
-        return "hang", f"more than {SECONDS} s"
+        return "hang", f"more than {CPU_SECONDS} s of CPU time or {SECONDS} s"
     except BaseException:
         return "traceback", traceback.format_exc()
     finally:
-        signal.alarm(0)
+        for _, timer, _ in TIMERS:
+            signal.setitimer(timer, 0)
+
+
+def is_same_json(before: Path, after: Path) -> bool:
+    """Whether both are JSON files with the same value. A split's index holds the checksum of its value, so white space does not matter."""
+    with contextlib.suppress(OSError, ValueError):
+        return before.suffix == ".json" and json.loads(before.read_bytes()) == json.loads(after.read_bytes())
+    return False
 
 
 def verdict(name: str, damage: Damage, run: Path, expected: str, folder: Path, marker: Path) -> str | None:
@@ -223,12 +304,11 @@ def verdict(name: str, damage: Damage, run: Path, expected: str, folder: Path, m
     copy = folder / "run"
     shutil.copytree(run, copy)
     try:
-        checkpoint = copy / "step-00000003"
-        damage.apply(checkpoint / damage.file)
-        if not damage.keeps_checksums:
-            for checksums in checkpoint.rglob(CHECKSUMS):
-                checksums.unlink()
-        status, details = outcome(name, copy, checkpoint)
+        damage.apply(copy / damage.file)
+        if not damage.is_of_bytes:
+            for checksums in copy.glob(f"{damage.file.partition('/')[0]}/**/{CHECKSUMS}"):
+                write_checksums(checksums.parent)
+        status, details = outcome(name, copy)
         if marker.exists():
             marker.unlink()
             return "code executed"
@@ -238,26 +318,27 @@ def verdict(name: str, damage: Damage, run: Path, expected: str, folder: Path, m
             return None
         if details != expected:
             return "unnoticed, with another result"
-        return "unnoticed" if damage.keeps_checksums and damage.file in MUST_NOTICE[name] else None
+        must_notice = damage.is_of_bytes and damage.file in MUST_NOTICE[name] and not is_same_json(run / damage.file, copy / damage.file)
+        return "unnoticed" if must_notice else None
     finally:
         shutil.rmtree(copy)
 
 
-def matrix(folder: Path, sample: int | None = None, seed: int = 0) -> tuple[int, list[str]]:
-    """The number of cells (all, or `sample` of them drawn with `seed`) and the ones that fail, as lines."""
+def is_cell(name: str, damage: Damage) -> bool:
+    return damage.file in READS[name] or (damage.is_of_bytes and damage.file.startswith(FOLDERS[name]))
+
+
+def matrix(folder: Path, choose: Callable[[list], list]) -> tuple[int, list[str]]:
+    """The number of the chosen cells, and those that fail, as lines."""
     run, marker = folder / "whole" / "run", folder / "marker"
-    if not run.exists():
-        train(run)
-    (folder / "run").mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "run")
+    train(run)
     expected = {}
     for name in COMMANDS:
         copy = Path(shutil.copytree(run, folder / "run"))
-        status, expected[name] = outcome(name, copy, copy / "step-00000003")
+        status, expected[name] = outcome(name, copy)
         assert status == "finished", expected[name]
         shutil.rmtree(copy)
-    cells = [(name, d) for d in damages(run / "step-00000003", run / "step-00000006", marker) for name in COMMANDS]
-    cells = random.Random(seed).sample(cells, sample) if sample else cells
+    cells = choose([(name, d) for d in damages(run, marker) for name in COMMANDS if is_cell(name, d)])
     failures = []
     for name, damage in cells:
         if problem := verdict(name, damage, run, expected[name], folder, marker):
@@ -268,11 +349,14 @@ def matrix(folder: Path, sample: int | None = None, seed: int = 0) -> tuple[int,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m tests.damage_matrix", description="Damages every file of a checkpoint and runs every command."
+        prog="python -m tests.damage_matrix", description="Damages every file of a run and runs every command."
     )
     parser.add_argument("--sample", type=int, help="only this many cells, drawn at random")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only the cells I, I + N, I + 2 N, …")
     arguments = parser.parse_args()
+    i, n = map(int, arguments.part.split("/"))
+    choose = lambda cells: random.sample(cells, arguments.sample) if arguments.sample else cells[i - 1 :: n]
     with tempfile.TemporaryDirectory() as folder:
-        n, failures = matrix(Path(folder), arguments.sample, seed=random.randrange(2**32))
-    print(f"{n:,} cells, {len(failures):,} failures")
+        n_cells, failures = matrix(Path(folder), choose)
+    print(f"{n_cells:,} cells, {len(failures):,} failures")
     sys.exit(bool(failures))

@@ -35,11 +35,10 @@ def command(out_dir: Path, **options) -> list[str]:
 
 
 def train(out_dir: Path, *, processes: int = 0, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run train.py in a new process, or in several under torchrun. Asserts success if `check`."""
-    launcher = [sys.executable]
-    if processes:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    result = subprocess.run([*launcher, *command(out_dir, **options)], capture_output=True, text=True, encoding="utf-8", cwd=REPOSITORY)
+    """Run train.py in a new process, or in several. Asserts success if `check`."""
+    script, *flags = command(out_dir, **options)
+    program = ["-m", "tritale", "train", f"--processes={processes}"] if processes else [script]
+    result = subprocess.run([sys.executable, *program, *flags], capture_output=True, text=True, encoding="utf-8", cwd=REPOSITORY)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

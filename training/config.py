@@ -36,9 +36,12 @@ def one_of(default: str, *others: str) -> Any:
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """Raises UserError if a field has a value outside its limits. None is accepted if it is the default."""
+    """Raises UserError if a field, also of a section, has a value outside its limits. None is accepted if it is the default."""
     for f in fields(config):
         value = getattr(config, f.name)
+        if is_dataclass(value):
+            check_fields(value, f"{f.name}.")
+            continue
         least, most = f.metadata.get("limits", (-math.inf, math.inf))
         is_valid = value is not None
         if "words" in f.metadata:
@@ -100,9 +103,6 @@ class DataConfig:
     vocab_size: int = between(2048, 262, 2**20)
     document_mask: bool = True
 
-    def __post_init__(self):
-        check_fields(self, "data.")
-
     @property
     def built_in(self) -> dict[str, int]:
         """The arguments of `write_built_in`."""
@@ -146,9 +146,6 @@ class ModelConfig:
     tie_embeddings: bool | None = None
     window: int | None = between(None, 1, 2**20)
     init_std: float | None = between(None, 1e-6, 1.0)
-
-    def __post_init__(self):
-        check_fields(self, "model.")
 
     def build(self, vocab_size: int | None) -> GPTConfig:
         """The shape for a vocabulary size (None: the config's, else the preset's). Raises UserError if the config has another."""
@@ -197,15 +194,6 @@ class TrainConfig:
     keep_last: int = between(0, 0, 10**9)
     keep_best: bool = True
 
-    def __post_init__(self):
-        check_fields(self, "train.")
-        if self.global_batch % self.micro_batch:
-            nearest = min(divisors(self.global_batch), key=lambda n: abs(n - self.micro_batch))
-            raise UserError(
-                f"train.micro_batch ({self.micro_batch}) must divide train.global_batch ({self.global_batch}); "
-                f"try --train.micro_batch {nearest}"
-            )
-
     def sequence(self, shape: GPTConfig) -> int:
         """Tokens per training sequence. Raises UserError if it exceeds the model's context."""
         if self.context is not None and self.context > shape.context:
@@ -243,9 +231,6 @@ class OptimConfig:
     decay_fraction: float = between(0.3, 0.0, 1.0)
     min_lr_ratio: float = between(0.0, 0.0, 1.0)
 
-    def __post_init__(self):
-        check_fields(self, "optim.")
-
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -264,9 +249,6 @@ class LogConfig:
     project: str = "tritale"
     prompts: tuple[str, ...] = ("", "", "汤姆和杰瑞是好朋友，")
     sample_tokens: int = between(400, 1, 2**20)
-
-    def __post_init__(self):
-        check_fields(self, "log.")
 
 
 @dataclass(frozen=True)
@@ -296,6 +278,12 @@ class RunConfig:
 
     def __post_init__(self):
         check_fields(self)
+        batch, micro_batch = self.train.global_batch, self.train.micro_batch
+        if batch % micro_batch:
+            nearest = min(divisors(batch), key=lambda n: abs(n - micro_batch))
+            raise UserError(
+                f"train.micro_batch ({micro_batch}) must divide train.global_batch ({batch}); try --train.micro_batch {nearest}"
+            )
         if self.optim.warmup_steps >= self.train.max_steps:
             raise UserError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
@@ -309,10 +297,11 @@ class RunConfig:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, object]:
-    """A config dataclass as {"train.max_steps": 1000, …}."""
+    """A config dataclass as {"train.max_steps": 1000, …}, as JSON has it: a tuple is a list."""
     flat = {}
     for f in fields(config):
         value = getattr(config, f.name)
+        value = list(value) if isinstance(value, tuple) else value
         flat |= flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
     return flat
 
@@ -322,12 +311,8 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     after = flatten(config)
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
     free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", *events)
-
-    def same(a: object, b: object) -> bool:
-        return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
-
     keys = [k for k in {**before, **after} if not k.startswith(free)]
-    return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if not same(before.get(k), after.get(k))]
+    return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
 # Keys of other trainers, and options that people expect here.
@@ -350,7 +335,7 @@ SYNONYMS = {
 NO_KEYS = {
     "device": "the GPU is used if there is one; CUDA_VISIBLE_DEVICES= uses the CPU",
     "dropout": "there is no dropout",
-    "nproc": "processes are started by torchrun --nproc-per-node N train.py",
+    **dict.fromkeys(("nproc", "nproc_per_node", "processes"), "tritale train --processes N starts several processes"),
     "wandb": "set log.wandb to online or offline",
 }
 
@@ -416,10 +401,18 @@ def check_file(path: str) -> None:
                 pending.append((f"{key.value}.", value))
 
 
+DESCRIPTION = "Train a GPT from scratch. On several GPUs: tritale train --processes N …"
+
+
 def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, prog: str = "train.py") -> RunConfig:
     """The config of a command line. `file` is a YAML file, as after --config. Ends the process with a message for a bad key or value."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = ArgumentParser(prog=prog, description="Train a GPT from scratch.", exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file; configs/quickstart.yaml if not given")
     parser.add_class_arguments(RunConfig)
     files = [b if a == "--config" else a[9:] for a, b in pairwise([*arguments, ""]) if (a == "--config" and b) or a.startswith("--config=")]

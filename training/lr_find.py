@@ -69,11 +69,9 @@ def analyze(rates: list[float], losses: list[float]) -> RangeTest:
 
 
 def draw(found: RangeTest, path: Path, *, configured: float) -> None:
-    """Write the curve as a PNG. `configured` is the config's optim.lr. Raises UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the curve needs matplotlib: pip install matplotlib") from None
+    """Write the curve as a PNG. `configured` is the config's optim.lr."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(found.rates, found.losses, color="0.8", linewidth=1, label="each step")

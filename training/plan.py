@@ -5,8 +5,10 @@
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 from ..common.errors import UserError
 from ..data import built_in
@@ -48,7 +50,6 @@ class DeviceFacts:
     """Facts about the device of a process."""
 
     name: str
-    kind: str  # cpu or cuda
     count: int  # processes, each with an equal device
     precision: str  # bf16, fp16 or fp32
     has_bf16: bool
@@ -67,7 +68,6 @@ class DeviceFacts:
         flops, source = processes.matmul_flops(device, precision)
         return cls(
             name=processes.device_name(device),
-            kind=device.type,
             count=here.world_size,
             precision=precision,
             has_bf16=processes.has_bf16(device),
@@ -80,8 +80,7 @@ class DeviceFacts:
         )
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes of one process at the peak of a step."""
 
     weights: int
@@ -92,7 +91,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        return sum(self)
 
 
 @dataclass(frozen=True)
@@ -121,18 +120,20 @@ class Plan:
     tokens: int  # over the whole run
     epochs: float | None
     rates: tuple[float, float, float]  # learning rates of the first, the middle and the last step
-    last_tenth: float  # mean learning rate of the last tenth of the run, divided by the peak
     memory: Memory
     largest_micro_batch: int  # the largest that fits into memory and divides the global batch; 0 if none does
     checkpoint: int  # bytes
     checkpoints: int  # number kept at the end
     flops_per_token: float
-    warnings: tuple[PlanWarning, ...]
 
     @property
     def disk(self) -> int:
         """Peak bytes of the checkpoints: those kept, and the one being written."""
         return (self.checkpoints + (self.config.train.keep_last > 0)) * self.checkpoint
+
+    @property
+    def warnings(self) -> list[PlanWarning]:
+        return _warnings(self)
 
     def rows(self) -> dict[str, str]:
         """{name: text} of the lines that summarize the plan."""
@@ -229,9 +230,6 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     tokens = t.max_steps * tokens_per_step
 
     first, middle, last = (config.optim.lr * lr_factor(i, t.max_steps, config.optim) for i in (0, t.max_steps // 2, t.max_steps - 1))
-    tenth = range(t.max_steps - max(1, t.max_steps // 10), t.max_steps)
-    tenth = tenth[:: max(1, len(tenth) // 1000)]
-    last_tenth = sum(lr_factor(step, t.max_steps, config.optim) for step in tenth) / len(tenth)
 
     # AdamW keeps two fp32 numbers per parameter, Muon one.
     optimizer = 8 * (parameters - matrices) + (4 if config.optim.matrices == "muon" else 8) * matrices
@@ -244,7 +242,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     if t.keep_last:
         checkpoints = min(checkpoints, t.keep_last + t.keep_best)
 
-    result = Plan(
+    return Plan(
         config=config,
         data=data,
         device=device,
@@ -258,15 +256,12 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         tokens=tokens,
         epochs=t.max_steps / steps_per_epoch if steps_per_epoch else None,
         rates=(first, middle, last),
-        last_tenth=last_tenth,
         memory=needs[t.micro_batch],
         largest_micro_batch=largest,
         checkpoint=checkpoint,
         checkpoints=checkpoints,
         flops_per_token=shape.flops_per_token(min(sequence, data.document_length(sequence))),
-        warnings=(),
     )
-    return replace(result, warnings=tuple(_warnings(result)))
 
 
 # --- Memory --------------------------------------------------------------------------------------------------------------------------
@@ -326,14 +321,16 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
 
 def _warnings(p: Plan) -> list[PlanWarning]:
     c, t, o, d, found = p.config, p.config.train, p.config.optim, p.device, []
-    if p.last_tenth > 0.5:
+    last_tenth = range(t.max_steps - max(1, t.max_steps // 10), t.max_steps)
+    rate = mean(lr_factor(step, t.max_steps, o) for step in last_tenth[:: max(1, len(last_tenth) // 1000)])  # divided by the peak
+    if rate > 0.5:
         if o.warmup_steps > 0.8 * t.max_steps:
             remedy = f"warm-up takes {o.warmup_steps} of {t.max_steps} steps; set optim.warmup_steps {t.max_steps // 10}"
         elif o.min_lr_ratio > 0.4:
             remedy = f"optim.min_lr_ratio is {o.min_lr_ratio}; set it to 0 (values up to 0.1 are usual)"
         else:
             remedy = f"optim.decay_fraction is {o.decay_fraction}; set it to 0.3, or optim.schedule to cosine"
-        text = f"the learning rate never anneals: it is {p.last_tenth:.0%} of its peak over the last tenth of the run"
+        text = f"the learning rate never anneals: it is {rate:.0%} of its peak over the last tenth of the run"
         found.append(PlanWarning(text, remedy))
     if p.data.tokens and p.steps_per_epoch == 0:
         most = p.data.tokens // (p.sequence * t.micro_batch * d.count) * t.micro_batch * d.count

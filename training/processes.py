@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from ..common.errors import UserError
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. Other GPUs are measured.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is part of a GPU's name counts.
 PEAK_TFLOPS = {
-    "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250,
-    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
+    "B200": 2250, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the process group that torchrun sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
+    """Join the process group that the launcher sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -52,13 +52,13 @@ def start() -> Processes:
 
 
 def end_with_parent() -> None:
-    """End this process soon after its parent, torchrun, has ended. Otherwise the ranks would continue after `kill -9` of torchrun."""
+    """End this process soon after its parent, the launcher, has ended. Otherwise the ranks would continue after `kill -9` of it."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.write(2, b"train.py: torchrun has ended, so this process ends\n")
+        os.write(2, b"train.py: the launcher has ended, so this process ends\n")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -136,15 +136,17 @@ def cpp_compiler_missing() -> str | None:
     return None
 
 
+def data_sheet_tflops(name: str) -> int | None:
+    """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions share a name with a faster GPU, and have none."""
+    return next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name and "Laptop" not in name), None)
+
+
 def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of matrix products in this precision, source of the figure).
 
     The source is the data sheet for a known GPU, else the best of 6 measured products of 1024³ (8192³ on a GPU)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if precision != "fp32":
-        for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12, "data sheet"
+    if device.type == "cuda" and precision != "fp32" and (tflops := data_sheet_tflops(torch.cuda.get_device_name(device))):
+        return tflops * 1e12, "data sheet"
     n = 8192 if device.type == "cuda" else 1024
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")

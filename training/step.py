@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -15,10 +15,27 @@ from ..common.errors import UserError
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
+from .config import RunConfig, divisors
 from .optimizer import build_optimizers, lr_factor
 from .plan import Plan, size
 
 MEASURE_SECONDS = 10  # after the compilation
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Raises UserError, which names the setting to lower, in place of an out-of-memory error of PyTorch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # on a CPU
+            raise
+        n = config.train.micro_batch
+        smaller = max((d for d in divisors(config.train.global_batch) if d <= n // 2), default=None)
+        remedy = (
+            f"add --train.micro_batch {smaller} (a step keeps its number of tokens)" if smaller else "lower model.context or model.width"
+        )
+        raise UserError(f"out of memory with train.micro_batch {n}; {remedy}, and run the command again") from None
 
 
 class TrainingStep:

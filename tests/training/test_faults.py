@@ -91,12 +91,63 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     assert not psutil.wait_procs(ranks, timeout=20)[1]
     with locked(tmp_path / "run", "a rank that is still there"):
         pass
-    assert "torchrun has ended, so this process ends" in torchrun.communicate()[1]
+    assert "the launcher has ended, so this process ends" in torchrun.communicate()[1]
 
 
-def test_processes_report_a_common_error_once(copy):
+def test_several_processes_report_an_error_in_one_line(copy):
     result = train(copy, processes=2, check=False, train__max_steps=9)
-    assert result.returncode == 1 and result.stderr.count("train.max_steps: 6 → 9") == 1
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "train.max_steps: 6 → 9" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("ending", ["Ctrl-C", "a rank is killed"])
+def test_several_processes_end_in_one_line(ending, tmp_path):
+    flags = command(tmp_path / "run", train__max_steps=1_000_000, train__checkpoint_every=1000, train__validate_every=1000)[1:]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "tritale", "train", "--processes", "2", *flags],
+        cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 200
+    while not ((tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run")) and time.time() < deadline:
+        time.sleep(0.1)
+    ranks = psutil.Process(launcher.pid).children()
+    if ending == "Ctrl-C":
+        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        status, message = 130, "train.py: stopped; run the same command again to resume from the last checkpoint"
+    else:
+        ranks[1].send_signal(signal.SIGKILL)
+        status, message = 1, "tritale train: process 1 was ended by signal 9 (9 is often a lack of memory); run the same command again"
+    (line,) = launcher.communicate()[1].strip().splitlines()
+    assert launcher.returncode == status and line.startswith(message) and not psutil.wait_procs(ranks, timeout=20)[1]
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, micro_batch, remedy",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), 4, "add --train.micro_batch 2 "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), 2, "add --train.micro_batch 1 "),
+        (MemoryError(), 1, "lower model.context or model.width"),
+    ],
+)
+@pytest.mark.parametrize("where", ["backward", "update"])
+def test_a_lack_of_memory_names_the_setting_to_lower(error, micro_batch, remedy, where, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(TrainingStep, where, fail)
+    with pytest.raises(UserError) as found:
+        run_here(tmp_path / "run", train__micro_batch=micro_batch)
+    assert str(found.value).startswith(f"out of memory with train.micro_batch {micro_batch}; {remedy}")
+
+
+def test_another_runtime_error_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingStep, "update", lambda self: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="The size of tensor a"):
+        run_here(tmp_path / "run")
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------------------------

@@ -20,13 +20,12 @@ from tritale.model.run_folder import step_folders
 from tritale.training import plan as planning
 from tritale.training.config import RunConfig, parse
 from tritale.training.plan import DataFacts, DeviceFacts, known_data, plan
-from tritale.training.processes import Processes
+from tritale.training.processes import Processes, data_sheet_tflops
 from tritale.training.step import TrainingStep, measure, random_batch
 
 HERE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 CPU = DeviceFacts(
     name="CPU, 1 threads",
-    kind="cpu",
     count=1,
     precision="fp32",
     has_bf16=False,
@@ -292,3 +291,21 @@ def test_an_unfinished_split_is_not_used(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished token split"):
         known_data(configured(data__source=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_own_version(name, tflops):
+    assert data_sheet_tflops(name) == tflops
