@@ -176,12 +176,18 @@ def _nearest(name: str) -> str:
     return f"sm_{max((a for a in known if a <= int(name[3:])), default=known[0])}"
 
 
-@functools.cache
+_architectures: dict[int, str] = {}  # not functools.cache, which torch.compile warns of
+
+
 def _device_architecture(index: int) -> str:
-    if torch.version.hip:
-        return _nearest(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(index)
-    return _nearest(f"sm_{major}{minor}")
+    if index not in _architectures:
+        if torch.version.hip:
+            name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        else:
+            major, minor = torch.cuda.get_device_capability(index)
+            name = f"sm_{major}{minor}"
+        _architectures[index] = _nearest(name)
+    return _architectures[index]
 
 
 def architecture(x: Tensor) -> str:

@@ -303,7 +303,7 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 256, item)) * shape.vocab_size * item
     else:  # fp32 logits, with the product and the gradient in bf16
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 64)) * shape.vocab_size * (4 if item == 4 else 8)
-    gradients = 4 * parameters * (2 if device.count > 1 else 1)  # DistributedDataParallel's buckets
+    gradients = 4 * parameters
     return Memory(
         weights=4 * parameters,
         gradients=gradients,
