@@ -1,6 +1,7 @@
 """CUDA graphs: a whole sequence of kernels is launched by one call, so that the speed of Python does not limit a small model."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ class Graphed:
 
     The first call runs the function: it compiles, and creates the tensors that stay. All tensors that the function reads or writes, except
     its arguments, must stay where they are. The arguments are copied into fixed memory; a call whose arguments have other shapes than those
-    of the first runs the function. The result is in memory that the next call overwrites."""
+    of the first runs the function. The result is in memory that the next call overwrites, and the graph keeps what the function needed."""
 
     def __init__(self, function: Callable[..., Tensor]):
         self._function = function
         self._inputs: list[Tensor | None] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
 
     def __call__(self, *arguments: Tensor | None) -> Tensor:
         if self._inputs is None:
@@ -32,7 +34,11 @@ class Graphed:
             with torch.cuda.graph(self._graph):
                 self._result = self._function(*self._inputs)
         self._graph.replay()
-        return self._result
+        return cast(Tensor, self._result)
+
+    def release(self) -> None:
+        """Give back the memory of the graph. The next call captures again."""
+        self._graph = self._result = None
 
 
 def _shape(t: Tensor | None) -> torch.Size | None:

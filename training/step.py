@@ -37,9 +37,9 @@ class TrainingStep:
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
         # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
-        parameters = list(self.model.parameters())
-        self.gradients = torch.zeros(sum(p.numel() for p in parameters), device=here.device)
-        for p, grad in zip(parameters, self.gradients.split([p.numel() for p in parameters]), strict=True):
+        self.parameters = list(self.model.parameters())
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
+        for p, grad in zip(self.parameters, self.gradients.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = grad.view_as(p)
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         self.optimizer = Together(self.optimizers)
@@ -77,7 +77,8 @@ class TrainingStep:
     def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         with self.autocast():
             loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
-        self.scaler.scale(loss).backward()
+        # Not backward(), which would add the gradients one by one.
+        torch._foreach_add_([p.grad for p in self.parameters], torch.autograd.grad(self.scaler.scale(loss), self.parameters))
         return self.loss_sum.add_(loss.detach())
 
     def update(self) -> Tensor:
@@ -88,11 +89,17 @@ class TrainingStep:
 
     def _clip_and_step(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.gradients.zero_()
         return grad_norm
+
+    def release_memory(self) -> None:
+        """Give back the memory that only the next step needs, before other work on the device."""
+        for call in (self.forward_backward, self.clip_and_step):
+            if isinstance(call, Graphed):
+                call.release()
 
     def mean_loss(self) -> float:
         """The loss in nats per token, averaged over the processes and the steps since the last call."""

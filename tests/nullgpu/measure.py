@@ -13,6 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 BUDGETS = Path(__file__).with_name("budgets.json")
+PAGE, BEGIN, END = (
+    Path(__file__).parents[2] / "docs/gpu.md",
+    "<!-- table: python -m tests.nullgpu.measure --write-budgets -->",
+    "<!-- end of table -->",
+)
 VOCABULARY = {"microstories-44m": 65_024, "quickstart": 4096, "tiny": 512}
 
 
@@ -189,10 +194,30 @@ def budget(found: dict) -> dict:
     """What is kept of a result."""
     if "ops" in found:
         return {name: {"launches": row["launches"], "host_us": round(row["host_us"], 1)} for name, row in found["ops"].items()}
-    return {key: found[key] for key in ("launches", "nodes")} | {
-        "waits": sum(found["waits"].values()),
-        "host_ms": round(found["host_ms"], 3),
-    }
+    kept = {key: found[key] for key in ("launches", "nodes")} | {"waits": sum(found["waits"].values())}
+    return kept | {"host_ms": round(found["host_ms"], 3)}
+
+
+def page(kept: dict, results: dict[str, dict]) -> str:
+    """The tables of docs/gpu.md."""
+    lines = ["| step or decode step | launches | operations | waits | host ms |", "|---|---|---|---|---|"]
+    for case in (*STEPS, *DECODE):
+        row = kept[case]
+        lines.append(f"| {case} | {row['launches']:g} | {row['nodes']:g} | {row['waits']:g} | {row['host_ms']:.2f} |")
+    lines += ["", "| memory of a step | plan, GiB | allocator's peak, GiB |", "|---|---|---|"]
+    for case in MEMORY:
+        plan, peak = (results[case][key] / 2**30 for key in ("plan", "peak"))
+        lines.append(f"| {case} | {plan:.2f} | {peak:.2f} ({plan / peak - 1:+.1%}) |")
+    lines += ["", "| op, without gradients | launches | host µs |", "|---|---|---|"]
+    lines += [f"| `{name}` | {row['launches']} | {row['host_us']:.0f} |" for name, row in kept["ops"].items()]
+    small = f"{kept['unit_us']:.1f} µs"
+    return "\n".join(
+        [
+            f"Counted on the null GPU (H100), PyTorch {kept['torch']}; an addition of two small tensors takes {small} of host time.",
+            "",
+            *lines,
+        ]
+    )
 
 
 def write_budgets() -> None:
@@ -203,6 +228,8 @@ def write_budgets() -> None:
     kept |= {case: budget(found) for case, found in results.items()}
     lines = json.dumps(kept, indent=1)
     BUDGETS.write_text(re.sub(r"\{([^{}]*)\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]).strip() + "}", lines) + "\n", encoding="utf-8")
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{head}{BEGIN}\n{page(kept, results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
