@@ -13,7 +13,7 @@ from ..common.errors import UserError
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
-from .graphs import Graphed
+from .graphs import WARM_UP, Graphed
 from .optimizer import Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 
@@ -156,9 +156,9 @@ def measure(planned: Plan, here: processes.Processes, track: Callable[[Iterable[
 
     backwards, updates = [], []
     for i in track(range(9), "measuring a step"):
-        if i < 4 or sum(backwards) + sum(updates) < MEASURE_SECONDS:
+        if i < 6 or sum(backwards) + sum(updates) < MEASURE_SECONDS:
             timed = seconds(lambda: step.backward(batch)), seconds(step.update)
-            if i > 1:  # the first compiles, the second captures
+            if i > WARM_UP:  # the first compile, the next captures
                 backwards.append(timed[0])
                 updates.append(timed[1])
     per_process = planned.config.train.global_batch // planned.device.count

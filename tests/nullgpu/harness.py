@@ -51,7 +51,7 @@ def _line() -> str:
     """The innermost line of this repository's packages on the stack."""
     frame = sys._getframe(2)
     while frame:
-        path = Path(frame.f_code.co_filename)
+        path = Path(frame.f_code.co_filename).resolve()  # tritale/training is a link to training
         if REPOSITORY in path.parents and "tests" not in path.parts and "site-packages" not in path.parts:
             return f"{path.relative_to(REPOSITORY)}:{frame.f_lineno}"
         frame = frame.f_back

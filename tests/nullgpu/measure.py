@@ -85,6 +85,7 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     from tests.nullgpu.harness import host_ms, recorded
     from tritale.training import processes
     from tritale.training.config import parse
+    from tritale.training.graphs import WARM_UP
     from tritale.training.plan import DataFacts, DeviceFacts, plan
     from tritale.training.step import TrainingStep, random_batch
 
@@ -95,11 +96,11 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     training, batch = TrainingStep(planned, here), random_batch(planned, rows)
-    training.run([batch], 1.0)
-    with recorded() as captures:  # the second call captures
-        training.run([batch], 1.0)
     call = lambda: training.run([batch], 1.0)
-    call()
+    for _ in range(WARM_UP):
+        call()
+    with recorded() as captures:
+        call()
     with recorded() as record:
         call()
     result = counts(record) | {"host_ms": host_ms(call), "plan": planned.memory.total}
