@@ -88,7 +88,7 @@ def print_plan(planned: Plan, warnings: list[PlanWarning], time: tuple[float, in
         "optimizer": memory.optimizer,
         f"activations of {train.micro_batch} × {planned.sequence}": memory.activations,
         "loss": memory.loss,
-    }
+    } | ({"workspace of cuBLAS": memory.workspace} if memory.workspace else {})
     for name, n_bytes in parts.items():
         rows["memory"] += f"\n{'█' * round(30 * n_bytes / memory.total):30} {size(n_bytes):>8}  {name}"
     if time:

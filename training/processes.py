@@ -184,6 +184,14 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+def cublas_workspace(device: torch.device) -> int:
+    """Bytes that PyTorch allocates for cuBLAS on each stream, unless CUBLAS_WORKSPACE_CONFIG is set. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, _ = torch.cuda.get_device_capability(device)
+    return 32 << 20 if major >= 9 else 8320 << 10
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
