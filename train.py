@@ -136,6 +136,7 @@ def run(config: RunConfig, here: processes.Processes) -> None:
             pause = time.perf_counter()
             validates, saves = (done % every == 0 or is_last for every in (train.validate_every, train.checkpoint_every))
             if validates or saves:
+                step.release_memory()
                 step.check_finite(done)
             if validates:
                 val_loss, val_bits = evaluate()

@@ -84,6 +84,8 @@ def print_plan(planned: Plan, warnings: list[PlanWarning], time: tuple[float, in
     )
     rows["learning rate"] += "\n" + sparkline(planned)
     for name, n_bytes in memory._asdict().items():
+        if n_bytes == 0:
+            continue
         name += f" of {train.micro_batch} × {planned.sequence}" if name == "activations" else ""
         rows["memory"] += f"\n{'█' * round(24 * n_bytes / memory.total):24} {size(n_bytes):>8}  {name}"
     if time:

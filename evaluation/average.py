@@ -37,7 +37,7 @@ def average(
     model, tokenizer, n_parts = llm.model, llm.tokenizer, last + 2
     validation = run.split("validation", tokenizer, data)
     documents = part(validation, tokenizer, validation_documents)
-    settings = run.validation_settings(model.config.context)
+    settings = run.validation_settings(model)
     _, last_bits = validate(model, documents, **settings)
     advance(n_parts)
 

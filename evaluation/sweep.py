@@ -104,7 +104,7 @@ class Sweep:
         if self.run.is_imported:
             val_loss, val_bits = loss_of_texts(self.llm, self.held_out)
         else:
-            val_loss, val_bits = validate(model, self.validation, **self.run.validation_settings(model.config.context))
+            val_loss, val_bits = validate(model, self.validation, **self.run.validation_settings(model))
         if not math.isfinite(val_bits):
             raise UserError(f"its validation is {val_bits}: the weights are not finite numbers, or too large")
         advance()

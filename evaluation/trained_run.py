@@ -8,11 +8,13 @@ from ..data.shards import Split
 from ..data.tokenizer import Tokenizer
 from ..model import run_folder
 from ..model.checkpoint import read_json
+from ..model.gpt import GPT
+from ..training import processes
 
 # The keys of the config that are read here, with the types of their values.
 CONFIG_TYPES = {
     "data.source": (str,), "data.document_mask": (bool,), "train.context": (int, type(None)), "train.micro_batch": (int,),
-    "log.prompts": (list,),
+    "train.precision": (str,), "log.prompts": (list,),
 }  # fmt: skip
 
 
@@ -107,7 +109,14 @@ class TrainedRun:
             raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
         return split
 
-    def validation_settings(self, context: int) -> dict:
-        """The arguments that the run itself gave to `validate`, for a model with this context."""
-        sizes = {"micro_batch": self.config["train.micro_batch"], "document_mask": self.config["data.document_mask"]}
-        return {"context": self.config["train.context"] or context, **sizes}
+    def validation_settings(self, model: GPT) -> dict:
+        """The arguments that the run itself gave to `validate`, for a model of this shape: on a GPU with autocast, unless it trained in
+        fp32; on a CPU without."""
+        device = model.embedding.device
+        is_half = device.type == "cuda" and self.config["train.precision"] != "fp32"
+        return {
+            "context": self.config["train.context"] or model.config.context,
+            "micro_batch": self.config["train.micro_batch"],
+            "document_mask": self.config["data.document_mask"],
+            "autocast": processes.autocast(device, processes.choose_precision("auto", device) if is_half else "fp32"),
+        }

@@ -14,12 +14,16 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.errors import UserError
 from ..model.gpt import GPT, CachedTokens
 from . import native
 from .sampling import NOT_FINITE, candidates, draw, penalize
 from .sequence import Sequence
+
+# Without cuDNN's attention, which H100 and newer prefer: it compiles a plan for each number of cached tokens.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class TorchForward:
@@ -39,7 +43,8 @@ class TorchForward:
     def _run(self, tokens: Tensor, rows: Tensor, positions: Tensor, cache: Tensor, last: Tensor, *, is_beginning: bool) -> Tensor:
         device = cache.device
         where = CachedTokens(cache, rows.to(device), positions.to(device), is_beginning)
-        return self._model(tokens[None].to(device), cache=where, last=last.to(device))[0]
+        with sdpa_kernel(ATTENTION):
+            return self._model(tokens[None].to(device), cache=where, last=last.to(device))[0]
 
 
 PREFILL_WORK = 1 << 30  # multiply-adds of a step's prompt tokens with `limits_prefill`: about 50 ms on two CPU cores

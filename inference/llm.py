@@ -15,6 +15,7 @@ from ..common.errors import UserError
 from ..common.sampling import Sampling, SamplingSettings
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
+from ..kernels.dispatch import launcher_missing
 from ..model.checkpoint import check_files, load_model, read_json
 from ..model.gpt import GPT
 from ..model.run_folder import find_checkpoint
@@ -47,6 +48,8 @@ class LLM:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
             raise UserError(f"device {device!r} is not available; choose cpu{', cuda' if torch.cuda.is_available() else ''}")
+        if device.startswith("cuda") and (reason := launcher_missing()):
+            raise UserError(reason)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
         gpt = load_model(folder, device=device, dtype=dtype)

@@ -6,8 +6,11 @@ made in Python before the op, from the device of its input; `backend(...)` overr
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +38,18 @@ def backend(name: str) -> Iterator[None]:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def launcher_missing() -> str | None:
+    """What Triton lacks to build the small C modules that launch its kernels, with the remedy. None if it has all, or is not installed."""
+    if not has_triton():
+        return None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        return "Triton needs a C compiler to launch its kernels: on Debian apt install gcc, or set CC to the path of one"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Triton needs Python's headers to launch its kernels: on Debian apt install python3-dev"
+    return None
 
 
 def interprets() -> bool:

@@ -176,12 +176,22 @@ def _nearest(name: str) -> str:
     return f"sm_{max((a for a in known if a <= int(name[3:])), default=known[0])}"
 
 
-@functools.cache
-def _device_architecture(index: int) -> str:
+_architectures: dict[int, str] = {}
+
+
+def _query_architecture(index: int) -> str:
     if torch.version.hip:
         return _nearest(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(index)
     return _nearest(f"sm_{major}{minor}")
+
+
+def _device_architecture(index: int) -> str:
+    if torch.compiler.is_compiling():  # the content of the dictionary would be a condition of the compiled code
+        return _query_architecture(index)
+    if index not in _architectures:
+        _architectures[index] = _query_architecture(index)
+    return _architectures[index]
 
 
 def architecture(x: Tensor) -> str:

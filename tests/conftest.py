@@ -40,6 +40,10 @@ KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
+def pytest_addoption(parser):
+    parser.addoption("--null-gpu", action="store_true", help="also run tests/nullgpu, with PyTorch's CUDA build (docs/gpu.md)")
+
+
 def pytest_sessionstart(session):
     config = session.config
     reporter = config.pluginmanager.get_plugin("terminalreporter")

@@ -33,13 +33,19 @@ class Muon(torch.optim.Muon):
                     by_shape.setdefault(p.shape, []).append((p, p.grad))
             for shape, pairs in by_shape.items():
                 params, grads = [p for p, _ in pairs], [grad for _, grad in pairs]
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                buffers = [self._momentum(p) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
                 directions = self.orthogonalize(updates, group)
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                changes = directions.to(params[0].dtype) * (group["lr"] * 0.2 * math.sqrt(max(shape)))
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(directions.to(params[0].dtype).unbind()), alpha=-rate)
+                torch._foreach_sub_(params, list(changes.unbind()))
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
     def orthogonalize(self, g: Tensor, group: dict) -> Tensor:
         """U Vᵀ of each matrix of g (n, rows, columns) by the quintic Newton–Schulz iteration. Singular values converge to 0.7 … 1.2."""
@@ -54,7 +60,11 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon if the config chooses it. Only matrices of the blocks decay. Each group has its peak learning rate in "peak_lr"."""
+    """AdamW, and Muon if the config chooses it. Only matrices of the blocks decay. Each group has its peak learning rate in "peak_lr".
+
+    On a GPU the learning rates are tensors there, so that a CUDA graph of a step reads the current ones."""
+    device = model.embedding.device
+    on_gpu = device.type == "cuda"
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -62,14 +72,38 @@ def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[tor
     if config.matrices == "adamw":
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
     beta1, beta2 = config.betas
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(beta1, beta2), eps=1e-8, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(beta1, beta2), eps=1e-8, fused=True, capturable=on_gpu)]
     if config.matrices == "muon":
         options = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         optimizers.append(Muon(matrices, dtype=torch.bfloat16 if bf16 else torch.float32, **options))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+            if on_gpu:
+                group["lr"] = torch.tensor(group["lr"], device=device)
     return optimizers
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of every group to `factor` times its peak."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rate = factor * group["peak_lr"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one for the gradient scaler, so that an overflow in the gradients of one skips the step of all."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
 def state_shapes(optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> dict[str, torch.Size]:

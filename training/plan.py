@@ -59,6 +59,7 @@ class DeviceFacts:
     free_disk: int  # bytes, at out_dir
     flops: float  # FLOP/s of matrix products
     flops_source: str
+    workspace: int = 0  # bytes that PyTorch gives cuBLAS for each stream
 
     @classmethod
     def of(cls, here: processes.Processes, config: RunConfig) -> "DeviceFacts":
@@ -77,6 +78,7 @@ class DeviceFacts:
             free_disk=shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free,
             flops=flops,
             flops_source=source,
+            workspace=processes.cublas_workspace(device),
         )
 
 
@@ -88,6 +90,7 @@ class Memory(NamedTuple):
     optimizer: int
     activations: int
     loss: int
+    workspace: int  # of cuBLAS; 0 on a CPU
 
     @property
     def total(self) -> int:
@@ -306,13 +309,16 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 256, item)) * shape.vocab_size * item
     else:  # fp32 logits, with the product and the gradient in bf16
         chunk = min(rows, chunk_rows(rows, shape.vocab_size, 64)) * shape.vocab_size * (4 if item == 4 else 8)
-    gradients = 4 * parameters * (2 if device.count > 1 else 1)  # DistributedDataParallel's buckets
+    loss = 4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head)
+    if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
+        loss += rows * shape.width * item * (1 if is_compiled else 2)
     return Memory(
         weights=4 * parameters,
-        gradients=gradients,
+        gradients=4 * parameters,
         optimizer=optimizer,
         activations=activations,
-        loss=4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head),
+        loss=loss,
+        workspace=device.workspace * (2 if is_compiled else 1),  # CUDA graphs have a stream of their own
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..common.errors import UserError
+from ..kernels.dispatch import launcher_missing
 
 # Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is part of a GPU's name counts.
 PEAK_TFLOPS = {
@@ -36,10 +37,18 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the process group that the launcher sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs."""
+    """Join the process group that the launcher sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs.
+
+    Raises UserError if there are more processes than GPUs, or if a GPU's kernels cannot be launched."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"process {local + 1} has no GPU: this machine has {count}; start torchrun with --nproc-per-node {count} or fewer"
+            )
+        if reason := launcher_missing():
+            raise UserError(reason)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
@@ -47,7 +56,7 @@ def start() -> Processes:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     return Processes(rank, world_size, device)
 
 
@@ -175,6 +184,14 @@ def free_memory(device: torch.device) -> int:
         cache = dict(line.split() for line in stat.splitlines())["inactive_file"]  # the kernel frees it on demand
         free = min(free, int(limit) - int(used) + int(cache))
     return free
+
+
+def cublas_workspace(device: torch.device) -> int:
+    """Bytes that PyTorch allocates for cuBLAS on each stream, unless CUBLAS_WORKSPACE_CONFIG is set. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, _ = torch.cuda.get_device_capability(device)
+    return 32 << 20 if major >= 9 else 8320 << 10
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,5 @@
 """The training step that train.py, `tritale plan` and `tritale lr-find` share."""
 
-import contextlib
 import math
 import statistics
 import time
@@ -9,14 +8,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
-from .optimizer import build_optimizers, lr_factor
+from .graphs import WARM_UP, Graphed
+from .optimizer import Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 
 MEASURE_SECONDS = 10  # after the compilation
@@ -39,7 +38,9 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
 
 
 class TrainingStep:
-    """A fresh model with its optimizers; `run` makes one optimizer step."""
+    """A fresh model with its optimizers; `run` makes one optimizer step.
+
+    On a GPU, `train.compile` also captures a micro-batch and the update as CUDA graphs, each launched by one call."""
 
     def __init__(self, planned: Plan, here: processes.Processes):
         config, precision = planned.config, planned.device.precision
@@ -52,20 +53,25 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
+        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
+        self.parameters = list(self.model.parameters())
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
+        for p, grad in zip(self.parameters, self.gradients.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = grad.view_as(p)
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
+        self.optimizer = Together(self.optimizers)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
         self.autocast = processes.autocast(here.device, precision)
-        module: nn.Module = self.model
+        self.module: nn.Module = self.model
+        self.forward_backward, self.clip_and_step = self._forward_backward, self._clip_and_step
         if config.train.compile and not planned.device.compiler_missing:
-            module = cast(nn.Module, torch.compile(module, dynamic=False))
-        if here.world_size > 1:
-            device_ids = [here.device] if here.device.type == "cuda" else None
-            module = DistributedDataParallel(module, device_ids=device_ids)
-            module.broadcast_buffers = False  # the rotary tables never change; torch 2.13 deprecates the argument of this name
-        self.module = module
-        # The loss of a micro-batch is its sum over the tokens of the step; DistributedDataParallel averages over the processes.
-        self.normalizer = torch.tensor(planned.tokens_per_step / here.world_size, device=here.device)
-        self.micro_batches = planned.micro_batches
+            self.module = cast(nn.Module, torch.compile(self.module, dynamic=False))
+            if here.device.type == "cuda":
+                self.forward_backward = Graphed(self._forward_backward)
+                if not self.scaler.is_enabled():  # whether an fp16 step is skipped is decided on the host
+                    self.clip_and_step = Graphed(self._clip_and_step)
+        # The loss of a micro-batch is its sum over the tokens of the step, divided by their number over all processes.
+        self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
         self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
 
     def lr_factor(self, step: int) -> float:
@@ -75,38 +81,46 @@ class TrainingStep:
     def run(self, batches: Iterable[Batch], lr_factor: float) -> Tensor:
         """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks.
 
-        Returns the gradient's norm before clipping. Does not synchronise with the device."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = lr_factor * group["peak_lr"]
-        for i, batch in enumerate(batches):
-            self.backward(batch, is_last=i == self.micro_batches - 1)
+        Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16."""
+        set_rates(self.optimizers, lr_factor)
+        for batch in batches:
+            self.backward(batch)
         return self.update()
 
-    def backward(self, batch: Batch, *, is_last: bool = True) -> None:
-        """Add the gradients of one micro-batch. The processes exchange gradients after the last one of a step."""
-        tokens, targets, cu_seqlens = batch.on(self.here.device)
-        module = self.module
-        exchange = module.no_sync() if isinstance(module, DistributedDataParallel) and not is_last else contextlib.nullcontext()
-        with exchange, self.autocast():
-            loss = module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
-            self.scaler.scale(loss).backward()
-        self.loss_sum += loss.detach()
+    def backward(self, batch: Batch) -> None:
+        """Add the gradients and the loss of one micro-batch."""
+        self.forward_backward(*batch.on(self.here.device))
+
+    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        with self.autocast():
+            loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+        # Not backward(), which would add the gradients one by one.
+        torch._foreach_add_([p.grad for p in self.parameters], torch.autograd.grad(self.scaler.scale(loss), self.parameters))
+        return self.loss_sum.add_(loss.detach())
 
     def update(self) -> Tensor:
-        """Clip the gradients, step the optimizers and clear the gradients. Returns the norm before clipping."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=False)  # the next backward adds into the same memory
-        self.scaler.update()
+        """Sum the gradients over the processes, clip them, step the optimizers, clear the gradients. Returns the norm before clipping."""
+        processes.total(self.gradients)
         self.n_steps += 1
+        return self.clip_and_step()
+
+    def _clip_and_step(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.gradients.zero_()
         return grad_norm
+
+    def release_memory(self) -> None:
+        """Give back the memory that only the next step needs, before other work on the device."""
+        for call in (self.forward_backward, self.clip_and_step):
+            if isinstance(call, Graphed):
+                call.release()
 
     def mean_loss(self) -> float:
         """The loss in nats per token, averaged over the processes and the steps since the last call."""
-        mean = processes.total(self.loss_sum).item() / self.here.world_size / self.n_steps
+        mean = processes.total(self.loss_sum).item() / self.n_steps
         self.loss_sum.zero_()
         self.n_steps = 0
         return mean
@@ -159,9 +173,9 @@ def measure(planned: Plan, here: processes.Processes, track: Callable[[Iterable[
 
     backwards, updates = [], []
     for i in track(range(9), "measuring a step"):
-        if i < 4 or sum(backwards) + sum(updates) < MEASURE_SECONDS:
+        if i < 6 or sum(backwards) + sum(updates) < MEASURE_SECONDS:
             timed = seconds(lambda: step.backward(batch)), seconds(step.update)
-            if i:  # the first compiles
+            if i > WARM_UP:  # the first compile, the next captures
                 backwards.append(timed[0])
                 updates.append(timed[1])
     per_process = planned.config.train.global_batch // planned.device.count

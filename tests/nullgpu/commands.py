@@ -1,0 +1,33 @@
+"""Runs commands of tritale in one process on the null GPU: python -m tests.nullgpu.commands '[["train", "--model.preset", "tiny"], …]'.
+
+Prints a JSON line for each command: what it launched, waited for and did wrong.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import torch
+
+from tests.nullgpu.harness import recorded
+from tritale.cli.main import main
+
+
+def run(arguments: list[str]) -> dict:
+    with recorded() as record:
+        main(arguments)
+    return {
+        "command": arguments[0],
+        "kinds": Counter(x.kind for x in record.launches),
+        "collectives": Counter(x.name for x in record.launches if x.kind == "collective"),
+        "waits": record.waits,
+        "faults": record.faults,
+        "memory": torch.cuda.max_memory_allocated(),
+    }
+
+
+if __name__ == "__main__":
+    # The scaler reads from the device whether a gradient overflowed, which no kernel has computed.
+    torch.amp.GradScaler._maybe_opt_step = lambda self, optimizer, *args, **kwargs: optimizer.step()  # pyright: ignore
+    for command in json.loads(sys.argv[1]):
+        print("\n" + json.dumps(run(command)), flush=True)
