@@ -50,6 +50,7 @@ class TrainingStep:
         self.normalizer = torch.tensor(planned.tokens_per_step / here.world_size, device=here.device)
         self.micro_batches = planned.micro_batches
         self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
+        self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a 0-based step, divided by its peak."""
@@ -61,8 +62,11 @@ class TrainingStep:
         Returns the gradient's norm before clipping. Does not synchronise with the device."""
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr_factor * group["peak_lr"]
+        waiting_since = time.perf_counter()
         for i, batch in enumerate(batches):
+            self.data_seconds += time.perf_counter() - waiting_since
             self.backward(batch, is_last=i == self.micro_batches - 1)
+            waiting_since = time.perf_counter()
         return self.update()
 
     def backward(self, batch: Batch, *, is_last: bool = True) -> None:
