@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "print how far a running or finished run is: progress, time left, losses, memory, newest checkpoint"
 WIDTH = 80  # columns
+BAR = 25  # characters of the progress
 LOSSES = 5  # of the last lines
 
 
@@ -65,12 +66,10 @@ def as_text(f: RunFacts) -> str:
     rows = {"state": state_line(f, s)}
     if f.max_steps:
         share = min(1.0, f.step / f.max_steps)
-        done = round(40 * share)
-        rows["progress"] = f"[{'#' * done}{'.' * (40 - done)}] {share:.1%}, step {f.step:,} of {f.max_steps:,}"
+        done = round(BAR * share)
+        rows["progress"] = f"[{'#' * done}{'.' * (BAR - done)}] {share:.1%}, step {f.step:,} of {f.max_steps:,}"
     else:
         rows["progress"] = f"step {f.step:,}"
-    if f.starts and not f.lines:
-        rows["progress"] += ", nothing logged yet"
     rows["time"] = f"{duration(s['seconds'])} of training"
     if s["seconds_left"] is not None and f.state != "finished":
         rows["time"] += f", about {duration(s['seconds_left'])} left"
@@ -97,7 +96,7 @@ def state_line(f: RunFacts, s: dict) -> str:
     indent = "\n" + 13 * " "
     if f.state == "running":
         text = f"running, process {s['pid']} on {s['host']}" if s["pid"] else "running"
-        text += f", last line {duration(s['silent_for'])} ago" if f.lines else ""
+        text += f", last line {duration(s['silent_for'])} ago" if f.lines else ", nothing logged yet"
         return text[:67] + (f"{indent}nothing was logged for {duration(s['silent_for'])}: it may hang" if f.is_silent else "")
     if f.state == "finished":
         return "finished"

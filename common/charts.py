@@ -32,7 +32,7 @@ def line_chart(
     *,
     references: Mapping[str, float] | None = None,  # dashed horizontal lines, labelled at the right
     log_x: bool = False,  # logarithmic x axis with a tick at each of xs, instead of a linear one from 0
-    from_zero: bool = True,  # whether the y axis begins at 0, or just below the lowest value
+    from_zero: bool = True,  # whether the axes begin at 0, or at the lowest value
     max_dots: float = math.inf,  # a line with more points is drawn without dots and their tooltips
     cursors: Sequence[str] = (),  # vertical lines of class cursor-<name> that a script moves to one of data-xs
 ) -> Markup:
@@ -42,12 +42,12 @@ def line_chart(
     right = WIDTH - max(RIGHT, *(10 + CHARACTER_WIDTH * len(label) for label in labels), 0)
     heights = [v for line in lines.values() for v in line if v is not None] + list(references.values())
     y_ticks = ticks(max(heights, default=1), 0 if from_zero else min(heights, default=0))
-    low, high = (math.log(xs[0]), math.log(xs[-1])) if log_x else (0, xs[-1])
+    low, high = (math.log(xs[0]), math.log(xs[-1])) if log_x else (0 if from_zero else xs[0], xs[-1])
 
     def x(value: float) -> float:
         return round(LEFT + (right - LEFT) * ((math.log(value) if log_x else value) - low) / ((high - low) or 1), 1)
 
-    x_ticks = xs if log_x else [t for t in ticks(xs[-1]) if t <= xs[-1] * 1.001 and t == int(t)]
+    x_ticks = xs if log_x else [t for t in ticks(high, low) if low <= t <= xs[-1] * 1.001 and t == int(t)]
     parts = _axes([(x(t), f"{t:,.0f}" if log_x else number(t)) for t in x_ticks], y_ticks, x_name, right)
     label_ys = [_y(value, y_ticks) for value in references.values()]
     for y, label_y, label in zip(label_ys, spread(label_ys), labels, strict=True):

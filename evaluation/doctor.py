@@ -25,7 +25,8 @@ RISE = 0.1  # × what the loss had fallen before; a smaller rise is usual after 
 # steps. A small model with a good rate is at 0.9 × the entropy after 100 thousand tokens, and at 0.7 × after 150 thousand.
 LEARNED_NOTHING = 0.97  # × the entropy of single tokens
 BARELY_LEARNED = 0.8  # × the entropy of single tokens
-ENOUGH_STEPS = 2000  # or half of the run, before "does not fall" can be said
+ENOUGH_STEPS = 2000  # or half of the run, and
+ENOUGH_TOKENS = 100_000  # must be trained on before "does not fall" can be said
 # AdamW and Muon move a weight by at most about the learning rate in a step. If all rates together are less than the initial weights, the
 # weights stay what they were. If one step moves a weight by a multiple of its initial value, it overwrites what was learned.
 INITIAL_STD = 0.02
@@ -188,10 +189,10 @@ class Curve:
 def curve(f: RunFacts) -> Curve | None:
     """The loss curve, or None if it is too short to judge."""
     steps, losses = f.column("loss")
-    is_late = steps > f.config.get("optim.warmup_steps", 0)
-    if is_late.sum() < MIN_LINES:
+    after = steps > f.config.get("optim.warmup_steps", 0)
+    if after.sum() < MIN_LINES:
         return None
-    first, steps, losses = float(losses[0]), steps[is_late], losses[is_late]
+    first, steps, losses = float(losses[0]), steps[after], losses[after]
     parts = np.array_split(np.arange(len(steps)), PARTS)
     # The noise is the spread of successive differences, so that the trend within a part does not count. 0.6745: median to deviation.
     noise = float(np.median(np.abs(np.diff(losses)))) / 0.6745 / math.sqrt(2)
@@ -200,8 +201,13 @@ def curve(f: RunFacts) -> Curve | None:
 
 
 def is_late(f: RunFacts) -> bool:
-    """Whether the run has made enough steps to say that its loss does not fall."""
+    """Whether the run has made enough of its steps to say that its loss does not fall."""
     return f.step >= min(ENOUGH_STEPS, (f.max_steps or ENOUGH_STEPS) / 2)
+
+
+def has_read_enough(f: RunFacts) -> bool:
+    """Whether the run has read enough tokens for a model to learn more than their frequencies."""
+    return is_late(f) and (f.last("tokens") or 0) >= ENOUGH_TOKENS
 
 
 def rate_too_high(f: RunFacts) -> Diagnosis | None:
@@ -214,7 +220,7 @@ def rate_too_high(f: RunFacts) -> Diagnosis | None:
     if rise > max(RISE * fallen, 0.05):
         evidence = f"it rose from {c.means[low]:.3f} near step {c.steps[low]:,.0f} to {c.last:.3f}; the peak rate is {peak:.2g}"
         return Diagnosis("rate_too_high", "the loss rises: the learning rate is too high", evidence, f"{lower_rates(f, 1 / 3)}; {LR_FIND}")
-    if entropy and c.last > BARELY_LEARNED * entropy and peak >= HIGH_RATE and is_late(f):
+    if entropy and c.last > BARELY_LEARNED * entropy and peak >= HIGH_RATE and has_read_enough(f):
         evidence = (
             f"it is {c.last:.3f} at step {f.step:,}, and knowing only the frequency of each token gives {entropy:.3f}. A step moves a "
             f"weight by about the rate, {peak:.2g} at its peak; initial weights are about {INITIAL_STD}"
@@ -250,7 +256,7 @@ def rate_too_low(f: RunFacts) -> Diagnosis | None:
 def only_frequencies(f: RunFacts) -> Diagnosis | None:
     """The loss has stopped at the entropy of single tokens: nothing is learned from the context."""
     c, entropy = curve(f), f.data.get("token_entropy")
-    if c is None or not entropy or not is_late(f) or c.last < LEARNED_NOTHING * entropy:
+    if c is None or not entropy or not has_read_enough(f) or c.last < LEARNED_NOTHING * entropy:
         return None
     if c.change(PARTS // 2, PARTS - 1) < -0.02 * entropy:
         return None  # it still falls

@@ -85,9 +85,10 @@ class RunFacts:
         """running, finished, failed (an error ended it), or stopped (killed or interrupted)."""
         if self.is_running:
             return "running"
-        if self.end == FINISHED or (self.max_steps is not None and self.step >= self.max_steps):
-            return "finished"
-        return "failed" if self.end and not self.end.startswith(("KeyboardInterrupt", "SystemExit")) else "stopped"
+        if self.end and self.end != FINISHED and not self.end.startswith(("KeyboardInterrupt", "SystemExit")):
+            return "failed"
+        is_complete = self.max_steps is not None and self.step >= self.max_steps
+        return "finished" if self.end == FINISHED or is_complete else "stopped"
 
     @property
     def seconds(self) -> float:

@@ -56,11 +56,17 @@ def charts(f: RunFacts) -> list[Markup]:
     add("Loss", "nats per token", {"training": curve("loss"), "validation": validation("val_loss")})
     if second.sum() >= 5:
         lines = {"training": buckets(steps[second], losses[second]), "validation": validation("val_loss", after=f.step / 2)}
-        add("Loss, second half", "nats per token; the axis does not begin at 0", lines, from_zero=False)
+        add("Loss, second half", "nats per token, enlarged", lines, from_zero=False)
     add("Validation", "bits per character", {"validation": validation("val_bits_per_char")})
-    add("Learning rate", "peak of the matrices", {"rate": curve("lr")})
-    add("Gradient norm", "before clipping", {"median": curve("grad_norm", np.median), "highest": curve("grad_norm", np.max)})
-    add("Throughput", "tokens per second", {"median": curve("tokens_per_second", np.median), "lowest": curve("tokens_per_second", np.min)})
+    add("Learning rate", "of the matrices", {"rate": curve("lr")})
+    for title, unit, name, extreme, reduce in (
+        ("Gradient norm", "before clipping", "grad_norm", "highest", np.max),
+        ("Throughput", "tokens per second", "tokens_per_second", "lowest", np.min),
+    ):
+        lines = {"median": curve(name, np.median)}
+        if len(f.lines) > POINTS:  # a point stands for several lines
+            lines[extreme] = curve(name, reduce)
+        add(title, unit, lines)
     add("Memory", "GiB, peak so far", {"memory": curve("memory_gib", np.max)})
     add("Bad steps", "skipped so far", {"bad steps": curve("bad_steps", np.max)})
     return found

@@ -47,7 +47,7 @@ class Log:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Write to run.json how the body ended: finished, or the error's text."""
+        """Write to run.json how the body ended: finished, or the error's text. Close the trackers also after an error."""
         reason = record.FINISHED
         try:
             yield
@@ -58,6 +58,8 @@ class Log:
             if self.has_started:
                 with suppress(OSError):  # the folder was removed, or the disk is full: that is the error itself
                     record.write_end(self._path.parent, reason)
+            if self._trackers:
+                self._trackers.close()
 
     def metrics(self, **values: float) -> None:
         """Append a line to metrics.jsonl. Raises OSError if the output folder was removed, or if the disk is full."""
