@@ -20,36 +20,43 @@ from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.tokenizer import Tokenizer
 from tritale.evaluation.compatibility import compatibility_warnings
+from tritale.evaluation.run_report import write_report
 from tritale.evaluation.validation import validate
 from tritale.inference import LLM
 from tritale.model import GPT
 from tritale.model.run_folder import step_folder
-from tritale.training import processes, state
-from tritale.training.config import RunConfig, parse
+from tritale.training import processes, record, state
+from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
+from tritale.training.profiling import profiled
 from tritale.training.step import TrainingStep, explain_out_of_memory
 
 
-def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log) -> None:
+def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log, step: int) -> None:
     llm = LLM(model, tokenizer)
     for i, prompt in enumerate(config.log.prompts):
         text = llm.generate(prompt, max_new_tokens=config.log.sample_tokens, seed=config.seed + i)
         log.print(f"\n{prompt}{text}", style="green", soft_wrap=True)
+        log.sample(step=step, prompt=prompt, text=text, seed=config.seed + i)
     log.print()
 
 
 def main(config: RunConfig) -> None:
     here = processes.start()
-    with locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext():
-        with explain_out_of_memory(config):
-            run(config, here)
+    log = Log(config, is_main=here.is_main)
+    try:
+        lock = locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext()
+        with lock, log.recorded(), explain_out_of_memory(config):
+            run(config, here, log)
+    finally:
+        if log.has_started:
+            write_report(Path(config.out_dir), warn=log.print)
     processes.stop()
 
 
-def run(config: RunConfig, here: processes.Processes) -> None:
+def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     start = time.perf_counter()
-    log = Log(config, is_main=here.is_main)
     train, out_dir = config.train, Path(config.out_dir)
     newest = state.newest_complete(out_dir, warn=log.print)
     if newest:
@@ -96,7 +103,7 @@ def run(config: RunConfig, here: processes.Processes) -> None:
     if newest:
         progress = state.load(newest, step)
         log.print(f"resuming from {newest}")
-    log.open(out_dir, progress.step)
+    log.open(out_dir, progress.step, record.facts(planned, train_split, flatten(config)))
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------------
     seconds_before = progress.seconds
@@ -104,9 +111,11 @@ def run(config: RunConfig, here: processes.Processes) -> None:
     paused = 0.0  # seconds of validation, samples and checkpoints since the last log line
     val_bits = math.nan
     peak_flops = device.flops  # per process; raised if training is faster than the measurement
-    with log.progress(train.max_steps, progress.step) as update:
+    tracing = profiled(train.profile if here.is_main else 0, out_dir, progress.step, log.print)
+    with tracing as trace_step, log.progress(train.max_steps, progress.step) as update:
         for i in range(progress.step, train.max_steps):
             grad_norm = step.run(batches.step(i), step.lr_factor(i))
+            trace_step()
 
             done = i + 1
             is_last = done == train.max_steps
@@ -127,10 +136,11 @@ def run(config: RunConfig, here: processes.Processes) -> None:
                     tokens_per_second=speed,
                     mfu=flops / peak_flops,
                     memory_gib=processes.peak_memory_gib(here.device),
+                    data_share=step.data_seconds / seconds,
                     seconds=seconds_before + time.perf_counter() - start,
                 )
                 update(done, loss=loss, speed=speed)
-                logged_step, logged_at, paused = done, time.perf_counter(), 0.0
+                logged_step, logged_at, paused, step.data_seconds = done, time.perf_counter(), 0.0, 0.0
             update(done)
 
             pause = time.perf_counter()
@@ -147,18 +157,18 @@ def run(config: RunConfig, here: processes.Processes) -> None:
                     progress.best_step, progress.best_loss = done, val_loss
             if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_last:
                 log.print(f"step {done}: samples")
-                print_samples(step.model, tokenizer, config, log)
+                print_samples(step.model, tokenizer, config, log, done)
             if saves:
                 progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
                 if here.is_main:
                     state.save(out_dir, step, tokenizer, progress)
                     state.remove_old(out_dir, keep_last=train.keep_last, best_step=progress.best_step if train.keep_best else None)
+                    write_report(out_dir, warn=log.print)
             paused += time.perf_counter() - pause
 
     # ---- the end ----------------------------------------------------------------------------------------------------------------------
     if math.isnan(val_bits):  # the run had already reached max_steps
         _, val_bits = evaluate()
-    log.close()
     if here.is_main:
         entropy = (validation_split.entropy_bits or 0) / validation_split.characters  # of the built-in stories
         above = f" ({val_bits / entropy:.2f} × the {entropy:.3f} bits of entropy of the built-in stories)" if entropy else ""
@@ -166,8 +176,9 @@ def run(config: RunConfig, here: processes.Processes) -> None:
         minutes = (seconds_before + time.perf_counter() - start) / 60
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
-        print_samples(step.model, tokenizer, config, log)
+        print_samples(step.model, tokenizer, config, log, train.max_steps)
         log.print(f"Next: tritale generate --model {last} --prompt 小兔")
+    log.close()
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import tritale
 
 from ..common.console import replace_unencodable_output
 from ..common.errors import UserError
-from . import average, export, generate, import_, lr_find, plan, prepare, serve, sweep, train
+from . import average, doctor, export, generate, import_, lr_find, plan, prepare, report, serve, status, sweep, train
 
 COMMANDS: dict[str, ModuleType] = {
-    "prepare": prepare, "plan": plan, "lr-find": lr_find, "train": train, "generate": generate, "sweep": sweep, "average": average,
-    "export": export, "import": import_, "serve": serve,
+    "prepare": prepare, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report, "doctor": doctor,
+    "generate": generate, "sweep": sweep, "average": average, "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
 # Names of our options in other programs, where the spelling is not similar.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..common.console import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -116,10 +118,3 @@ def sparkline(planned: Plan, width: int = 60) -> str:
     steps = planned.config.train.max_steps
     factors = [lr_factor(round(i * (steps - 1) / (width - 1)), steps, planned.config.optim) for i in range(width)]
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * f))] for f in factors)
-
-
-def duration(seconds: float) -> str:
-    for unit, n in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * n:
-            return f"{seconds / n:,.{int(seconds < 10 * n)}f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

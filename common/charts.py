@@ -28,33 +28,38 @@ def line_chart(
     unit: str,
     x_name: str,
     xs: Sequence[float],  # ascending
-    lines: Mapping[str, Sequence[float]],  # at most three; one shorter than xs ends early
+    lines: Mapping[str, Sequence[float | None]],  # at most three; one shorter than xs ends early, None leaves a point out
     *,
     references: Mapping[str, float] | None = None,  # dashed horizontal lines, labelled at the right
     log_x: bool = False,  # logarithmic x axis with a tick at each of xs, instead of a linear one from 0
+    from_zero: bool = True,  # whether the axes begin at 0, or at the lowest value
+    max_dots: float = math.inf,  # a line with more points is drawn without dots and their tooltips
     cursors: Sequence[str] = (),  # vertical lines of class cursor-<name> that a script moves to one of data-xs
 ) -> Markup:
     """A <figure> with a caption, the chart and, for several lines, a key."""
     references = dict(sorted((references or {}).items(), key=lambda item: -item[1]))
     labels = [f"{name} {number(value)}" for name, value in references.items()]
     right = WIDTH - max(RIGHT, *(10 + CHARACTER_WIDTH * len(label) for label in labels), 0)
-    y_ticks = ticks(max([v for line in lines.values() for v in line] + list(references.values()), default=1))
-    low, high = (math.log(xs[0]), math.log(xs[-1])) if log_x else (0, xs[-1])
+    heights = [v for line in lines.values() for v in line if v is not None] + list(references.values())
+    y_ticks = ticks(max(heights, default=1), 0 if from_zero else min(heights, default=0))
+    low, high = (math.log(xs[0]), math.log(xs[-1])) if log_x else (0 if from_zero else xs[0], xs[-1])
 
     def x(value: float) -> float:
         return round(LEFT + (right - LEFT) * ((math.log(value) if log_x else value) - low) / ((high - low) or 1), 1)
 
-    x_ticks = xs if log_x else [t for t in ticks(xs[-1]) if t <= xs[-1] * 1.001 and t == int(t)]
+    x_ticks = xs if log_x else [t for t in ticks(high, low) if low <= t <= xs[-1] * 1.001 and t == int(t)]
     parts = _axes([(x(t), f"{t:,.0f}" if log_x else number(t)) for t in x_ticks], y_ticks, x_name, right)
-    heights = [_y(value, y_ticks) for value in references.values()]
-    for y, label_y, label in zip(heights, spread(heights), labels, strict=True):
+    label_ys = [_y(value, y_ticks) for value in references.values()]
+    for y, label_y, label in zip(label_ys, spread(label_ys), labels, strict=True):
         parts.append(_element("line", class_="dashed", x1=LEFT, x2=right, y1=y, y2=y))
         parts.append(_element("text", label, class_="label", x=right + 6, y=label_y + 3.5))
     parts += (_element("line", class_=f"cursor-{name}", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM) for name in cursors)
     for i, (name, values) in enumerate(lines.items(), 1):
-        points = [(x(at), _y(value, y_ticks), f"{x_name} {at:,}: {name} {number(value)}") for at, value in zip(xs, values, strict=False)]
+        pairs = [(at, value) for at, value in zip(xs, values, strict=False) if value is not None]
+        points = [(x(at), _y(value, y_ticks), f"{x_name} {at:,}: {name} {number(value)}") for at, value in pairs]
         parts.append(_element("polyline", class_=f"line c{i}", points=" ".join(f"{px},{py}" for px, py, _ in points)))
-        parts += (_element("circle", _element("title", tooltip), class_=f"c{i}", cx=px, cy=py, r=2.6) for px, py, tooltip in points)
+        if len(points) <= max_dots:
+            parts += (_element("circle", _element("title", tooltip), class_=f"c{i}", cx=px, cy=py, r=2.6) for px, py, tooltip in points)
     key = [_element("span", _element("i", class_=f"c{i}"), name) for i, name in enumerate(lines, 1)] if len(lines) > 1 else []
     return _figure(title, unit, x_name, parts, key, data_xs=" ".join(str(x(at)) for at in xs))
 
@@ -70,12 +75,12 @@ def bar_chart(title: str, unit: str, x_name: str, bars: Sequence[tuple[str, str,
     return _figure(title, unit, x_name, parts)
 
 
-def ticks(high: float) -> list[float]:
-    """Round numbers, about four steps, from 0 to at least `high`."""
-    raw = (high or 1) / 4
+def ticks(high: float, low: float = 0) -> list[float]:
+    """Round numbers, about four steps, from 0 or at most `low` to at least `high`."""
+    raw = (high - low or abs(high) or 1) / 4
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
-    return [i * step for i in range(math.ceil(4 * raw / step - 1e-9) + 1)]
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil((low + 4 * raw) / step - 1e-9) + 1)]
 
 
 def spread(ys: Sequence[float]) -> list[float]:
@@ -94,7 +99,7 @@ def number(value: float) -> str:
 
 
 def _y(value: float, y_ticks: Sequence[float]) -> float:
-    return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / y_ticks[-1], 1)
+    return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
 
 
 def _axes(x_labels: Sequence[tuple[float, str]], y_ticks: Sequence[float], x_name: str, right: float) -> list[Markup]:

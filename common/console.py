@@ -1,4 +1,4 @@
-"""Output to a terminal or pipe of any encoding."""
+"""Output to a terminal or pipe of any encoding, and durations as text."""
 
 import io
 import sys
@@ -11,3 +11,11 @@ def replace_unencodable_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def duration(seconds: float) -> str:
+    """A time as "42 s", "12 minutes", "3.1 hours" or "5.2 days"."""
+    for unit, n in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * n:
+            return f"{seconds / n:,.{int(seconds < 10 * n)}f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

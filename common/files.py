@@ -48,13 +48,38 @@ def locked(folder: Path, holder: str) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         with suppress(NotImplementedError):  # the file system has no locks
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=0.5)  # longer than `is_locked` holds it
     except Timeout:
         raise UserError(f"{folder} is in use by {holder}; wait until it ends or stop it, or choose another folder") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`. Writes nothing. False if the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        try:
+            with locked(folder, ""):
+                return False
+        except UserError:
+            return True
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager

@@ -178,6 +178,7 @@ class TrainConfig:
         checkpoint_every: Steps between checkpoints. The last step is always saved.
         keep_last: Number of newest checkpoints to keep; 0 keeps all.
         keep_best: Whether to also keep the checkpoint with the best validation loss.
+        profile: Steps to trace with torch.profiler, after the first three; 0 for none.
     """
 
     max_steps: int = between(1000, 1, 10**9)
@@ -193,6 +194,7 @@ class TrainConfig:
     checkpoint_every: int = between(250, 1, 10**9)
     keep_last: int = between(0, 0, 10**9)
     keep_best: bool = True
+    profile: int = between(0, 0, 1000)
 
     def sequence(self, shape: GPTConfig) -> int:
         """Tokens per training sequence. Raises UserError if it exceeds the model's context."""
@@ -239,13 +241,17 @@ class LogConfig:
     Args:
         every: Steps between lines of metrics.jsonl.
         wandb: online, offline or disabled.
-        project: Project name in wandb.
+        swanlab: online, offline, local or disabled.
+        tensorboard: Whether to write event files for TensorBoard.
+        project: Project name in wandb and SwanLab.
         prompts: Prompts of the printed samples; an empty prompt starts a new story.
         sample_tokens: Maximum number of tokens of a printed sample.
     """
 
     every: int = between(10, 1, 10**9)
     wandb: str = one_of("disabled", "online", "offline")
+    swanlab: str = one_of("disabled", "online", "offline", "local")
+    tensorboard: bool = False
     project: str = "tritale"
     prompts: tuple[str, ...] = ("", "", "汤姆和杰瑞是好朋友，")
     sample_tokens: int = between(400, 1, 2**20)
@@ -310,7 +316,7 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     """The keys in which a saved flat config and this one differ, as "key: before → now", without keys that may change at any time."""
     after = flatten(config)
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
-    free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", *events)
+    free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", "train.profile", *events)
     keys = [k for k in {**before, **after} if not k.startswith(free)]
     return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
@@ -330,7 +336,8 @@ SYNONYMS = {
     "layers": "model.n_layer", "num_layers": "model.n_layer", "num_hidden_layers": "model.n_layer", "heads": "model.n_head",
     "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
     "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
-    "output_dir": "out_dir", "out": "out_dir", "resume_from_checkpoint": "resume", "init_from": "resume",
+    "profile": "train.profile", "tensorboard": "log.tensorboard", "swanlab": "log.swanlab", "output_dir": "out_dir", "out": "out_dir",
+    "resume_from_checkpoint": "resume", "init_from": "resume",
 }  # fmt: skip
 NO_KEYS = {
     "device": "the GPU is used if there is one; CUDA_VISIBLE_DEVICES= uses the CPU",

@@ -1,9 +1,9 @@
-"""The output of a run: terminal, progress bar, metrics.jsonl and wandb."""
+"""The output of a run: terminal, progress bar, metrics.jsonl, samples.jsonl, run.json and the trackers."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,53 +12,54 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..common.errors import UserError
 from ..common.files import atomic_file
-from .config import RunConfig, flatten
+from . import record
+from .config import RunConfig, differences
+from .trackers import Trackers
 
 
 class Log:
-    """Writes to the terminal, metrics.jsonl and wandb in the main process; does nothing in the others."""
+    """Writes to the terminal, the files of the output folder and the trackers in the main process; does nothing in the others."""
 
     def __init__(self, config: RunConfig, *, is_main: bool):
         self.config, self.is_main = config, is_main
         self.console = Console(quiet=not is_main, highlight=False)
         self.console.soft_wrap = not self.console.is_terminal  # a terminal's lines are wrapped at spaces
         self.has_bar = self.console.is_terminal and not self.console.is_jupyter
+        self.has_started = False  # whether `open` was called in the main process
         self._file: TextIO | None = None
-        self._wandb: Any = None  # a wandb.Run
+        self._trackers: Trackers | None = None
 
-    def open(self, out_dir: Path, start_step: int) -> None:
-        """Start metrics.jsonl, or continue it after `start_step` without the lines of later steps."""
+    def open(self, out_dir: Path, start_step: int, facts: dict) -> None:
+        """Start metrics.jsonl, samples.jsonl and the trackers, or continue them after `start_step` without the lines of later steps.
+        `facts` go into run.json."""
         if not self.is_main:
             return
-        self._path = out_dir / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= start_step]
-        with atomic_file(self._path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept if start_step), encoding="utf-8")
+        self._path, self._samples_path = out_dir / record.METRICS, out_dir / record.SAMPLES
+        logged = _keep_until(self._path, start_step)
+        _keep_until(self._samples_path, min(start_step, self.config.train.max_steps - 1))  # the last samples are printed again
+        before = record.read_record(out_dir).get("config")
+        changed = differences(before, self.config) if isinstance(before, dict) else []
+        record.write_start(out_dir, facts, step=start_step, logged=logged, changed=changed)
+        self.has_started = True
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        if self.config.log.wandb != "disabled":
-            self._wandb = self._start_wandb(out_dir, is_resumed=start_step > 0)
+        self._trackers = Trackers(self.config, out_dir, start_step, lambda text: self.print(text, style="yellow"))
 
-    def _start_wandb(self, out_dir: Path, *, is_resumed: bool) -> Any:
-        mode = self.config.log.wandb
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Write to run.json how the body ended: finished, or the error's text. Close the trackers also after an error."""
+        reason = record.FINISHED
         try:
-            import wandb
-        except ImportError:
-            raise UserError(f"log.wandb is {mode}, but wandb is not installed: pip install wandb") from None
-        os.environ.setdefault("WANDB_SILENT", "true")
-        id_file = out_dir / "wandb-run-id"  # a resumed run continues the same wandb run
-        options: dict[str, Any] = {"mode": mode, "project": self.config.log.project, "config": flatten(self.config), "dir": str(out_dir)}
-        if is_resumed and id_file.is_file():
-            options["id"] = id_file.read_text(encoding="utf-8")
-        try:
-            run = wandb.init(**options, resume="allow")
-        except wandb.Error as error:
-            raise UserError(f"log.wandb online did not start ({error}); run `wandb login`, or set --log.wandb offline") from None
-        id_file.write_text(run.id, encoding="utf-8")
-        return run
+            yield
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}".strip().rstrip(":")
+            raise
+        finally:
+            if self.has_started:
+                with suppress(OSError):  # the folder was removed, or the disk is full: that is the error itself
+                    record.write_end(self._path.parent, reason)
+            if self._trackers:
+                self._trackers.close()
 
     def metrics(self, **values: float) -> None:
         """Append a line to metrics.jsonl. Raises OSError if the output folder was removed, or if the disk is full."""
@@ -72,8 +73,14 @@ class Log:
             raise OSError(
                 f"{self._path} could not be written ({error}); free some space and run the same command again to resume"
             ) from None
-        if self._wandb:
-            self._wandb.log(rounded, step=int(values["step"]))
+        if self._trackers:
+            self._trackers.log(rounded, int(values["step"]))
+
+    def sample(self, **values: object) -> None:
+        """Append a generated text to samples.jsonl: step, prompt, text, seed."""
+        if self._file:
+            with self._samples_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def check_folder(self) -> None:
         """Raises OSError if the output folder was removed or moved since the start of the run."""
@@ -85,8 +92,9 @@ class Log:
             self.check_folder()
             os.fsync(self._file.fileno())
             self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+            self._file = None
+        if self._trackers:
+            self._trackers.close()
 
     def print(self, text: str = "", **options: Any) -> None:
         """Print plain text. Rich markup is off, since generated text may contain brackets."""
@@ -131,6 +139,15 @@ class Log:
             if not self.has_bar and completed < total:
                 self.print(first)
             yield update
+
+
+def _keep_until(path: Path, step: int) -> int:
+    """Remove the lines of later steps from a .jsonl file, and damaged ones. Returns the last step that the file had, 0 if it had none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    steps = [_step(line) for line in lines]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line, at in zip(lines, steps, strict=True) if at <= step and step), encoding="utf-8")
+    return int(max((at for at in steps if at < float("inf")), default=0))
 
 
 def _step(line: str) -> float:

@@ -1,5 +1,6 @@
 """The training step that train.py, `tritale plan` and `tritale lr-find` share."""
 
+import contextlib
 import math
 import statistics
 import time
@@ -73,6 +74,7 @@ class TrainingStep:
         # The loss of a micro-batch is its sum over the tokens of the step, divided by their number over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
         self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
+        self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a 0-based step, divided by its peak."""
@@ -83,8 +85,11 @@ class TrainingStep:
 
         Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16."""
         set_rates(self.optimizers, lr_factor)
+        waiting_since = time.perf_counter()
         for batch in batches:
+            self.data_seconds += time.perf_counter() - waiting_since
             self.backward(batch)
+            waiting_since = time.perf_counter()
         return self.update()
 
     def backward(self, batch: Batch) -> None:
