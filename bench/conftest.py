@@ -5,11 +5,17 @@ Contenders take turns within one test session. pytest-benchmark then replays the
 """
 
 import functools
+import importlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
+
+if "torch" not in sys.modules:  # it limits the spinning of OpenMP's threads
+    importlib.import_module("tritale.common")
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

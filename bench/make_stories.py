@@ -4,10 +4,12 @@ Each file holds stories of a different seed, as JSON lines with the keys id and 
 """
 
 import argparse
+import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from tritale.common.files import atomic_file
 from tritale.stories.generator import story
 
 
@@ -15,13 +17,11 @@ def write(path: Path, seed: int, size: int) -> None:
     """Write at least `size` bytes of stories of `seed` to `path`. An existing file is kept."""
     if path.exists():
         return
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         i = 0
         while file.tell() < size:
             file.write((json.dumps({"id": i, "story_zh": story(seed, i).text}, ensure_ascii=False) + "\n").encode())
             i += 1
-    temporary.rename(path)
 
 
 if __name__ == "__main__":
@@ -32,10 +32,6 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=1)
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    paths = [args.out / f"stories-{i:02d}.jsonl" for i in range(args.files)]
     with ProcessPoolExecutor() as pool:
-        jobs = [
-            pool.submit(write, args.out / f"stories-{i:02d}.jsonl", args.seed + i, args.megabytes * 10**6 // args.files)
-            for i in range(args.files)
-        ]
-        for job in jobs:
-            job.result()
+        list(pool.map(write, paths, itertools.count(args.seed), itertools.repeat(args.megabytes * 10**6 // args.files)))

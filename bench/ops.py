@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +91,7 @@ class Case:
 
 def _liger(name: str, *more) -> Callable:
     """Liger-Kernel's function `liger_<name>`, with further arguments after the inputs."""
-
-    def call(*inputs):
-        return getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")(*inputs, *more)
-
-    return call
+    return lambda *inputs: getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")(*inputs, *more)
 
 
 def case(op: str, model: str, dtype: str) -> Case:
@@ -156,19 +153,14 @@ def case(op: str, model: str, dtype: str) -> Case:
         # then far above the rounding error of 16 bits.
         inputs = [leaf(n, width), leaf(vocab, width, scale=3 * width**-0.5), torch.randint(vocab, (n,), generator=random, device=on)]
         call = lambda module: module.linear_cross_entropy
-        peers[RECOMPUTE] = lambda x, w, targets: kernels.linear_cross_entropy(x, w, targets, strategy="recompute")
+        peers[RECOMPUTE] = partial(kernels.linear_cross_entropy, strategy="recompute")
         if missing(TORCH_LCE, dtype) is None:
-            default, chunk = torch.nn.LinearCrossEntropyOptions(), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-            peers[TORCH_LCE_WHOLE] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets)
-            peers[TORCH_LCE] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets, options=default)
-            peers[TORCH_LCE_CHUNK] = lambda x, w, targets: F.linear_cross_entropy(x, w, targets, options=chunk)
-
-        def cut(x, w, targets):
-            return importlib.import_module("cut_cross_entropy").linear_cross_entropy(
-                x, w, targets, impl="cce" if on.type == "cuda" else "torch_compile"
-            )
-
-        peers[CUT] = cut
+            options = torch.nn.LinearCrossEntropyOptions
+            peers[TORCH_LCE_WHOLE] = F.linear_cross_entropy
+            peers[TORCH_LCE] = partial(F.linear_cross_entropy, options=options())
+            peers[TORCH_LCE_CHUNK] = partial(F.linear_cross_entropy, options=options(batch_chunk_size=256))
+        impl = "cce" if on.type == "cuda" else "torch_compile"
+        peers[CUT] = lambda *inputs: importlib.import_module("cut_cross_entropy").linear_cross_entropy(*inputs, impl=impl)
         peers[LIGER] = _liger("fused_linear_cross_entropy")
         sizes, flops = f"{n:,} × {width:,} × {vocab:,}", 6.0 * n * width * vocab
     else:
@@ -193,9 +185,8 @@ def case(op: str, model: str, dtype: str) -> Case:
                 return kernels.flash_attention(q, k, v, cu_seqlens=cu_seqlens)
 
         peers |= {SDPA: sdpa, FLASH_ATTN: flash_attn}
-        sizes = f"{batch} × {context:,} × {heads[0]}/{heads[1]} heads of {head_dim}" + (
-            f", {length} a document" if length < context else ""
-        )
+        sizes = f"{batch} × {context:,} × {heads[0]}/{heads[1]} heads of {head_dim}"
+        sizes += f", {length} a document" if length < context else ""
         # 2 products forward and 5 backward, each of 2 FLOPs for the T² D / 2 causal entries of a document.
         flops = 14.0 / 2 * batch * context * length * heads[0] * head_dim
     definition = call(reference)

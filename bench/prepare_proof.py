@@ -8,7 +8,7 @@ sum of the resident sets of all its processes, measured ten times a second (shar
 """
 
 import argparse
-import hashlib
+import contextlib
 import random
 import signal
 import subprocess
@@ -16,31 +16,28 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 
-def tree(pid: int) -> list[int]:
+from tritale.data.prepare.job import sha256
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of a process, 0 if it has ended."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid] + [p for child in children for p in tree(int(child))]
-
-
-def resident(pid: int) -> int:
-    # bytes
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-    except OSError:
+        return process.memory_info().rss
+    except psutil.Error:
         return 0
 
 
 def run(command: list[str], kill_after: float | None = None) -> tuple[float, int]:
     """(seconds, peak bytes)"""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, sum(map(resident, tree(process.pid))))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(map(resident, [process, *process.children(recursive=True)])))
         if kill_after is not None and time.perf_counter() - began > kill_after:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         time.sleep(0.1)
     if process.returncode not in (0, -signal.SIGKILL):
         sys.exit(f"{command} ended with {process.returncode}")
@@ -48,14 +45,8 @@ def run(command: list[str], kill_after: float | None = None) -> tuple[float, int
 
 
 def digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(p for part in ("tokenizer", "train", "validation") for p in (folder / part).iterdir()):
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while data := file.read(1 << 20):
-                digest.update(data)
-            found[f"{path.parent.name}/{path.name}"] = digest.hexdigest()
-    return found
+    files = [path for part in ("tokenizer", "train", "validation") for path in sorted((folder / part).iterdir())]
+    return {f"{path.parent.name}/{path.name}": sha256(path) for path in files}
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,44 +28,48 @@ from tritale.data.prepare.documents import Fields
 from tritale.data.prepare.pipeline import Options, prepare
 if __name__ == "__main__":
     began = time.perf_counter()
-    files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:]
+    out, key, tokenizer, *files = sys.argv[1:]
     prepare(files, out, Options(Fields(key), tokenizer=tokenizer), preset_sizes=preset_sizes, workers=2)
     print("seconds", time.perf_counter() - began)
 """
 THEIRS = """
-import sys, time, datasets, tokenizers
-from transformers import AutoTokenizer
-kind = sys.argv[5]
+import sys, time, datasets
+{imported}
 if __name__ == "__main__":
     began = time.perf_counter()
-    files, key, tokenizer, out = eval(sys.argv[1]), *sys.argv[2:5]
-    if kind == "tokenizers":
-        backend = tokenizers.Tokenizer.from_file(tokenizer + "/tokenizer.json")
-        encode = lambda batch: {"ids": [e.ids for e in backend.encode_batch_fast(batch[key])]}
-    else:
-        backend = AutoTokenizer.from_pretrained(tokenizer)
-        encode = lambda batch: {"ids": backend(batch[key], return_attention_mask=False)["input_ids"]}
+    out, key, tokenizer, *files = sys.argv[1:]
+    backend = {backend}
+    encode = lambda batch: {{"ids": {ids}}}
     data = datasets.load_dataset("json", data_files=files, split="train", cache_dir=out)
     data.map(encode, batched=True, num_proc=2, remove_columns=data.column_names)
     print("seconds", time.perf_counter() - began)
 """
+JOBS = {
+    "prepare": OURS,
+    "datasets.map, tokenizers": THEIRS.format(
+        imported="import tokenizers",
+        backend='tokenizers.Tokenizer.from_file(tokenizer + "/tokenizer.json")',
+        ids="[e.ids for e in backend.encode_batch_fast(batch[key])]",
+    ),
+    "datasets.map, AutoTokenizer": THEIRS.format(
+        imported="from transformers import AutoTokenizer",
+        backend="AutoTokenizer.from_pretrained(tokenizer)",
+        ids='backend(batch[key], return_attention_mask=False)["input_ids"]',
+    ),
+}
 
 
-def timed(code: str, *arguments: str) -> dict[str, float]:
+def timed(code: str, key: str, tokenizer: str, files: list[str]) -> dict[str, float]:
+    """Elapsed seconds, and CPU seconds of all processes."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.py"  # a file, since its worker processes import it
-        path.write_text(code, encoding="utf-8")
-        out = str(Path(folder) / "out")
-        files, key, tokenizer, *more = arguments
-        command = [sys.executable, str(path), files, key, tokenizer, out, *more]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": out}
-        before = cpu_seconds()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        path, out = Path(folder) / "job.py", str(Path(folder) / "out")
+        path.write_text(code, encoding="utf-8")  # a file, since its worker processes import it
+        environment, before = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": out}, cpu_seconds()
+        done = subprocess.run([sys.executable, str(path), out, key, tokenizer, *files], capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(done.stderr)
-        shutil.rmtree(out, ignore_errors=True)
-    seconds = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds ")}
-    return seconds | {"cpu": cpu_seconds() - before}
+    (seconds,) = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds ")]
+    return {"seconds": seconds, "cpu": cpu_seconds() - before}
 
 
 def cpu_seconds() -> float:
@@ -90,16 +93,10 @@ def main() -> None:
             with open(files[0], encoding="utf-8") as file:
                 texts = [json.loads(line)[args.text_key] for line in file.readlines(5_000_000)]
             Tokenizer.train(texts, 6400).save(folder)
-        given = (repr(files), args.text_key, args.tokenizer or folder)
-        jobs = {
-            "prepare": lambda: timed(OURS, *given),
-            "datasets.map, tokenizers": lambda: timed(THEIRS, *given, "tokenizers"),
-            "datasets.map, AutoTokenizer": lambda: timed(THEIRS, *given, "transformers"),
-        }
-        found: dict[str, list[dict]] = {name: [] for name in jobs}
+        found: dict[str, list[dict]] = {name: [] for name in JOBS}
         for i in range(args.rounds):
-            for name, job in jobs.items():
-                found[name].append(job())
+            for name, code in JOBS.items():
+                found[name].append(timed(code, args.text_key, args.tokenizer or folder, files))
                 print(f"round {i + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print(f"{megabytes:.0f} MB of jsonl, {platform.machine()}, {os.cpu_count()} cores, medians of {args.rounds}")
     for name, rounds in found.items():

@@ -7,6 +7,7 @@ the markers of docs/bench.md, and a short table between those of README.md and R
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from rich.table import Table as RichTable
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
 LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒 token 数"}
+OPS_NOTE = (
+    "speed: forward and backward, relative to the reference; memory: peak beyond the inputs, relative to the reference; rounds: fastest "
+    "and slowest, relative to the median; of the machine: share of a plain copy's bytes/s or of a matrix product's FLOP/s."
+)
 PASSES = ("forward", "backward", "both")
+WITHOUT = "ours without "  # begins the name of an ablation
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Ours is the dark warm one.
 GREY, SKY, BLUE, GREEN, YELLOW, PURPLE, ORANGE, RED = "#9a9a9a #56b4e9 #0072b2 #009e73 #e0c000 #cc79a7 #e69f00 #d55e00".split()
 COLORS = {
@@ -35,6 +41,10 @@ class Table:
     columns: list[str]
     lines: list[list[str]] = field(default_factory=list)
     note: str = ""
+
+    def add(self, cells: list[str], note: str = "") -> None:
+        """Add a line whose last cell is the note; the cells between are empty."""
+        self.lines.append([*cells, *[""] * (len(self.columns) - 1 - len(cells)), note])
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
@@ -58,18 +68,22 @@ def digits(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
 
 
-def milliseconds(seconds: dict) -> str:
-    return digits(1000 * seconds["median"])
+def milliseconds(row: dict) -> str:
+    return digits(1000 * row["seconds"]["median"])
 
 
-def spread_of(seconds: dict) -> str:
+def spread_of(row: dict) -> str:
     """The fastest and the slowest round, relative to the median."""
-    m = seconds["median"]
+    seconds, m = row["seconds"], row["seconds"]["median"]
     return f"−{1 - seconds['low'] / m:.0%} +{seconds['high'] / m - 1:.0%} of {seconds['rounds']}"
 
 
 def times(x: float) -> str:
     return f"{x:.2f} ×"
+
+
+def ratio(a: float, b: float) -> str:
+    return times(a / b) if b else ""
 
 
 def mebibytes(n: float) -> str:
@@ -102,118 +116,108 @@ def of_suite(rows: list[dict], suite: str) -> list[dict]:
     return [r for r in rows if r["suite"] == suite]
 
 
-def distinct(rows: list[dict], *keys: str) -> list[tuple]:
-    return list(dict.fromkeys(tuple(r.get(k) for k in keys) for r in rows))
+def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """{values of the keys: rows that have them}, in the order of the rows."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
+    return groups
 
 
-def op_tables(rows: list[dict]) -> list[Table]:
-    result = []
+def distinct(rows: list[dict], key: str) -> list:
+    return list(dict.fromkeys(r[key] for r in rows))
+
+
+def find(rows: list[dict], **wanted) -> dict | None:
+    """The first row that is ok and has these values."""
+    return next((r for r in rows if r["status"] == "ok" and all(r.get(k) == v for k, v in wanted.items())), None)
+
+
+def op_tables(op: str, rows: list[dict]) -> list[Table]:
     columns = ["model", "shape", "implementation", "forward ms", "backward ms", "both ms", "rounds", "speed", "of the machine", "peak MiB"]
-    for (op,) in distinct(of_suite(rows, "ops"), "case"):
-        table = Table(op, [*columns, "memory", "note"])
-        mine = [r for r in of_suite(rows, "ops") if r["case"] == op]
-        by_key: dict[tuple, dict[str, dict]] = {}
-        for r in mine:
-            by_key.setdefault((r["model"], r["dtype"], r["contender"]), {})[r["pass"]] = r
-        for (model, dtype, contender), found in by_key.items():
-            row = next(iter(found.values()))
-            if row["status"] != "ok":
-                table.lines.append([model, row.get("sizes", ""), contender, *[""] * 8, note(row)])
-                continue
-            base = by_key.get((model, dtype, "reference"), {}).get("both", {"status": "none"})
-            both, ms = found.get("both"), [milliseconds(found[p]["seconds"]) if p in found else "" for p in PASSES]
-            rest = [""] * 5
-            if both:
-                has_base = base["status"] == "ok"
-                speed = times(base["seconds"]["median"] / both["seconds"]["median"]) if has_base else ""
-                memory = ratio(both["bytes"], base["bytes"]) if has_base else ""
-                rest = [spread_of(both["seconds"]), speed, rate_of(both), mebibytes(both["bytes"]), memory]
-            table.lines.append([model, f"{row['sizes']}, {dtype}", contender, *ms, *rest, note(row)])
-        result.append(table)
-    if result:
-        result[-1].note = (
-            "speed: forward and backward, relative to the reference; memory: peak beyond the inputs, relative to the reference; rounds: "
-            "fastest and slowest, relative to the median; of the machine: share of a plain copy's bytes/s or of a matrix product's FLOP/s."
+    table = Table(op, [*columns, "memory", "note"])
+    for (model, dtype, contender), mine in grouped(rows, "model", "dtype", "contender").items():
+        row, found = mine[0], {r["pass"]: r for r in mine}
+        if row["status"] != "ok":
+            table.add([model, row.get("sizes", ""), contender], note(row))
+            continue
+        cells = [model, f"{row['sizes']}, {dtype}", contender, *(milliseconds(found[p]) if p in found else "" for p in PASSES)]
+        base = find(rows, model=model, dtype=dtype, contender="reference", **{"pass": "both"})
+        if both := found.get("both"):
+            speed = times(per_token(base) / per_token(both)) if base else ""
+            memory = ratio(both["bytes"], base["bytes"]) if base else ""
+            cells += [spread_of(both), speed, rate_of(both), mebibytes(both["bytes"]), memory]
+        table.add(cells, note(row))
+    return [table]
+
+
+def step_tables(model: str, rows: list[dict]) -> list[Table]:
+    base, ours = find(rows, contender="reference, eager"), find(rows, contender="ours")
+    trainers = Table(f"Training step: {model}", ["trainer", "tokens/s", "rounds", "speed", "peak MiB", "memory", "first loss", "note"])
+    off = Table(f"Ablation: {model}", ["switched off", "speed", "peak MiB", "memory", "note"])
+    off.note = "Ours with this one op replaced by the reference, relative to ours; both take turns."
+    for r in rows:
+        is_ablation = r["contender"].startswith(WITHOUT)
+        cells = [r["contender"].removeprefix(WITHOUT)]
+        if r["status"] == "ok" and is_ablation:
+            speed = times(r["ours_beside_it"]["median"] / r["seconds"]["median"]) if "ours_beside_it" in r else ""
+            cells += [speed, mebibytes(r["bytes"]), ratio(r["bytes"], ours["bytes"]) if ours else ""]
+        elif r["status"] == "ok":
+            speed, memory = (times(per_token(base) / per_token(r)), ratio(r["bytes"], base["bytes"])) if base else ("", "")
+            cells += [f"{tokens_per_second(r):,.0f}", spread_of(r), speed, mebibytes(r["bytes"]), memory, f"{r['loss']:.5f}"]
+        (off if is_ablation else trainers).add(cells, note(r))
+    if measured := find(rows):
+        trainers.note = (
+            f"{measured['tokens']:,} tokens a step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
+            "compiled unless eager; peak memory: of the process, minus what it held before it built the model; first loss: in fp32, "
+            "with larger weights than those of a real run."
         )
-    return result
+    return [t for t in (trainers, off) if t.lines]
 
 
-def ratio(a: float, b: float) -> str:
-    return times(a / b) if b else ""
+def scaling_tables(axis: str, rows: list[dict]) -> list[Table]:
+    names = distinct(rows, "contender")
+    table = Table(f"Scaling over the {axis}", [axis, *(f"{n} {what}" for what in ("tokens/s", "MiB") for n in names), "note"])
+    table.note = "Training steps without torch.compile."
+    for value in distinct(rows, "value"):
+        found = [find(rows, value=value, contender=n) for n in names]
+        speeds = [f"{tokens_per_second(r):,.0f}" if r else "" for r in found]
+        memory = [mebibytes(r["bytes"]) if r else "" for r in found]
+        notes = [f"{r['contender']}: {note(r)}" for r in rows if r["value"] == value and note(r)]
+        table.add([f"{value:,}", *speeds, *memory], "; ".join(notes))
+    return [table]
 
 
-def step_tables(rows: list[dict]) -> list[Table]:
+def generation_tables(model: str, rows: list[dict]) -> list[Table]:
+    table = Table(f"Generation: {model}", ["implementation", "dtype", "tokens/s", "rounds", "ours is", "note"])
+    table.note = "microstories-44m, random weights, greedy, 100 new tokens a prompt."
+    if rows[0].get("device", "cpu") == "cpu":
+        table.note += " On a CPU ours multiplies bf16 weights in fp32."
+    for r in rows:
+        cells = [r["contender"], r["dtype"]]
+        if r["status"] == "ok":
+            ours = find(rows, contender="ours", dtype=r["dtype"])
+            faster = times(per_token(r) / per_token(ours)) if ours and ours is not r else ""
+            cells += [f"{tokens_per_second(r):,.0f}", spread_of(r), faster]
+        table.add(cells, note(r))
+    return [table]
+
+
+SUITES: dict[str, tuple[str, Callable[[str, list[dict]], list[Table]]]] = {  # what each table of the suite is about, its maker
+    "ops": ("case", op_tables), "training step": ("model", step_tables), "scaling": ("case", scaling_tables),
+    "generation": ("model", generation_tables),
+}  # fmt: skip
+
+
+def tables(rows: list[dict], *suites: str) -> list[Table]:
+    """The tables of these suites; of all suites if none is given."""
     result = []
-    steps = of_suite(rows, "training step")
-    for (model,) in distinct(steps, "model"):
-        mine = [r for r in steps if r["model"] == model]
-        base = next((r for r in mine if r["contender"] == "reference, eager" and r["status"] == "ok"), None)
-        trainers = Table(f"Training step: {model}", ["trainer", "tokens/s", "rounds", "speed", "peak MiB", "memory", "first loss", "note"])
-        off = Table(f"Ablation: {model}", ["switched off", "speed", "peak MiB", "memory", "note"])
-        ours = next((r for r in mine if r["contender"] == "ours" and r["status"] == "ok"), None)
-        for r in mine:
-            is_ablation = r["contender"].startswith("ours without ")
-            name = r["contender"].removeprefix("ours without ") if is_ablation else r["contender"]
-            if r["status"] != "ok":
-                (off if is_ablation else trainers).lines.append([name, *[""] * (3 if is_ablation else 6), note(r)])
-                continue
-            if is_ablation:
-                speed = times(r["ours_beside_it"]["median"] / r["seconds"]["median"]) if "ours_beside_it" in r else ""
-                off.lines.append([name, speed, mebibytes(r["bytes"]), ratio(r["bytes"], ours["bytes"]) if ours else "", note(r)])
-                continue
-            speed, memory = (times(tokens_per_second(r) / tokens_per_second(base)), ratio(r["bytes"], base["bytes"])) if base else ("", "")
-            rate, loss = f"{tokens_per_second(r):,.0f}", f"{r['loss']:.5f}"
-            trainers.lines.append([name, rate, spread_of(r["seconds"]), speed, mebibytes(r["bytes"]), memory, loss, note(r)])
-        measured = next((r for r in mine if r["status"] == "ok"), None)
-        if measured:
-            trainers.note = (
-                f"{measured['tokens']:,} tokens a step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
-                "compiled unless eager; peak memory: of the process, minus what it held before it built the model; first loss: in fp32, "
-                "with larger weights than those of a real run."
-            )
-        off.note = "Ours with this one op replaced by the reference, relative to ours; both take turns."
-        result += [t for t in (trainers, off) if t.lines]
+    for suite in suites or SUITES:
+        key, make = SUITES[suite]
+        result += [table for (name,), mine in grouped(of_suite(rows, suite), key).items() for table in make(name, mine)]
+        if suite == "ops" and result:
+            result[-1].note = OPS_NOTE
     return result
-
-
-def scaling_tables(rows: list[dict]) -> list[Table]:
-    result = []
-    for (axis,) in distinct(of_suite(rows, "scaling"), "case"):
-        mine = [r for r in of_suite(rows, "scaling") if r["case"] == axis]
-        names = [name for (name,) in distinct(mine, "contender")]
-        table = Table(f"Scaling over the {axis}", [axis, *(f"{n} {what}" for what in ("tokens/s", "MiB") for n in names), "note"])
-        for (value,) in distinct(mine, "value"):
-            found = {r["contender"]: r for r in mine if r["value"] == value}
-            ok = {n: r for n, r in found.items() if r["status"] == "ok"}
-            speeds = [f"{tokens_per_second(ok[n]):,.0f}" if n in ok else "" for n in names]
-            memory = [mebibytes(ok[n]["bytes"]) if n in ok else "" for n in names]
-            table.lines.append([f"{value:,}", *speeds, *memory, "; ".join(f"{n}: {note(r)}" for n, r in found.items() if note(r))])
-        table.note = "Training steps without torch.compile."
-        result.append(table)
-    return result
-
-
-def generation_tables(rows: list[dict]) -> list[Table]:
-    result = []
-    for (model,) in distinct(of_suite(rows, "generation"), "model"):
-        mine = [r for r in of_suite(rows, "generation") if r["model"] == model]
-        table = Table(f"Generation: {model}", ["implementation", "dtype", "tokens/s", "rounds", "ours is", "note"])
-        for r in mine:
-            if r["status"] != "ok":
-                table.lines.append([r["contender"], r["dtype"], "", "", "", note(r)])
-                continue
-            ours = next((o for o in mine if (o["contender"], o["dtype"], o["status"]) == ("ours", r["dtype"], "ok")), r)
-            faster = times(tokens_per_second(ours) / tokens_per_second(r)) if r is not ours else ""
-            table.lines.append([r["contender"], r["dtype"], f"{tokens_per_second(r):,.0f}", spread_of(r["seconds"]), faster, note(r)])
-        table.note = "microstories-44m, random weights, greedy, 100 new tokens a prompt."
-        if mine[0].get("device", "cpu") == "cpu":
-            table.note += " On a CPU ours multiplies bf16 weights in fp32."
-        result.append(table)
-    return result
-
-
-def tables(rows: list[dict]) -> list[Table]:
-    return op_tables(rows) + step_tables(rows) + scaling_tables(rows) + generation_tables(rows)
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
@@ -223,8 +227,8 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
     lines, compiled, n_compared = [], {}, 0
     ok = [r for r in rows if r["status"] == "ok" and r.get("pass", "both") == "both"]
     keys = "suite", "case", "model", "value", "dtype"
-    for suite, op, model, value, dtype in distinct(ok, *keys):
-        group = {r["contender"]: r for r in ok if tuple(r.get(k) for k in keys) == (suite, op, model, value, dtype)}
+    for (suite, op, model, value, dtype), found in grouped(ok, *keys).items():
+        group = {r["contender"]: r for r in found}
         ours = group.get("ours")
         others = {n: r for n, r in group.items() if not n.startswith("ours")}
         if ours is None:
@@ -249,7 +253,7 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
             "- On a CPU these ops of ours are their definition and are compiled together with the model. Alone and uncompiled they take "
             f"this many times as long as compiled: {spans}."
         )
-    missing = len(distinct([r for r in rows if r["status"] != "ok"], *keys, "contender"))
+    missing = len(grouped([r for r in rows if r["status"] != "ok"], *keys, "contender"))
     head = f"Ours was compared {n_compared} times with another; {missing} cases were not compared (the tables say why). "
     return [f"{head}Differences above {margin:.0%}:\n", *(lines or ["- nothing is faster or smaller than ours."])]
 
@@ -266,15 +270,15 @@ def markdown(machine: dict, rows: list[dict], images: list[str]) -> str:
     pictures = "\n".join(f"![{name}]({name})\n" for name in images)
     slower = "\n".join(slower_than_peers(rows))
     parts = [f"# Benchmarks: {machine['name']}\n\n{head}\n\n{pictures}", f"## Where another is faster or smaller than ours\n\n{slower}\n"]
-    for title, make in (("Ops", op_tables), ("Training step", step_tables), ("Scaling", scaling_tables), ("Generation", generation_tables)):
-        parts += [f"## {title}\n", *(t.markdown() for t in make(rows))]
+    for suite in SUITES:
+        parts += [f"## {suite.capitalize()}\n", *(t.markdown() for t in tables(rows, suite))]
     return "\n".join(parts)
 
 
 def summary(machine: dict, rows: list[dict]) -> str:
     """For docs/bench.md: the training step, generation, and where another is faster or smaller than ours."""
     picture = f"![Tokens per second and memory of a training step](bench/{machine['slug']}-training-step.png)"
-    shown = "\n".join(t.markdown() for t in step_tables(rows) + generation_tables(rows))
+    shown = "\n".join(t.markdown() for t in tables(rows, "training step", "generation"))
     slower = "\n".join(slower_than_peers(rows))
     return "\n\n".join([f"{about(machine)}.", picture, shown, "### Where another is faster or smaller than ours", slower]) + "\n"
 
@@ -291,8 +295,9 @@ def short_table(rows: list[dict], words: dict[str, str]) -> str:
     """For the README: ours and the fastest other library in the training step and in generation; `words` translates."""
     table = Table("", [words.get(column, column) for column in COLUMNS])
     ok = [r for r in rows if r["status"] == "ok" and r["suite"] in ("training step", "generation")]
-    for suite, model, dtype in sorted(distinct(ok, "suite", "model", "dtype"), key=lambda key: key[0] != "training step"):
-        group = {r["contender"]: r for r in ok if (r["suite"], r["model"], r["dtype"]) == (suite, model, dtype)}
+    groups = grouped(ok, "suite", "model", "dtype")
+    for suite, model, dtype in sorted(groups, key=lambda key: key[0] != "training step"):
+        group = {r["contender"]: r for r in groups[suite, model, dtype]}
         others = [r for n, r in group.items() if not n.startswith(("ours", "reference"))]
         if "ours" not in group or not others:
             continue
@@ -346,7 +351,7 @@ def chart_ops(rows: list[dict], what: str):
     ok = [r for r in of_suite(rows, "ops") if r["status"] == "ok" and r["pass"] == "both"]
     dtype = ok[0]["dtype"]
     ok = [r for r in ok if r["dtype"] == dtype]
-    cases = [c for (c,) in distinct(ok, "case")]
+    cases = distinct(ok, "case")
     models = sorted({r["model"] for r in ok}, key=["tiny", "44m", "124m", "1b"].index)
     groups = {key: [r for r in ok if (r["case"], r["model"]) == key] for key in ((c, m) for c in cases for m in models)}
     heights = [max(len(groups[c, m]) for m in models) for c in cases]
@@ -361,7 +366,7 @@ def chart_ops(rows: list[dict], what: str):
                 continue
             if what == "speed":
                 values = [base["seconds"]["median"] / r["seconds"]["median"] for r in group]
-                sizes = [f"{milliseconds(r['seconds'])} ms" for r in group]
+                sizes = [f"{milliseconds(r)} ms" for r in group]
             else:
                 values = [r["bytes"] / base["bytes"] for r in group]
                 sizes = [f"{mebibytes(r['bytes'])} MiB" for r in group]
@@ -376,8 +381,8 @@ def chart_ops(rows: list[dict], what: str):
 
 
 def chart_training_step(rows: list[dict]):
-    ok = [r for r in of_suite(rows, "training step") if r["status"] == "ok" and not r["contender"].startswith("ours without")]
-    models = [m for (m,) in distinct(ok, "model")]
+    ok = [r for r in of_suite(rows, "training step") if r["status"] == "ok" and not r["contender"].startswith(WITHOUT)]
+    models = distinct(ok, "model")
     count = max(sum(r["model"] == m for r in ok) for m in models)
     figure, axes = new_figure(len(models), 2, (11, (0.36 * count + 0.75) * len(models) + 0.7))
     for (left, right), model in zip(axes, models, strict=True):
@@ -395,12 +400,12 @@ def chart_training_step(rows: list[dict]):
 
 def chart_scaling(rows: list[dict]):
     ok = [r for r in of_suite(rows, "scaling") if r["status"] == "ok"]
-    cases = [c for (c,) in distinct(ok, "case")]
-    names = [n for (n,) in distinct(ok, "contender")]
+    cases = distinct(ok, "case")
+    names = distinct(ok, "contender")
     figure, axes = new_figure(2, len(cases), (max(8.0, 3.9 * len(cases)), 6.4))
     for column, case in enumerate(cases):
         mine = [r for r in ok if r["case"] == case]
-        values = [v for (v,) in distinct(mine, "value")]
+        values = distinct(mine, "value")
         for line, (what, of) in enumerate({"tokens/s": tokens_per_second, "peak MiB": lambda r: r["bytes"] / 2**20}.items()):
             axis = axes[line][column]
             for contender, marker in zip(names, "os^Dv", strict=False):

@@ -17,38 +17,26 @@ import torch
 
 from bench.conftest import ROWS
 from bench.measure import DTYPES, device, first_line, spread
+from bench.random_model import random_prompts, save_random_model
 from bench.trainers import MISTRAL, missing
-from tritale.data.tokenizer import FIXED_TOKENS, Tokenizer, make_backend
+from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig
-from tritale.model.checkpoint import load_model, save_model
+from tritale.model.checkpoint import load_model
 from tritale.model.export import litgpt_config, litgpt_state
 from tritale.training.processes import has_bf16
 
 MAX_GAP = {"fp32": 1e-4, "bf16": 5e-2}  # from the largest logit to that of the chosen token; the logits have a deviation of about 0.5
-N_PROMPTS = 32
+PROMPTS = random_prompts([1 + 13 * i % 40 for i in range(32)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, benchmarking):
     """A checkpoint of 44 M parameters; a smaller one without --benchmark."""
-    torch.manual_seed(0)
-    config = GPTConfig.preset("microstories-44m") if benchmarking else GPTConfig.preset("microstories-44m", vocab_size=2048, n_layer=1)
+    smaller = {} if benchmarking else {"vocab_size": 2048, "n_layer": 1}
     folder = tmp_path_factory.mktemp("generate")
-    model = GPT(config)
-    with torch.no_grad():
-        model.embedding[0] = 0  # the logit of <|endoftext|> is 0 and never the largest: every contender writes all tokens
-    save_model(folder, model, eos_token_id=0, pad_token_id=3)
-    characters = [*(chr(0x4E00 + i) for i in range(20_000)), *(f"entry {i}" for i in range(65_024))]
-    Tokenizer(make_backend(characters[: config.vocab_size - len(FIXED_TOKENS)], merges=[])).save(folder)
+    save_random_model(folder, GPTConfig.preset("microstories-44m", **smaller))
     return folder
-
-
-def random_prompts(n: int) -> list[str]:
-    """n prompts of 1 to 40 characters."""
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda high, size: torch.randint(high, size, generator=generator)
-    return ["".join(chr(0x4E00 + c) for c in draw(1500, (int(draw(40, ())) + 1,)).tolist()) for _ in range(n)]
 
 
 Write = Callable[[list[str]], list[list[int]]]  # prompts → new tokens of each
@@ -116,14 +104,13 @@ def compare(request, folder, model: str, dtype: str, contenders: Contenders, n_t
         else:
             writers[name] = make()
     for i in range(rounds + 1):
-        for name, (_, prompts) in contenders.items():
-            if rows[name]["status"] != "ok":
-                continue
+        for name in list(writers):
             began = time.perf_counter()
             try:
-                tokens[name] = writers[name](prompts)
+                tokens[name] = writers[name](contenders[name][1])
             except Exception as error:
                 rows[name] |= {"status": "failed", "note": first_line(error)}
+                del writers[name]
             if i:  # the first call compiles, allocates and reads the disk
                 found[name].append(time.perf_counter() - began)
     plain, encode = load_model(folder).eval(), Tokenizer.load(folder).encode
@@ -145,22 +132,22 @@ def compare(request, folder, model: str, dtype: str, contenders: Contenders, n_t
 def test_one_prompt(dtype, folder, benchmarking, request):
     n_tokens, rounds = (100, 5) if benchmarking else (4, 1)
     makers = {"ours": tritale, "transformers": transformers, "litgpt": litgpt}
-    contenders = {name: (partial(make, folder, DTYPES[dtype], n_tokens), random_prompts(1)) for name, make in makers.items()}
+    contenders = {name: (partial(make, folder, DTYPES[dtype], n_tokens), random_prompts([20])) for name, make in makers.items()}
     compare(request, folder, "one prompt", dtype, contenders, n_tokens, rounds, {})
 
 
 @pytest.mark.parametrize("dtype", MAX_GAP)
 def test_32_prompts(dtype, folder, benchmarking, request):
     n_tokens, rounds = (100, 3) if benchmarking else (4, 1)
-    prompts, ours = random_prompts(N_PROMPTS), tritale(folder, DTYPES[dtype], n_tokens)
+    ours = tritale(folder, DTYPES[dtype], n_tokens)
     contenders = {
-        "ours": (lambda: ours, prompts),
-        "ours, one after the other": (lambda: lambda prompts: [ours([prompt])[0] for prompt in prompts], prompts[:3]),
-        "transformers": (partial(transformers, folder, DTYPES[dtype], n_tokens), prompts),
+        "ours": (lambda: ours, PROMPTS),
+        "ours, one after the other": (lambda: lambda prompts: [ours([prompt])[0] for prompt in prompts], PROMPTS[:3]),
+        "transformers": (partial(transformers, folder, DTYPES[dtype], n_tokens), PROMPTS),
     }
     is_slow = dtype == "bf16" and benchmarking and not has_bf16(device())
     left_out = {"transformers": "left out: this CPU emulates bf16, and one batch takes minutes"} if is_slow else {}
-    compare(request, folder, f"{N_PROMPTS} prompts of 1 to 40 characters", dtype, contenders, n_tokens, rounds, left_out)
+    compare(request, folder, f"{len(PROMPTS)} prompts of 1 to 40 characters", dtype, contenders, n_tokens, rounds, left_out)
 
 
 def test_memory(folder, benchmarking, capsys):

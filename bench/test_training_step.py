@@ -11,7 +11,7 @@ import torch
 from bench import trainers
 from bench.conftest import selected
 from bench.measure import device, half_precision, spread
-from bench.trainers import ABLATIONS, LITGPT, MISTRAL, OURS, REFERENCE, Job, ablation, missing, status
+from bench.trainers import ABLATIONS, EAGER, LITGPT, MISTRAL, OURS, REFERENCE, Job, ablation, missing, status
 from tritale.model.gpt import GPTConfig
 
 MODELS = {
@@ -19,8 +19,7 @@ MODELS = {
     "microstories-44m, 6 k vocabulary": GPTConfig.preset("microstories-44m", vocab_size=6000),
     "tiny": GPTConfig.preset("tiny"),
 }
-EAGER = ", eager"
-TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))  # compiled unless eager
+TRAINERS = (REFERENCE + EAGER, REFERENCE, OURS, MISTRAL + EAGER, MISTRAL, LITGPT, *map(ablation, ABLATIONS))
 BATCH = {"cuda": 32, "cpu": 2}  # sequences of 512 tokens
 ROUNDS = {"cuda": 30, "cpu": 5}
 
@@ -69,9 +68,7 @@ def cannot_run(model: str, name: str) -> str | None:
 
 
 def in_turns(title: str, names: list[str], config: GPTConfig, batch: int, context: int, rounds: int, progress) -> dict[str, dict]:
-    """Results of the trainers, which are compiled unless their name ends in EAGER."""
-    threads = torch.get_num_threads()
-    jobs = [Job(name.removesuffix(EAGER), config, batch, context, not name.endswith(EAGER), threads, name) for name in names]
+    jobs = [Job(name, config, batch, context, torch.get_num_threads()) for name in names]
     with progress(f"{title}: {len(jobs)} trainers", len(jobs) * (rounds + 1)) as tick:
         return trainers.measure(jobs, rounds, tick)
 

@@ -27,6 +27,7 @@ from tritale.training.processes import keep_heap
 
 REFERENCE, OURS = "reference", "ours"
 MISTRAL, LITGPT = "transformers Mistral", "litgpt"
+EAGER = ", eager"  # ends the name of a trainer that is not compiled
 # The ops that an ablation replaces by the reference, one at a time. On a CPU only the last two differ from the reference: attention is
 # PyTorch's kernel and the loss is computed in chunks.
 ABLATIONS = {
@@ -100,11 +101,10 @@ def _litgpt(config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
     return model, lambda tokens, targets: utils.chunked_cross_entropy(run(tokens), targets)
 
 
-def build(trainer: str, config: GPTConfig, is_compiled: bool) -> tuple[nn.Module, Loss]:
-    if trainer == MISTRAL:
-        return _mistral(config, is_compiled)
-    if trainer == LITGPT:
-        return _litgpt(config, is_compiled)
+def build(name: str, config: GPTConfig) -> tuple[nn.Module, Loss]:
+    trainer, is_compiled = name.removesuffix(EAGER), not name.endswith(EAGER)
+    if trainer in (MISTRAL, LITGPT):
+        return (_mistral if trainer == MISTRAL else _litgpt)(config, is_compiled)
     every = tuple(name for names in ABLATIONS.values() for name in names)
     replaced = {REFERENCE: every, OURS: ()} | {ablation(op): names for op, names in ABLATIONS.items()}
     return _our_model(config, replaced[trainer], is_compiled)
@@ -114,13 +114,11 @@ def build(trainer: str, config: GPTConfig, is_compiled: bool) -> tuple[nn.Module
 class Job:
     """One trainer on one shape."""
 
-    trainer: str
+    name: str  # of the trainer, which is compiled unless it ends in EAGER
     config: GPTConfig
     batch: int
     context: int
-    is_compiled: bool
     threads: int
-    name: str  # the key of its results
 
 
 def serve(pipe: Connection, job: Job) -> None:
@@ -136,7 +134,7 @@ def serve(pipe: Connection, job: Job) -> None:
             torch.set_num_threads(job.threads)
             keep_heap()
         before = reset_peak()
-        model, loss_of = build(job.trainer, job.config, job.is_compiled)
+        model, loss_of = build(job.name, job.config)
         model.to(on).train()
         parameters = list(dict.fromkeys(model.parameters()))
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

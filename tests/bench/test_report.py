@@ -221,7 +221,7 @@ def test_on_a_gpu_each_trainer_runs_alone(monkeypatch):
 
     monkeypatch.setattr(trainers, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(trainers, "fresh_processes", processes)
-    jobs = [trainers.Job(name, GPTConfig.preset("tiny"), 1, 8, False, 1, name) for name in "ab"]
+    jobs = [trainers.Job(name, GPTConfig.preset("tiny"), 1, 8, 1) for name in "ab"]
     assert list(trainers.measure(jobs, 1)) == ["a", "b"] and started == [["a"], ["b"]]
 
 
