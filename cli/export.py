@@ -1,6 +1,7 @@
-"""tritale export: write a checkpoint in the format of another program."""
+"""tritale export: write a checkpoint in the format of another program, and compare what that program computes with it."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,35 +11,46 @@ from . import options
 if TYPE_CHECKING:
     from ..inference import LLM
 
-HELP = "write a checkpoint for litgpt or llama.cpp (Hugging Face reads it as it is)"
+HELP = "write a checkpoint for Hugging Face, litgpt or llama.cpp"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     options.add_model(p, "model", options.CHECKPOINT)
     p.add_argument(
-        "--to", required=True, choices=("litgpt", "gguf"), help="litgpt: a folder for litgpt.LLM.load; gguf: a file for llama.cpp"
-    )
-    p.add_argument("--out", required=True, metavar="PATH", help="folder or file to write; it must not exist")
+        "--to", required=True, choices=("hf", "litgpt", "gguf"),
+        help="hf: a folder for transformers, without the training's state; litgpt: a folder for litgpt.LLM.load; gguf: for llama.cpp",
+    )  # fmt: skip
+    p.add_argument("--out", required=True, metavar="PATH", type=Path, help="folder or file to write; it must not exist")
 
 
 def run(args: argparse.Namespace) -> None:
     from ..inference import LLM
-    from ..model.export import check_gguf, check_litgpt, export_gguf, export_litgpt
+    from ..model import consumers, export
     from ..model.run_folder import find_checkpoint
 
-    source, out = find_checkpoint(args.model), Path(args.out)
+    source, out = find_checkpoint(args.model), args.out
     llm = LLM.load(source, device="cpu")
-    if args.to == "litgpt":
-        export_litgpt(llm.model, llm.tokenizer, out)
-        print(f'{out} is written; from litgpt import LLM; LLM.load("{out}").generate("从前，") reads it')
-        print(check_litgpt(out, llm.model, llm.tokenizer.encode("从前，", bos=True)))
-        return
+    model, tokenizer = llm.model, llm.tokenizer
+    if args.to == "hf":
+        export.export_hf(source, out)
+        check, use = consumers.check_hf, f'transformers.AutoModelForCausalLM.from_pretrained("{out}") reads it'
+    elif args.to == "litgpt":
+        export.export_litgpt(model, tokenizer, out)
+        check, use = consumers.check_litgpt, f'from litgpt import LLM; LLM.load("{out}").generate("从前，") reads it'
+    else:
+        try:
+            export.export_gguf(model, tokenizer, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
+        except ModuleNotFoundError as error:
+            raise UserError(f"the package {error.name} is missing; pip install gguf and try again") from None
+        check, use = consumers.check_gguf, f"llama-cli -m {out} -p 从前， reads it, llama-quantize makes it smaller than fp32"
     try:
-        export_gguf(llm.model, llm.tokenizer, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"the package {error.name} is missing; pip install gguf and try again") from None
-    print(f"{out} is written in fp32; llama-cli -m {out} -p 从前， reads it, llama-quantize makes it smaller")
-    print(check_gguf(llm.tokenizer, documents(source, llm)))
+        checked = check(out, model, tokenizer, documents(source, llm))
+    except consumers.NotChecked as reason:
+        checked = str(reason)
+    except BaseException:
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise
+    print(f"{out} is written; {use}\n{checked}")
 
 
 def documents(source: Path, llm: "LLM", limit: int = 200) -> list[str]:

@@ -1,8 +1,10 @@
-"""Checkpoints in the formats of other programs: a litgpt folder, a GGUF file for llama.cpp. Hugging Face reads a checkpoint as it is."""
+"""Checkpoints in the formats of other programs: a folder for Hugging Face or litgpt, a GGUF file for llama.cpp."""
 
 import heapq
-import importlib.util
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,64 @@ import yaml
 
 from ..common.errors import UserError
 from ..common.files import atomic_file, atomic_folder, write_json
+from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from .checkpoint import hf_config, hf_state
+from .checkpoint import CHECKSUMS, check_files, hf_config, hf_state
 from .gpt import GPT, GPTConfig
 
+# The names of the tensors in Hugging Face's files, in litgpt's, and in GGUF files. litgpt packs q, k and v.
+LAYER_NAMES = {
+    "input_layernorm": ("norm_1", "attn_norm"), "self_attn.q_norm": ("attn.norm_q", "attn_q_norm"),
+    "self_attn.k_norm": ("attn.norm_k", "attn_k_norm"), "self_attn.q_proj": ("", "attn_q"),
+    "self_attn.k_proj": ("", "attn_k"), "self_attn.v_proj": ("", "attn_v"),
+    "self_attn.o_proj": ("attn.proj", "attn_output"), "post_attention_layernorm": ("norm_2", "ffn_norm"),
+    "mlp.gate_proj": ("mlp.fc_1", "ffn_gate"), "mlp.up_proj": ("mlp.fc_2", "ffn_up"), "mlp.down_proj": ("mlp.proj", "ffn_down"),
+}  # fmt: skip
+OUTER_NAMES = {
+    "model.embed_tokens": ("transformer.wte", "token_embd"), "model.norm": ("transformer.ln_f", "output_norm"),
+    "lm_head": ("lm_head", "output"),
+}  # fmt: skip
+# The fields of litgpt's Config that hold those of GPTConfig.
+LITGPT_SIZES = {
+    "block_size": "context", "padded_vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_query_groups": "n_kv_head",
+    "head_size": "head_dim", "n_embd": "width", "intermediate_size": "mlp_width", "norm_eps": "norm_eps", "norm_qk": "qk_norm",
+    "rope_base": "rope_theta", "sliding_window_size": "window",
+}  # fmt: skip
+# What its other fields must be, and their values if the file has none; everything else computes another function.
+LITGPT_NEEDS = {
+    "norm_class_name": ("RMSNorm", "LayerNorm"), "mlp_class_name": ("LLaMAMLP", "GptNeoxMLP"), "parallel_residual": (False, True),
+    "bias": (False, True), "attn_bias": (False, False), "lm_head_bias": (False, False), "rotary_percentage": (1.0, 0.25),
+    "norm_qk_type": ("default", "default"), "post_attention_norm": (False, False), "post_mlp_norm": (False, False),
+    "shared_attention_norm": (False, False), "scale_embeddings": (False, False), "rope_adjustments": (None, None),
+    "rope_condense_ratio": (1, 1), "rope_interleave": (False, False), "attention_logit_softcapping": (None, None),
+    "final_logit_softcapping": (None, None), "attention_scores_scalar": (None, None), "latent_attention": (None, None),
+}  # fmt: skip
 
-def _refuse_existing(out: Path) -> None:
+
+def refuse_existing(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten; give another --out")
+
+
+def _renamed(model: GPT, program: int, layers: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(name in the files of `program`, part, tensor): 0 is litgpt, 1 GGUF. The part is Hugging Face's name without layer and suffix."""
+    for name, tensor in hf_state(model).items():
+        part, prefix, names = name.removesuffix(".weight"), "", OUTER_NAMES
+        if part not in names:
+            _, _, layer, part = part.split(".", 3)
+            prefix, names = f"{layers}.{layer}.", LAYER_NAMES
+        if theirs := names[part][program]:
+            yield f"{prefix}{theirs}.weight", part, tensor
+
+
+def export_hf(source: Path, out: Path) -> None:
+    """Copy the files of a checkpoint that Hugging Face reads, without the state of the training. Raises UserError if `out` exists."""
+    refuse_existing(out)
+    check_files(source)
+    with atomic_folder(out) as folder:
+        for path in source.iterdir():
+            if path.is_file() and path.name != CHECKSUMS:
+                shutil.copyfile(path, folder / path.name)
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------
@@ -26,61 +78,28 @@ def _refuse_existing(out: Path) -> None:
 
 def litgpt_config(c: GPTConfig) -> dict:
     """litgpt's `Config` of the same model."""
-    config = {
-        "name": "qwen3-tritale" if c.qk_norm else "tritale",  # litgpt chooses the conversion to Hugging Face by the name
-        "hf_config": {},
-        "block_size": c.context,
-        "vocab_size": c.vocab_size,
-        "padded_vocab_size": c.vocab_size,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_query_groups": c.n_kv_head,
-        "head_size": c.head_dim,
-        "n_embd": c.width,
-        "intermediate_size": c.mlp_width,
-        "mlp_class_name": "LLaMAMLP",
-        "norm_class_name": "RMSNorm",
-        "norm_eps": c.norm_eps,
-        "norm_qk": c.qk_norm,
-        "parallel_residual": False,
-        "bias": False,
-        "rotary_percentage": 1.0,
-        "rope_base": int(c.rope_theta) if float(c.rope_theta).is_integer() else c.rope_theta,
-    }
-    if c.window is not None:
-        config |= {"sliding_window_size": c.window, "sliding_window_indices": [1] * c.n_layer}
-    return config
+    config = {"name": "qwen3-tritale" if c.qk_norm else "tritale"}  # litgpt chooses the conversion to Hugging Face by the name
+    config |= {"hf_config": {}, "vocab_size": c.vocab_size} | {theirs: getattr(c, ours) for theirs, ours in LITGPT_SIZES.items()}
+    config |= {key: needed for key, (needed, default) in LITGPT_NEEDS.items() if needed != default}
+    return config | {"sliding_window_indices": c.window and [1] * c.n_layer}
 
 
 def litgpt_state(model: GPT) -> dict[str, torch.Tensor]:
     """The weights under litgpt's names. litgpt packs q, k, v in the same order, but not gate and up."""
-    state = {
-        "transformer.wte.weight": model.embedding,
-        "lm_head.weight": model.head,  # if tied, it shares its memory in the file too
-        "transformer.ln_f.weight": model.norm,
-    }
-    for i, block in enumerate(model.blocks):
-        gate, up = block.gate_up.weight.chunk(2)
-        layer = {
-            "norm_1": block.attention_norm,
-            "attn.qkv": block.qkv.weight,
-            "attn.proj": block.attention_out.weight,
-            "norm_2": block.mlp_norm,
-            "mlp.fc_1": gate.clone(),  # a view would be saved with the memory of the whole matrix
-            "mlp.fc_2": up.clone(),
-            "mlp.proj": block.mlp_out.weight,
-        }
-        if model.config.qk_norm:
-            layer |= {"attn.norm_q": block.q_norm, "attn.norm_k": block.k_norm}
-        state |= {f"transformer.h.{i}.{name}.weight": tensor for name, tensor in layer.items()}
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    state = {f"transformer.h.{i}.attn.qkv.weight": block.qkv.weight.detach() for i, block in enumerate(model.blocks)}
+    for name, part, tensor in _renamed(model, 0, "transformer.h"):
+        # A view of gate_up would be saved with the memory of the whole matrix.
+        state[name] = tensor.clone() if part in ("mlp.gate_proj", "mlp.up_proj") else tensor
+    state["lm_head.weight"] = model.head.detach()  # if tied, it shares its memory in the file too
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     """Write a folder for `litgpt.LLM.load`. `lit_model.pth` is a dictionary of plain tensors (`weights_only=True` loads it).
 
-    Raises UserError if `out` exists."""
-    _refuse_existing(out)
+    Raises UserError if `out` exists or the tokenizer is not this project's."""
+    refuse_existing(out)
+    _refuse_foreign(tokenizer)
     c = model.config
     with atomic_folder(out) as folder:
         torch.save(litgpt_state(model), folder / "lit_model.pth")
@@ -94,19 +113,11 @@ def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
         write_json(folder / "tokenizer_config.json", config | {"add_bos_token": True})
 
 
-def check_litgpt(out: Path, model: GPT, ids: list[int]) -> str:
-    """Load the export with litgpt and compare the logits for `ids`: a sentence about the result. Raises RuntimeError if they differ."""
-    if importlib.util.find_spec("litgpt") is None:
-        return "not checked, because litgpt is not installed"
-    import litgpt  # pyright: ignore[reportMissingImports] (optional)
-
-    theirs = litgpt.GPT(litgpt.Config.from_file(out / "model_config.yaml")).eval()
-    theirs.load_state_dict(torch.load(out / "lit_model.pth", weights_only=True))
-    with torch.no_grad():
-        difference = (theirs(torch.tensor([ids])) - model(torch.tensor([ids]))).abs().max().item()
-    if not difference < 1e-2:
-        raise RuntimeError(f"litgpt's logits of {out} differ by {difference:g}; do not use this export")
-    return f"checked: litgpt gives the same logits (largest difference {difference:.1g})"
+def _refuse_foreign(tokenizer: Tokenizer) -> None:
+    if isinstance(tokenizer, ForeignTokenizer):
+        raise UserError(
+            "the checkpoint was imported with another program's tokenizer; export it with --to hf, and convert that folder further"
+        )
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------------------------------
@@ -130,14 +141,16 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
         if i < len(SPECIAL_TOKENS):
             text, kind = SPECIAL_TOKENS[i], TokenType.CONTROL
         elif i == space_byte and not has_space:  # otherwise llama.cpp encodes a space as the three bytes of ▁
-            text, kind = " ", TokenType.NORMAL
+            text, kind = "▁", TokenType.NORMAL
         elif i < len(SPECIAL_TOKENS) + len(BYTE_TOKENS):
             text, kind = BYTE_TOKENS[i - len(SPECIAL_TOKENS)], TokenType.BYTE
         else:
             text, kind = tokenizer.token_bytes(i).decode("utf-8"), TokenType.NORMAL
             if "▁" in text:  # llama.cpp would read it as a space; the character falls back to its bytes
                 text, kind = f"<|unused_{i}|>", TokenType.UNUSED
-        texts.append(text.replace(" ", "▁"))
+            elif len(text) > 1 and text.isspace() and text.endswith(" "):
+                kind = TokenType.USER_DEFINED  # found before the merges, so that a word after it does not take its last space
+        texts.append(text if kind == TokenType.USER_DEFINED else text.replace(" ", "▁"))
         scores.append(-float(ranks.get(text, 0)))
         types.append(int(kind))
     for i in range(tokenizer.vocab_size, n_rows):
@@ -148,10 +161,20 @@ def gguf_vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[
 
 
 def gguf_ids(text: str, vocabulary: tuple[list[str], list[float], list[int]]) -> list[int]:
-    """The ids that llama.cpp's tokenizer "llama" (llm_tokenizer_spm) gives: it joins the neighbours whose union has the highest score, the
-    leftmost first."""
-    texts, scores, _ = vocabulary
+    """The ids that llama.cpp's tokenizer "llama" (llm_tokenizer_spm) gives. It splits the text at the user-defined entries, the longest
+    first. Between them it joins the neighbours whose union has the highest score, the leftmost first."""
+    from gguf import TokenType
+
+    texts, scores, types = vocabulary
     ids = {t: i for i, t in enumerate(texts)}
+    entries = sorted((t for t, kind in zip(texts, types, strict=True) if kind == TokenType.USER_DEFINED), key=len, reverse=True)
+    if entries:
+        pieces = re.split(f"({'|'.join(map(re.escape, entries))})", text)
+        return [i for piece in pieces for i in ([ids[piece]] if piece in entries else _joined(piece, ids, scores))]
+    return _joined(text, ids, scores)
+
+
+def _joined(text: str, ids: dict[str, int], scores: list[float]) -> list[int]:
     parts = list(text.replace(" ", "▁"))
     before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
     heap: list[tuple[float, int, int, str]] = []
@@ -177,23 +200,6 @@ def gguf_ids(text: str, vocabulary: tuple[list[str], list[float], list[int]]) ->
     return result
 
 
-def check_gguf(tokenizer: Tokenizer, documents: list[str]) -> str:
-    """Compare the ids of llama.cpp's tokenizer with ours, on the documents and on strings with several spaces: a sentence about the result.
-
-    llama.cpp has no pre-tokenizer here, so it joins a word with the space before it also after another space, and reads ▁ as a space."""
-    vocabulary = gguf_vocabulary(tokenizer, tokenizer.vocab_size)
-    differs = lambda text: gguf_ids(text, vocabulary) != tokenizer.encode(text)
-    different = [document for document in documents if differs(document)]
-    result = f"llama.cpp's tokenizer gives the same ids for {len(documents) - len(different)} of {len(documents)} documents"
-    if different:
-        result = f"WARNING: llama.cpp encodes {len(different)} of {len(documents)} documents differently, for example {different[0][:60]!r}"
-    words = [entry for entry in vocabulary[0] if entry.startswith("▁") and len(entry) > 1]
-    spaced = [text for word in words[:200] if differs(text := "." + word.replace("▁", "  ", 1))]
-    if spaced:
-        result += f"; it encodes a word after two spaces differently ({spaced[0]!r}): write single spaces in prompts"
-    return result
-
-
 def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
     # llama.cpp's "llama" rotates adjacent pairs of a head, Hugging Face its halves: (H · 2 · D/2, K) -> (H · D/2 · 2, K).
     n, k = weight.shape
@@ -203,24 +209,12 @@ def _interleaved(weight: np.ndarray, n_head: int) -> np.ndarray:
 def gguf_tensors(model: GPT) -> dict[str, np.ndarray]:
     """The weights in fp32 under GGUF's names, in PyTorch's row order."""
     c = model.config
-    names = {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    outer = {
-        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
-    }  # fmt: skip
     tensors = {}
-    for name, tensor in hf_state(model).items():
-        array = tensor.float().cpu().contiguous().numpy()
-        if name in outer:
-            tensors[outer[name]] = array
-            continue
-        _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
-        if not c.qk_norm and kind in ("self_attn.q_proj", "self_attn.k_proj"):
-            array = _interleaved(array, c.n_head if kind == "self_attn.q_proj" else c.n_kv_head)
-        tensors[f"blk.{layer}.{names[kind]}.weight"] = np.ascontiguousarray(array)
+    for name, part, tensor in _renamed(model, 1, "blk"):
+        array = tensor.float().cpu().numpy()
+        if not c.qk_norm and part in ("self_attn.q_proj", "self_attn.k_proj"):
+            array = _interleaved(array, c.n_head if part == "self_attn.q_proj" else c.n_kv_head)
+        tensors[name] = np.ascontiguousarray(array)
     return tensors
 
 
@@ -229,7 +223,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
 
     Raises UserError if `out` exists, or if the model has a window shorter than its context, which these architectures do not support;
     ModuleNotFoundError if the package gguf is missing."""
-    _refuse_existing(out)
+    refuse_existing(out)
+    _refuse_foreign(tokenizer)
     c = model.config
     if c.window is not None and c.window < c.context:
         raise UserError(

@@ -14,18 +14,10 @@ from ..common.errors import UserError
 from ..common.files import atomic_folder, read_json_object, write_json
 from ..data.foreign_tokenizer import ForeignTokenizer
 from .checkpoint import copy_weights, gpt_config, save_model, write_checksums
+from .export import LAYER_NAMES, LITGPT_NEEDS, LITGPT_SIZES, OUTER_NAMES, refuse_existing
 from .gpt import GPT, GPTConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# What litgpt's Config must say, and its default if the key is missing; everything else computes another function.
-LITGPT_NEEDS = {
-    "norm_class_name": ("RMSNorm", "LayerNorm"), "mlp_class_name": ("LLaMAMLP", "GptNeoxMLP"), "parallel_residual": (False, True),
-    "bias": (False, True), "attn_bias": (False, False), "lm_head_bias": (False, False), "rotary_percentage": (1.0, 0.25),
-    "norm_qk_type": ("default", "default"), "post_attention_norm": (False, False), "post_mlp_norm": (False, False),
-    "shared_attention_norm": (False, False), "scale_embeddings": (False, False), "rope_adjustments": (None, None),
-    "rope_condense_ratio": (1, 1), "rope_interleave": (False, False), "attention_logit_softcapping": (None, None),
-    "final_logit_softcapping": (None, None), "attention_scores_scalar": (None, None), "latent_attention": (None, None),
-}  # fmt: skip
 
 
 def find_sources(folder: Path, kind: str) -> list[Path]:
@@ -41,8 +33,7 @@ def convert(source: Path, out: Path, kind: str) -> None:
     """Write the checkpoint `source` of "litgpt" or "hf" as the new folder `out`.
 
     Raises FileNotFoundError if a file is missing, UserError if the architecture or a value is not supported, or `out` exists."""
-    if out.exists():
-        raise UserError(f"{out} exists and is not overwritten; give another --out")
+    refuse_existing(out)
     if not (source / "tokenizer.json").is_file():
         raise FileNotFoundError(
             f"{source} has no tokenizer.json; make one with transformers: "
@@ -95,14 +86,12 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
                 raise UserError(f"{path}: {key} is {c.get(key, default)!r}; only {needed!r} is supported")
         if c.get("sliding_window_size") and not all(c.get("sliding_window_indices") or [1]):
             raise UserError(f"{path}: only some layers have a sliding window; all or none are supported")
-        n_head, n_kv_head, width = c["n_head"], c.get("n_query_groups") or c["n_head"], c["n_embd"]
-        head_dim = c.get("head_size") or width // n_head
-        shape = {
-            "vocab_size": c["padded_vocab_size"], "n_layer": c["n_layer"], "n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim,
-            "width": width, "mlp_width": c["intermediate_size"], "context": c["block_size"], "rope_theta": c.get("rope_base", 10_000),
-            "norm_eps": c.get("norm_eps", 1e-5), "qk_norm": c.get("norm_qk", False), "window": c.get("sliding_window_size"),
+        defaults = {
+            "n_query_groups": c["n_head"], "head_size": c["n_embd"] // c["n_head"], "rope_base": 10_000, "norm_eps": 1e-5, "norm_qk": False,
+            "sliding_window_size": None,
         }  # fmt: skip
-        config = GPTConfig(**shape)
+        c = defaults | {name: value for name, value in c.items() if value is not None}
+        config = GPTConfig(**{ours: c[theirs] for theirs, ours in LITGPT_SIZES.items()})
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError, yaml.YAMLError) as error:
@@ -120,11 +109,7 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 def _litgpt_state(config: GPTConfig, lit: dict[str, Tensor], source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The config with its tie_embeddings, and the weights under Hugging Face's names."""
     sizes = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    names = {
-        "norm_1": "input_layernorm", "attn.proj": "self_attn.o_proj", "norm_2": "post_attention_layernorm", "mlp.fc_1": "mlp.gate_proj",
-        "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj", "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm",
-    }  # fmt: skip
-    outer = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+    outer, inner = ({lit: hf for hf, (lit, _) in names.items() if lit} for names in (OUTER_NAMES, LAYER_NAMES))
     state: dict[str, Tensor] = {}
     for name, tensor in lit.items():
         base = name.removesuffix(".weight")
@@ -139,8 +124,8 @@ def _litgpt_state(config: GPTConfig, lit: dict[str, Tensor], source: Path) -> tu
             else:
                 q, k, v = tensor.split(sizes)
             state |= {f"model.layers.{layer}.self_attn.{x}_proj.weight": t for x, t in (("q", q), ("k", k), ("v", v))}
-        elif part in names:
-            state[f"model.layers.{layer}.{names[part]}.weight"] = tensor
+        elif part in inner:
+            state[f"model.layers.{layer}.{inner[part]}.weight"] = tensor
         else:
             raise UserError(f"{source / 'lit_model.pth'} has {name} {tuple(tensor.shape)}, which this architecture does not have")
     embedding, head = state.get("model.embed_tokens.weight"), state.get("lm_head.weight")
