@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tritale.data.prepare.job import sha256
+from tritale.common.files import sha256_of
 
 
 def resident(process: psutil.Process) -> int:
@@ -46,7 +46,7 @@ def run(command: list[str], kill_after: float | None = None) -> tuple[float, int
 
 def digests(folder: Path) -> dict[str, str]:
     files = [path for part in ("tokenizer", "train", "validation") for path in sorted((folder / part).iterdir())]
-    return {f"{path.parent.name}/{path.name}": sha256(path) for path in files}
+    return {f"{path.parent.name}/{path.name}": sha256_of(path) for path in files}
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Without QK-norm it is a Mistral, with QK-norm a Qwen3; `transformers.AutoModelFo
 safetensors and JSON are read, so a checkpoint from an untrusted source cannot run code.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..common.files import read_json_object, write_json
+from ..common.files import read_json_object, sha256_of, write_json
 from ..common.sampling import Sampling
 from ..kernels.rotary import rotary_tables
 from .gpt import GPT, GPTConfig
@@ -158,18 +157,10 @@ def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int
     save_tensors(folder / "model.safetensors", hf_state(model))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_checksums(folder: Path) -> None:
     """Write checksums.json for the files of a folder. `check_files` compares them when they are read."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
-    write_json(folder / CHECKSUMS, {path.name: _sha256(path) for path in files})
+    write_json(folder / CHECKSUMS, {path.name: sha256_of(path) for path in files})
 
 
 def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -184,7 +175,7 @@ def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
             raise FileNotFoundError(f"{folder} is not a complete checkpoint: {name} is missing; use another step")
         if name not in expected:
             raise UserError(f"{folder / CHECKSUMS} does not list {name}; {DAMAGED}")
-        if _sha256(folder / name) != expected[name]:
+        if sha256_of(folder / name) != expected[name]:
             raise UserError(
                 f"{folder / name} has changed since it was written (its sha256 is not that of {CHECKSUMS}); use another step, or remove "
                 f"{folder / CHECKSUMS} if you changed the file yourself"

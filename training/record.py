@@ -45,7 +45,7 @@ def facts(planned: Plan, split: Split, config: dict[str, object]) -> dict:
         },
         "device": {
             "name": device.name,
-            "kind": device.kind,
+            "kind": "cpu" if device.name.startswith("CPU") else "cuda",
             "processes": device.count,
             "precision": device.precision,
             "has_bf16": device.has_bf16,

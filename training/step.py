@@ -1,5 +1,8 @@
 """The training step that train.py, `tritale plan` and `tritale lr-find` share."""
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_add_ is the function that torch.optim is built on.
+
 import contextlib
 import math
 import statistics
@@ -57,8 +60,10 @@ class TrainingStep:
         # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
         self.parameters = list(self.model.parameters())
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
-        for p, grad in zip(self.parameters, self.gradients.split([p.numel() for p in self.parameters]), strict=True):
-            p.grad = grad.view_as(p)
+        views = self.gradients.split([p.numel() for p in self.parameters])
+        self.grads = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)]
+        for p, grad in zip(self.parameters, self.grads, strict=True):
+            p.grad = grad
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         self.optimizer = Together(self.optimizers)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
@@ -100,7 +105,7 @@ class TrainingStep:
         with self.autocast():
             loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
         # Not backward(), which would add the gradients one by one.
-        torch._foreach_add_([p.grad for p in self.parameters], torch.autograd.grad(self.scaler.scale(loss), self.parameters))
+        torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
         return self.loss_sum.add_(loss.detach())
 
     def update(self) -> Tensor:
