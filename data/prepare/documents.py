@@ -203,4 +203,4 @@ def at_place(function: Callable[[list], Any], items: list, places: list[str]) ->
             at_place(function, items[i : i + 1], places[i : i + 1])
         place = " to ".join(dict.fromkeys((places[0], places[-1])))
         kind = UserError if isinstance(error, UserError) else RuntimeError
-        raise kind(f"{place}: the document cannot be processed ({error or type(error).__name__})") from error
+        raise kind(f"{place}: the document cannot be processed ({str(error) or type(error).__name__})") from error

@@ -33,9 +33,9 @@ Records = Iterator[tuple[Any, int]]
 
 def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
     """Read an open file that is not parquet."""
-    stream, damage = decompressed(raw, file)
-    suffix, line = file_format(Path(file)), 1
+    suffix, line, damage = file_format(Path(file)), 1, ()
     try:
+        stream, damage = decompressed(raw, file)
         start = stream.peek().removeprefix(codecs.BOM_UTF8)
         if encoding := utf16(start[:4096]):
             raise other_encoding(file, 1, start[0], encoding)

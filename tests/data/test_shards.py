@@ -134,6 +134,7 @@ def seal(index: dict) -> str:
         ({"version": 2}, "has version 2 of the format, this tritale reads version 1; update tritale"),
         ({"version": 0}, "has version 0 of the format, this tritale reads version 1; delete the folder"),
         ({"version": None}, "is not the index of a token split"),
+        ({"version": True}, "is not the index of a token split"),
         ({"format": "other"}, "is not the index of a token split"),
         ({"documents": 0}, "holds 0 documents"),
         ({"dtype": "object"}, "damaged: dtype is 'object'"),
@@ -156,6 +157,9 @@ def test_an_index_without_a_checksum_is_read_and_one_with_another_content_is_not
     path.write_text(json.dumps(index | {"characters": index["characters"] + 1}))
     with pytest.raises(UserError, match="does not match its checksum; delete the folder"):
         Split.open(split.folder, verify=False)
+    path.write_text(json.dumps(index | {"sha256": None}))
+    with pytest.raises(UserError, match="does not match its checksum"):
+        Split.open(split.folder)
     del index["sha256"]
     path.write_text(json.dumps(index))
     assert Split.open(split.folder).n_tokens == split.n_tokens

@@ -515,6 +515,12 @@ def test_a_finished_folder_loses_what_a_kill_left_and_gets_back_what_was_deleted
         shutil.rmtree(out / missing)
         run([file], out, tokenizer_folder, val_fraction=0.3)
         assert digests(out) == before and not (out / "work").exists()
+    for damaged in ("validation/tokens-00000.bin", "train/index.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"):
+        content = bytearray((out / damaged).read_bytes())
+        content[random.Random(seed).randrange(len(content))] ^= 4
+        (out / damaged).write_bytes(content)
+        run([file], out, tokenizer_folder, val_fraction=0.3)
+        assert digests(out) == before, damaged
 
 
 def test_two_at_once_do_not_mix(tmp_path, tokenizer_folder, seed):

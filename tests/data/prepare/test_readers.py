@@ -141,7 +141,7 @@ def test_lines_that_may_separate_documents_are_asked_about(tmp_path, mark, betwe
         UserError, match=rf"29 lines of its start are {re.escape(mark)}; if .* replace them by <\|endoftext\|>; else choose"
     ):
         texts_of(tmp_path / "a.txt")
-    assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="blank-line"))) >= 59
+    assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="blank-line"))) in (31, 89)
     (tmp_path / "b.txt").write_text("……\n\n".join(STORIES) + f"\n{mark}\n\n完", encoding="utf-8")  # a scene, an ellipsis
     assert len(texts_of(tmp_path / "b.txt")) > 60
 
@@ -394,7 +394,7 @@ def test_parquet_values_that_python_cannot_hold_are_named_by_their_row(tmp_path)
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    times = pyarrow.array([None, 2**62, None], pyarrow.timestamp("s"))
+    times = pyarrow.array([None, 2**60, None], pyarrow.timestamp("ms"))
     parquet.write_table(pyarrow.table({"text": ["一", "二", "三"], "time": times}), tmp_path / "a.parquet")
     check_bad(
         tmp_path / "a.parquet", r"a\.parquet:(1: null under 'time'|2: a value that Python)", fields=Fields(None, "{time}{text}"), n_errors=3
@@ -588,7 +588,7 @@ def test_errors_of_skipped_documents_are_counted_once(tmp_path, seed):
 def test_a_package_that_is_missing_is_named_with_its_command(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     if "/" not in name:
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")  # a zst file
         name = tmp_path / name
     with pytest.raises(ValueError, match=r"needs the package (.*), which is not installed: pip install \1$"):
         texts_of(name)
