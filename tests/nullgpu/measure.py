@@ -82,7 +82,7 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     """An optimizer step of one micro-batch with `rows` sequences."""
     import torch
 
-    from tests.nullgpu.harness import host_ms, recorded
+    from tests.nullgpu.harness import host_ms, never_overflows, recorded
     from tritale.training import processes
     from tritale.training.config import parse
     from tritale.training.graphs import WARM_UP
@@ -93,6 +93,7 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     given = ["--config", config, "--model.preset", preset, "--train.micro_batch", str(rows), "--train.global_batch", str(rows), *options]
     parsed, here = parse(given), processes.start()
     planned = plan(parsed, DataFacts("measure", VOCABULARY[preset], 10**9, 5_000_000, 10**9), DeviceFacts.of(here, parsed))
+    never_overflows()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     training, batch = TrainingStep(planned, here), random_batch(planned, rows)

@@ -87,7 +87,9 @@ static bool capture_failed = false;
 
 static void fault(const std::string& text) { faults += text + "\n"; }
 static void count(const char* function) { std::lock_guard<std::mutex> lock(mutex); calls[function]++; }
-static void refuse_in_capture(const std::string& what) { if (!capturing.empty()) capture_failed = true, fault(what + " while a graph is captured"); }
+static void refuse_in_capture(const std::string& what) {
+    if (!capturing.empty()) capture_failed = true, fault(what + " while a graph is captured");
+}
 static void* const EVERY_STREAM = (void*)-1;
 
 // The host waits for the device.
@@ -225,7 +227,11 @@ RUNTIME cudaFreeHost(void* p) {
     if (block != pinned_blocks.end()) munmap(p, pages(block->second)), pinned_blocks.erase(block);
     return cudaSuccess;
 }
-RUNTIME cudaHostRegister(void* p, size_t n, unsigned) { std::lock_guard<std::mutex> lock(mutex); pinned_blocks[(char*)p] = n; return cudaSuccess; }
+RUNTIME cudaHostRegister(void* p, size_t n, unsigned) {
+    std::lock_guard<std::mutex> lock(mutex);
+    pinned_blocks[(char*)p] = n;
+    return cudaSuccess;
+}
 RUNTIME cudaHostUnregister(void* p) { std::lock_guard<std::mutex> lock(mutex); pinned_blocks.erase((char*)p); return cudaSuccess; }
 RUNTIME cudaPointerGetAttributes(struct cudaPointerAttributes* a, const void* p) {
     memset(a, 0, sizeof *a);
@@ -251,13 +257,19 @@ static void copy(void* to, const void* from, size_t n, void* stream) {
     if (!(to_device && from_device) || n <= 1 << 20) memmove(to, from, n);
     if (from_device && !to_device && n <= 512) invent(to, n);
 }
-RUNTIME cudaMemcpy(void* to, const void* from, size_t n, enum cudaMemcpyKind) { wait("cudaMemcpy"); copy(to, from, n, nullptr); return cudaSuccess; }
-RUNTIME cudaMemcpyAsync(void* to, const void* from, size_t n, enum cudaMemcpyKind, cudaStream_t stream) {
-    if (is_on_device(from) != is_on_device(to) && !is_pinned(from) && !is_pinned(to)) wait("cudaMemcpyAsync of pageable memory", stream);
+RUNTIME cudaMemcpy(void* to, const void* from, size_t n, enum cudaMemcpyKind) {
+    wait("cudaMemcpy");
+    copy(to, from, n, nullptr);
+    return cudaSuccess;
+}
+RUNTIME cudaMemcpyAsync(void* to, const void* from, size_t n, enum cudaMemcpyKind, cudaStream_t s) {
+    copy(to, from, n, s);
+    return cudaSuccess;
+}
+RUNTIME cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t n, cudaStream_t stream) {
     copy(to, from, n, stream);
     return cudaSuccess;
 }
-RUNTIME cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t n, cudaStream_t stream) { copy(to, from, n, stream); return cudaSuccess; }
 RUNTIME cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, enum cudaMemcpyKind) SUCCEEDS
 RUNTIME cudaGetSymbolAddress(void** p, const void*) { static char memory[4096]; *p = memory; return cudaSuccess; }
 RUNTIME cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t stream) {
@@ -282,7 +294,10 @@ RUNTIME cudaStreamCreate(cudaStream_t* s) { return create(s); }
 RUNTIME cudaStreamDestroy(cudaStream_t) SUCCEEDS
 RUNTIME cudaStreamQuery(cudaStream_t) SUCCEEDS
 RUNTIME cudaStreamSynchronize(cudaStream_t s) { wait("cudaStreamSynchronize", s); return cudaSuccess; }
-RUNTIME cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) { if (captured_events.count(e)) capturing.insert(s); return cudaSuccess; }
+RUNTIME cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+    if (captured_events.count(e)) capturing.insert(s);
+    return cudaSuccess;
+}
 RUNTIME cudaStreamGetPriority(cudaStream_t, int* p) { *p = 0; return cudaSuccess; }
 RUNTIME cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void* data, unsigned) { f(s, cudaSuccess, data); return cudaSuccess; }
 RUNTIME cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void* data) { f(data); return cudaSuccess; }
@@ -293,7 +308,10 @@ RUNTIME cudaEventDestroy(cudaEvent_t) SUCCEEDS
 RUNTIME cudaEventRecord(cudaEvent_t e, cudaStream_t s) { if (capturing.count(s)) captured_events.insert(e); return cudaSuccess; }
 RUNTIME cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
 RUNTIME cudaEventQuery(cudaEvent_t) SUCCEEDS
-RUNTIME cudaEventSynchronize(cudaEvent_t e) { wait("cudaEventSynchronize", captured_events.count(e) ? EVERY_STREAM : nullptr); return cudaSuccess; }
+RUNTIME cudaEventSynchronize(cudaEvent_t e) {
+    wait("cudaEventSynchronize", captured_events.count(e) ? EVERY_STREAM : nullptr);
+    return cudaSuccess;
+}
 RUNTIME cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { *ms = 1.0f; return cudaSuccess; }
 
 // A graph is known by the number of its nodes.
@@ -308,7 +326,9 @@ RUNTIME cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
     *graph = (cudaGraph_t)(GRAPH + nodes);
     return capture_failed ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
-static cudaStreamCaptureStatus capture_status(void* s) { return capturing.count(s) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone; }
+static cudaStreamCaptureStatus capture_status(void* s) {
+    return capturing.count(s) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
 RUNTIME cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus* status) { *status = capture_status(s); return cudaSuccess; }
 RUNTIME cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,
                                  const cudaGraphNode_t** dependencies, const cudaGraphEdgeData** edges, size_t* n) {
@@ -322,7 +342,10 @@ RUNTIME cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus* s
 }
 RUNTIME cudaStreamUpdateCaptureDependencies(cudaStream_t, cudaGraphNode_t*, const cudaGraphEdgeData*, size_t, unsigned) SUCCEEDS
 RUNTIME cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode*) SUCCEEDS
-RUNTIME cudaGraphInstantiateWithFlags(cudaGraphExec_t* e, cudaGraph_t graph, unsigned long long) { *e = (cudaGraphExec_t)graph; return cudaSuccess; }
+RUNTIME cudaGraphInstantiateWithFlags(cudaGraphExec_t* e, cudaGraph_t graph, unsigned long long) {
+    *e = (cudaGraphExec_t)graph;
+    return cudaSuccess;
+}
 RUNTIME cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) { simple_launch("graph", "graph", s, (long)e - GRAPH); return cudaSuccess; }
 RUNTIME cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* n) { *n = (long)graph - GRAPH; return cudaSuccess; }
 RUNTIME cudaGraphDestroy(cudaGraph_t) SUCCEEDS
@@ -362,7 +385,8 @@ RUNTIME cudaFuncGetAttributes(struct cudaFuncAttributes* a, const void*) {
     return cudaSuccess;
 }
 RUNTIME cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t, unsigned) { *n = 2; return cudaSuccess; }
-RUNTIME cudaGetDriverEntryPointByVersion(const char* name, void** p, unsigned, unsigned long long, enum cudaDriverEntryPointQueryResult* result) {
+RUNTIME cudaGetDriverEntryPointByVersion(const char* name, void** p, unsigned, unsigned long long,
+    enum cudaDriverEntryPointQueryResult* result) {
     static void* self = dlopen("libcuda.so.1", RTLD_LAZY);
     static char unused[16];  // for functions that are looked up and not called
     *p = dlsym(self, name);
@@ -410,8 +434,9 @@ DRIVER cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) {
 DRIVER cuFuncSetCacheConfig(CUfunction, CUfunc_cache) SUCCEEDS
 DRIVER cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, CUfunction, int, size_t) { *n = 2; return CUDA_SUCCESS; }
 DRIVER cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*) { *n = 2; return CUDA_SUCCESS; }
-DRIVER cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) SUCCEEDS
+DRIVER cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+    const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+    CUtensorMapFloatOOBfill) SUCCEEDS
 DRIVER cuPointerGetAttribute(void* v, CUpointer_attribute a, CUdeviceptr p) {
     if (a == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
         if (!is_on_device((void*)p)) return CUDA_ERROR_INVALID_VALUE;  // how Triton refuses a CPU tensor
@@ -420,8 +445,8 @@ DRIVER cuPointerGetAttribute(void* v, CUpointer_attribute a, CUdeviceptr p) {
     else *(unsigned*)v = 0;
     return CUDA_SUCCESS;
 }
-DRIVER cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream,
-                      void**, void**) {
+DRIVER cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+    CUstream stream, void**, void**) {
     bool ok = launch("triton", ((Function*)f)->name, dim3(gx, gy, gz), dim3(bx, by, bz), shared, stream);
     return ok ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
@@ -429,8 +454,8 @@ DRIVER cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** arguments,
     return cuLaunchKernel(f, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, c->hStream,
                           arguments, extra);
 }
-DRIVER cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                                 CUstream stream, void** arguments) {
+DRIVER cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+    unsigned shared, CUstream stream, void** arguments) {
     return cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, stream, arguments, nullptr);
 }
 
@@ -464,31 +489,31 @@ BLAS cublasGetMathMode(H, cublasMath_t* m) { *m = math_mode; return CUBLAS_STATU
 BLAS cublasSetPointerMode_v2(H, cublasPointerMode_t) SUCCEEDS
 BLAS cublasGetPointerMode_v2(H, cublasPointerMode_t* m) { *m = CUBLAS_POINTER_MODE_HOST; return CUBLAS_STATUS_SUCCESS; }
 BLAS cublasSetSmCountTarget(H, int) SUCCEEDS
-BLAS cublasGemmEx(H, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType a, int, const void*, cudaDataType, int, const void*, void*,
-                  cudaDataType c, int, cublasComputeType_t, cublasGemmAlgo_t) { return product(m, n, k, a, c); }
+BLAS cublasGemmEx(H, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType a, int, const void*, cudaDataType, int,
+    const void*, void*, cudaDataType c, int, cublasComputeType_t, cublasGemmAlgo_t) { return product(m, n, k, a, c); }
 BLAS cublasSgemm_v2(H, Op, Op, int m, int n, int k, const float*, const float*, int, const float*, int, const float*, float*, int) {
     return product(m, n, k, CUDA_R_32F, CUDA_R_32F, 1, tf32());
 }
 BLAS cublasDgemm_v2(H, Op, Op, int m, int n, int k, const double*, const double*, int, const double*, int, const double*, double*, int) {
     return product(m, n, k, CUDA_R_64F, CUDA_R_64F);
 }
-BLAS cublasGemmStridedBatchedEx(H, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType a, int, long long, const void*, cudaDataType,
-                                int, long long, const void*, void*, cudaDataType c, int, long long, int batch, cublasComputeType_t, cublasGemmAlgo_t) {
+BLAS cublasGemmStridedBatchedEx(H, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType a, int, long long, const void*,
+    cudaDataType, int, long long, const void*, void*, cudaDataType c, int, long long, int batch, cublasComputeType_t, cublasGemmAlgo_t) {
     return product(m, n, k, a, c, batch);
 }
-BLAS cublasSgemmStridedBatched(H, Op, Op, int m, int n, int k, const float*, const float*, int, long long, const float*, int, long long, const float*,
-                               float*, int, long long, int batch) { return product(m, n, k, CUDA_R_32F, CUDA_R_32F, batch, tf32()); }
+BLAS cublasSgemmStridedBatched(H, Op, Op, int m, int n, int k, const float*, const float*, int, long long, const float*, int, long long,
+    const float*, float*, int, long long, int batch) { return product(m, n, k, CUDA_R_32F, CUDA_R_32F, batch, tf32()); }
 BLAS cublasSgemv_v2(H, Op, int m, int n, const float*, const float*, int, const float*, int, const float*, float*, int) {
     return product(m, n, 1, CUDA_R_32F, CUDA_R_32F);
 }
-BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void*, const void*, cublasLtMatrixLayout_t, const void*, cublasLtMatrixLayout_t,
-                    const void*, const void*, cublasLtMatrixLayout_t, void*, cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t*, void*, size_t,
-                    cudaStream_t stream) {
+BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void*, const void*, cublasLtMatrixLayout_t, const void*,
+    cublasLtMatrixLayout_t, const void*, const void*, cublasLtMatrixLayout_t, void*, cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t*,
+    void*, size_t, cudaStream_t stream) {
     simple_launch("product", "cublasLtMatmul", stream, 0);
     return CUBLAS_STATUS_SUCCESS;
 }
-BLAS cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                    cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t results[], int* n) {
+BLAS cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t results[], int* n) {
     memset(results, 0, sizeof *results);
     results->state = CUBLAS_STATUS_SUCCESS, *n = 1;
     return CUBLAS_STATUS_SUCCESS;
@@ -532,6 +557,9 @@ EXPORT const char* nullgpu_launch(long i, const char** name, unsigned* numbers, 
     *name = l.name.c_str(), *amount = l.amount;
     return l.kind;
 }
-EXPORT long nullgpu_calls(const char* function) { std::lock_guard<std::mutex> lock(mutex); return calls.count(function) ? calls[function] : 0; }
+EXPORT long nullgpu_calls(const char* function) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return calls.count(function) ? calls[function] : 0;
+}
 EXPORT const char* nullgpu_faults() { return faults.c_str(); }
 EXPORT void nullgpu_on_wait(OnWait f) { on_wait = f; }
