@@ -37,6 +37,7 @@ class RunFacts:
     checkpoints: dict[int, Path] = field(default_factory=dict)
     is_running: bool = False
     silent_for: float = 0.0  # seconds since the last line of metrics.jsonl
+    _columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> "RunFacts":
@@ -126,9 +127,10 @@ class RunFacts:
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a key of the training lines, where it has a finite value."""
-        pairs = [(line["step"], line[name]) for line in self.lines if is_finite(line.get(name))]
-        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-        return np.array(steps, float), np.array(values, float)
+        if name not in self._columns:
+            pairs = np.array([(line["step"], line[name]) for line in self.lines if is_finite(line.get(name))], float).reshape(-1, 2)
+            self._columns[name] = pairs[:, 0], pairs[:, 1]
+        return self._columns[name]
 
     def last(self, name: str) -> float | None:
         """The last finite value of a key of the training lines."""
