@@ -58,7 +58,7 @@ class RunFacts:
             **parts,
             starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
             lines=[line for line in lines if "loss" in line],
-            validations=[line for line in lines if "val_loss" in line],
+            validations=[line for line in lines if "val_loss" in line and "val_bits_per_char" in line],
             samples=[s for s in read_lines(folder / SAMPLES) if isinstance(s.get("step"), int) and isinstance(s.get("text"), str)],
             checkpoints=checkpoints,
             is_running=is_locked(folder),
@@ -83,13 +83,13 @@ class RunFacts:
 
     @property
     def state(self) -> str:
-        """running, finished, failed (an error ended it), or stopped (killed or interrupted)."""
+        """running, finished, failed (an error ended it), or stopped before its last step (killed or interrupted)."""
         if self.is_running:
             return "running"
         if self.end and self.end != FINISHED and not self.end.startswith(("KeyboardInterrupt", "SystemExit")):
             return "failed"
-        is_complete = self.max_steps is not None and self.step >= self.max_steps
-        return "finished" if self.end == FINISHED or is_complete else "stopped"
+        is_complete = self.end == FINISHED if self.max_steps is None else self.step >= self.max_steps
+        return "finished" if is_complete else "stopped"
 
     @property
     def seconds(self) -> float:
@@ -99,7 +99,7 @@ class RunFacts:
     @cached_property
     def seconds_per_step(self) -> float | None:
         """Of the last lines, with validations and checkpoints; None before the second line."""
-        tail = self.lines[-TAIL:]
+        tail = [line for line in self.lines[-TAIL:] if "seconds" in line]
         steps = tail[-1]["step"] - tail[0]["step"] if tail else 0
         return (tail[-1]["seconds"] - tail[0]["seconds"]) / steps if steps else None
 
