@@ -149,7 +149,7 @@ def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a .jsonl file; [] without the file. Other lines are left out: the last one may be half written."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a sample may contain other line separators
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
