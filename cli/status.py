@@ -94,6 +94,8 @@ def as_text(f: RunFacts) -> str:
 def state_line(f: RunFacts, s: dict) -> str:
     """The state of the run, and what to do about it, in lines of at most 67 columns."""
     indent = "\n" + 13 * " "
+    from ..training.record import FINISHED
+
     if f.state == "running":
         text = f"running, process {s['pid']} on {s['host']}" if s["pid"] else "running"
         text += f", last line {duration(s['silent_for'])} ago" if f.lines else ", nothing logged yet"
@@ -102,7 +104,7 @@ def state_line(f: RunFacts, s: dict) -> str:
         return "finished"
     if f.state == "failed":
         return wrapped(f"failed: {f.end}", indent)
-    reason = "interrupted" if f.end else "killed: it left no message"
+    reason = {None: "killed: it left no message", FINISHED: "it ended before its last step"}.get(f.end, "interrupted")
     return f"stopped ({reason}){indent}run the same command again to resume"
 
 

@@ -265,6 +265,8 @@ def only_frequencies(f: RunFacts) -> Diagnosis | None:
     remedy = (
         f"look at the text of data.source ({source}): in shuffled or random text there is nothing else to learn. If it is right, {LR_FIND}"
     )
+    if f.step < ENOUGH_STEPS:
+        remedy += f", and {f.step:,} steps are few: train.max_steps: {ENOUGH_STEPS}"
     text = "the loss stopped at the entropy of single tokens: nothing is learned from the context"
     return Diagnosis("only_frequencies", text, evidence, remedy)
 
@@ -272,7 +274,10 @@ def only_frequencies(f: RunFacts) -> Diagnosis | None:
 def never_annealed(f: RunFacts) -> Diagnosis | None:
     """The learning rate is near its peak at the end of the run, or the end of its schedule will never be reached."""
     _, rates = f.column("lr")
-    if not len(rates) or f.step <= f.config.get("optim.warmup_steps", 0) or (ratio := float(rates[-1] / rates.max())) <= ANNEALED:
+    if not len(rates) or f.step <= f.config.get("optim.warmup_steps", 0):
+        return None
+    ratio = float(rates[-math.ceil(len(rates) / 10) :].mean() / rates.max())  # of the last tenth, as in `tritale plan`
+    if ratio <= ANNEALED:
         return None
     if f.state == "finished":
         fraction, is_wsd = f.config.get("optim.decay_fraction"), f.config.get("optim.schedule") == "wsd"
@@ -280,7 +285,9 @@ def never_annealed(f: RunFacts) -> Diagnosis | None:
         if f.config.get("optim.min_lr_ratio", 0.0) > ANNEALED:
             remedy = "optim.min_lr_ratio: 0.0"
         remedy += f", train.max_steps: {round(1.3 * f.step)} and --resume force"
-        return Diagnosis("schedule", "the learning rate never came down", f"the last step has {ratio:.1%} of the peak rate", remedy)
+        return Diagnosis(
+            "schedule", "the learning rate never came down", f"the last tenth of the run has {ratio:.1%} of the peak rate", remedy
+        )
     per_epoch, left = f.plan.get("steps_per_epoch"), f.seconds_left
     if not (per_epoch and f.max_steps and left) or f.max_steps < 4 * MAX_EPOCHS * per_epoch or left < ENDLESS:
         return None  # it may still come down

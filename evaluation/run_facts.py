@@ -37,6 +37,7 @@ class RunFacts:
     checkpoints: dict[int, Path] = field(default_factory=dict)
     is_running: bool = False
     silent_for: float = 0.0  # seconds since the last line of metrics.jsonl
+    _columns: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> "RunFacts":
@@ -57,7 +58,7 @@ class RunFacts:
             **parts,
             starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
             lines=[line for line in lines if "loss" in line],
-            validations=[line for line in lines if "val_loss" in line],
+            validations=[line for line in lines if "val_loss" in line and "val_bits_per_char" in line],
             samples=[s for s in read_lines(folder / SAMPLES) if isinstance(s.get("step"), int) and isinstance(s.get("text"), str)],
             checkpoints=checkpoints,
             is_running=is_locked(folder),
@@ -82,13 +83,13 @@ class RunFacts:
 
     @property
     def state(self) -> str:
-        """running, finished, failed (an error ended it), or stopped (killed or interrupted)."""
+        """running, finished, failed (an error ended it), or stopped before its last step (killed or interrupted)."""
         if self.is_running:
             return "running"
         if self.end and self.end != FINISHED and not self.end.startswith(("KeyboardInterrupt", "SystemExit")):
             return "failed"
-        is_complete = self.max_steps is not None and self.step >= self.max_steps
-        return "finished" if self.end == FINISHED or is_complete else "stopped"
+        is_complete = self.end == FINISHED if self.max_steps is None else self.step >= self.max_steps
+        return "finished" if is_complete else "stopped"
 
     @property
     def seconds(self) -> float:
@@ -98,7 +99,7 @@ class RunFacts:
     @cached_property
     def seconds_per_step(self) -> float | None:
         """Of the last lines, with validations and checkpoints; None before the second line."""
-        tail = self.lines[-TAIL:]
+        tail = [line for line in self.lines[-TAIL:] if "seconds" in line]
         steps = tail[-1]["step"] - tail[0]["step"] if tail else 0
         return (tail[-1]["seconds"] - tail[0]["seconds"]) / steps if steps else None
 
@@ -126,9 +127,10 @@ class RunFacts:
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a key of the training lines, where it has a finite value."""
-        pairs = [(line["step"], line[name]) for line in self.lines if is_finite(line.get(name))]
-        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-        return np.array(steps, float), np.array(values, float)
+        if name not in self._columns:
+            pairs = np.array([(line["step"], line[name]) for line in self.lines if is_finite(line.get(name))], float).reshape(-1, 2)
+            self._columns[name] = pairs[:, 0], pairs[:, 1]
+        return self._columns[name]
 
     def last(self, name: str) -> float | None:
         """The last finite value of a key of the training lines."""
@@ -147,7 +149,7 @@ def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a .jsonl file; [] without the file. Other lines are left out: the last one may be half written."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a sample may contain other line separators
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):

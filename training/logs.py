@@ -77,9 +77,9 @@ class Log:
             self._trackers.log(rounded, int(values["step"]))
 
     def sample(self, **values: object) -> None:
-        """Append a generated text to samples.jsonl: step, prompt, text, seed."""
+        """Append a generated text to samples.jsonl: step, prompt, text, seed. Does nothing if that is not possible."""
         if self._file:
-            with self._samples_path.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self._samples_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def check_folder(self) -> None:
@@ -143,7 +143,8 @@ class Log:
 
 def _keep_until(path: Path, step: int) -> int:
     """Remove the lines of later steps from a .jsonl file, and damaged ones. Returns the last step that the file had, 0 if it had none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n")[:-1]  # not splitlines: a sample may contain other line separators. The last line is empty or incomplete
     steps = [_step(line) for line in lines]
     with atomic_file(path) as temporary:
         temporary.write_text("".join(line + "\n" for line, at in zip(lines, steps, strict=True) if at <= step and step), encoding="utf-8")

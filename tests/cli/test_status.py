@@ -57,6 +57,7 @@ def test_killed_interrupted_and_failed_runs(tmp_path, capsys):
     ends = {
         "killed": ("stopped", "stopped (killed: it left no message)\n             run the same command again to resume"),
         KeyboardInterrupt(): ("stopped", "stopped (interrupted)"),
+        "finished": ("stopped", "stopped (it ended before its last step)"),
         FloatingPointError("step 50: loss is nan; " + "lower the learning rate " * 30): ("failed", "failed: FloatingPointError: step 50"),
     }
     for i, (end, (state, words)) in enumerate(ends.items()):

@@ -61,7 +61,7 @@ def other_texts(data: Path, folder: Path, texts: list[str]) -> Path:
 
 def test_a_real_run_with_a_rate_that_is_too_low(data, tmp_path):
     run_here(tmp_path / "run", **REAL | {"optim__lr": 1e-6}, data__source=data, train__max_steps=60)
-    check(tmp_path / "run", "rate_too_low", "rates of these steps add up to", "optim.lr: 0.001")
+    check(tmp_path / "run", "rate_too_low", "rates of these steps add up to", "optim.lr: 0.002")
 
 
 def test_a_real_run_with_a_rate_that_is_too_high(data, tmp_path):
@@ -86,7 +86,9 @@ def test_a_real_run_that_becomes_nan(data, tmp_path, monkeypatch):
 
 def test_a_real_run_on_shuffled_text_learns_only_frequencies(data, tmp_path):
     split, tokenizer = Split.open(data / "train"), Tokenizer.load(data / "tokenizer")
-    text = list("".join(tokenizer.decode(split.document(i).tolist()) for i in range(split.n_documents)))
+    text = "".join(tokenizer.decode(split.document(i).tolist()) for i in range(split.n_documents))
+    whole = {c for c in set(text) if len(tokenizer.encode(c)) == 1}  # the bytes of the others could be learned
+    text = [c for c in text if c in whole]
     random.Random(1).shuffle(text)
     shuffled = other_texts(data, tmp_path / "shuffled", ["".join(text[i : i + 200]) for i in range(0, len(text), 200)])
     run_here(tmp_path / "run", **REAL | LARGE_STEPS, data__source=shuffled)
@@ -112,8 +114,8 @@ def test_a_real_run_of_too_many_epochs(data, tmp_path):
 
 
 def test_a_real_run_whose_rate_never_came_down(data, tmp_path):
-    run_here(tmp_path / "run", **REAL, data__source=data, train__max_steps=12, optim__schedule="wsd", optim__decay_fraction=0)
-    check(tmp_path / "run", "schedule", "100.0% of the peak", "optim.decay_fraction: 0.3")
+    run_here(tmp_path / "run", **REAL, data__source=data, train__max_steps=24, optim__schedule="wsd", optim__decay_fraction=0)
+    check(tmp_path / "run", "schedule", "66.7% of the peak", "optim.decay_fraction: 0.3")
 
 
 def test_a_real_run_that_began_again_since_there_was_no_checkpoint(data, tmp_path, monkeypatch):

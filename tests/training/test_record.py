@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import made_run
 from runs import REPOSITORY, run_here
 
 from tritale.common.errors import UserError
 from tritale.common.files import is_locked, locked
 from tritale.data.shards import Split
 from tritale.data.tokenizer import Tokenizer
+from tritale.evaluation.run_facts import RunFacts
 from tritale.training.profiling import profiled
 from tritale.training.record import read_record, token_entropy
 
@@ -65,6 +67,13 @@ def test_a_damaged_record_does_not_stop_a_run(tmp_path):
     (tmp_path / "run" / "run.json").write_text('{"config": 3')
     run_here(tmp_path / "run")
     assert len(read_record(tmp_path / "run")["starts"]) == 1
+
+
+def test_any_text_of_a_sample_survives_a_resume(tmp_path):
+    texts = ("一\u2028二\x85三\x0b四\r五\n六", "\ufffd\x00", '"}')
+    made_run(tmp_path / "run", until=100, end="killed", samples=texts)
+    made_run(tmp_path / "run", start=100, until=150, end="killed")
+    assert tuple(s["text"] for s in RunFacts.read(tmp_path / "run").samples) == texts
 
 
 def test_the_entropy_of_tokens_is_the_loss_of_a_model_of_frequencies(tiny_run):
