@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 from tritale.model import GPTConfig
@@ -53,7 +53,7 @@ def serving(run: Path, path: Path) -> Iterator[int]:
         process.wait()
 
 
-async def events(port: int, prompt: str = "", **settings) -> AsyncIterator[tuple[float, dict]]:
+async def events(port: int, prompt: str = "", **settings) -> AsyncGenerator[tuple[float, dict], None]:
     """Send a request and yield (time, event) of each event of its stream."""
     body = json.dumps({"prompt": prompt, "stream": True, "seed": 1, **settings}).encode()
     head = ("POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(body)}", "\r\n")

@@ -199,7 +199,7 @@ def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenize
         llm = LLM.load(checkpoint(tmp_path / name, ours), device="cpu")
         export_gguf(llm.model, ours, tmp_path / f"{name}.gguf", name="test")
         post, vocabulary = llama_cpp(tmp_path / f"{name}.gguf", 96), gguf_vocabulary(ours, ours.vocab_size)
-        n_equal = 0
+        n_equal, is_equal = 0, False
         for text in [*varied_strings(1000), "Tom said hello.  They played."]:
             theirs = post("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
             assert theirs == gguf_ids(text, vocabulary), text

@@ -1,7 +1,9 @@
 """wandb, SwanLab and TensorBoard get the metrics of a run, with the real packages and without a network; a missing one is an error."""
 
+import importlib
 import json
 import sys
+from typing import Any
 
 import pytest
 from made_runs import made_run
@@ -10,13 +12,12 @@ from tritale.common.errors import UserError
 from tritale.training.config import parse
 from tritale.training.trackers import Trackers
 
-FEW = {"train__max_steps": 200, "log__every": 50, "train__validate_every": 100, "optim__warmup_steps": 10}
+FEW: dict[str, Any] = {"train__max_steps": 200, "log__every": 50, "train__validate_every": 100, "optim__warmup_steps": 10}
 
 
 def scalars(folder, tag: str) -> dict[int, float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
 
