@@ -28,7 +28,7 @@ from tritale.training import processes, state
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
-from tritale.training.step import TrainingStep, explain_out_of_memory
+from tritale.training.step import TrainingStep, explain_errors
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log) -> None:
@@ -42,7 +42,7 @@ def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log)
 def main(config: RunConfig) -> None:
     here = processes.start()
     with locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext():
-        with explain_out_of_memory(config):
+        with explain_errors(config):
             run(config, here)
     processes.stop()
 
