@@ -30,7 +30,7 @@ from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
 from tritale.training.profiling import profiled
-from tritale.training.step import TrainingStep, explain_out_of_memory
+from tritale.training.step import TrainingStep, explain_errors
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log, step: int) -> None:
@@ -47,7 +47,7 @@ def main(config: RunConfig) -> None:
     log = Log(config, is_main=here.is_main)
     try:
         lock = locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext()
-        with lock, log.recorded(), explain_out_of_memory(config):
+        with lock, log.recorded(), explain_errors(config):
             run(config, here, log)
     finally:
         if log.has_started:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.logs import Log
     from ..training.lr_find import analyze, draw, sweep
     from ..training.plan import DataFacts, DeviceFacts, plan
-    from ..training.step import TrainingStep, explain_out_of_memory
+    from ..training.step import TrainingStep, explain_errors
 
     at_least("--steps", args.steps, 20)
     if not 0 < args.lowest < args.highest < float("inf"):
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     batches = Batches(split, **sizes, seed=config.seed, document_mask=config.data.document_mask)
 
     rates, losses = [], []
-    with explain_out_of_memory(config), log.progress(args.steps) as update:
+    with explain_errors(config), log.progress(args.steps) as update:
         step, start = TrainingStep(planned, here), time.perf_counter()
         for rate, loss in sweep(step, batches, lowest=args.lowest, highest=args.highest, steps=args.steps):
             rates.append(rate)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training import processes
     from ..training.config import at_least, parse
     from ..training.plan import DeviceFacts, known_data, plan
-    from ..training.step import explain_out_of_memory, measure
+    from ..training.step import explain_errors, measure
 
     for name in ("tokens", "vocab_size", "processes"):
         if getattr(args, name) is not None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         warnings = [*data_warnings(config), *warnings]
     time = None
     if not args.no_measure and planned.largest_micro_batch:
-        with explain_out_of_memory(config):
+        with explain_errors(config):
             time = measure(planned, here, lambda items, text: track(items, text, console=console, transient=True))
     print_plan(planned, warnings, time, console, title=args.config or "configs/quickstart.yaml")
 

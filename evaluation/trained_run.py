@@ -1,7 +1,9 @@
 """A finished or running training run, as the evaluation reads it: checkpoints, config and data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import UserError
 from ..data.shards import Split
@@ -11,15 +13,19 @@ from ..model.checkpoint import read_json
 from ..model.gpt import GPT
 from ..training import processes
 
-# The keys of the config that are read here, with the types of their values.
-CONFIG_TYPES = {
-    "data.source": (str,), "data.document_mask": (bool,), "train.context": (int, type(None)), "train.micro_batch": (int,),
-    "train.precision": (str,), "log.prompts": (list,),
-}  # fmt: skip
+# The keys of the config that are read here, and whether a value is valid.
+CONFIG: dict[str, Callable[[Any], bool]] = {
+    "data.source": lambda value: isinstance(value, str),
+    "data.document_mask": lambda value: isinstance(value, bool),
+    "train.context": lambda value: value is None or (type(value) is int and value > 0),
+    "train.micro_batch": lambda value: type(value) is int and value > 0,
+    "train.precision": lambda value: value in ("auto", "fp32", "bf16", "fp16"),
+    "log.prompts": lambda value: isinstance(value, list) and all(isinstance(prompt, str) for prompt in value),
+}
 
 
 def read_config(checkpoint: Path) -> dict:
-    """The config in trainer/trainer.json, of which the keys of CONFIG_TYPES are present and have valid values. An imported checkpoint
+    """The config in trainer/trainer.json, of which the keys of CONFIG are present and have valid values. An imported checkpoint
     (`tritale import`) has none; its data.source is None.
 
     Raises FileNotFoundError if the file is missing, UserError if it is damaged."""
@@ -27,16 +33,11 @@ def read_config(checkpoint: Path) -> dict:
         return {"data.source": None, "log.prompts": []}
     config = read_json(checkpoint / "trainer", "trainer.json").get("config")
     config = config if isinstance(config, dict) else {}
-    wrong = [f"{key} is missing" for key in CONFIG_TYPES if key not in config]
-    wrong += [f"{key} is {config[key]!r}" for key, types in CONFIG_TYPES.items() if key in config and type(config[key]) not in types]
-    wrong += [
-        f"{key} is {config[key]}" for key in ("train.context", "train.micro_batch") if type(config.get(key)) is int and config[key] < 1
-    ]
-    if not wrong and not all(isinstance(prompt, str) for prompt in config["log.prompts"]):
-        wrong = [f"log.prompts is {config['log.prompts']!r}"]
+    wrong = [key for key, is_valid in CONFIG.items() if not is_valid(config.get(key, ...))]
     if wrong:
+        reasons = "; ".join(f"{key} is {config[key]!r}" if key in config else f"{key} is missing" for key in wrong)
         raise UserError(
-            f"{checkpoint / 'trainer' / 'trainer.json'} lacks the run's config ({'; '.join(wrong)}); "
+            f"{checkpoint / 'trainer' / 'trainer.json'} lacks the run's config ({reasons}); "
             f"move {checkpoint.name} away if an older checkpoint has it, or give a run of this version of train.py"
         )
     return config

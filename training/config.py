@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,23 +35,46 @@ def one_of(default: str, *others: str) -> Any:
     return field(default=default, metadata={"words": (default, *others)})
 
 
+def checked(default: Any, is_valid: Callable[[Any], bool], accepted: str) -> Any:
+    """A field whose value satisfies a function. `accepted` says so in a message."""
+    return field(default=default, metadata={"is_valid": is_valid, "accepted": accepted})
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def is_path(value: object) -> bool:
+    """Whether a value can be meant as the path of a folder. Nothing in it is expanded, so ~, $ and :// would become names of folders."""
+    if not isinstance(value, str) or value != value.strip() or not value.isprintable() or value.lower() in ("", "null", "none"):
+        return False
+    return not value.startswith("~") and "$" not in value and "://" not in value
+
+
+def is_source(value: object) -> bool:
+    return value == "built-in" or (is_path(value) and str(value).lower().replace("_", "-") not in ("built-in", "builtin"))
+
+
+PATH = "the path of a folder (~ and $ are not expanded)"
+
+
 def check_fields(config: Any, section: str = "") -> None:
-    """Raises UserError if a field, also of a section, has a value outside its limits. None is accepted if it is the default."""
+    """Raises UserError if a field, also of a section, has an invalid value. None is accepted if it is the default."""
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
             check_fields(value, f"{f.name}.")
-            continue
-        least, most = f.metadata.get("limits", (-math.inf, math.inf))
-        is_valid = value is not None
-        if "words" in f.metadata:
-            is_valid = value in f.metadata["words"]
-        elif is_valid and "limits" in f.metadata:
-            is_valid = all(least <= number <= most for number in (value if isinstance(value, tuple) else (value,)))  # false for NaN
-        elif isinstance(value, str) and f.name in ("out_dir", "source"):
-            is_valid = bool(value.strip()) and "\0" not in value
-        if not is_valid and not (value is None and f.default is None):
+        elif not (value is None and f.default is None) and not is_valid(f, value):
             raise UserError(f"{section}{f.name} is {show(value)}; {requirement(f)}")
+
+
+def is_valid(f: Field, value: Any) -> bool:
+    if "words" in f.metadata:
+        return value in f.metadata["words"]
+    if "limits" in f.metadata and value is not None:
+        least, most = f.metadata["limits"]
+        return all(least <= number <= most for number in (value if isinstance(value, tuple) else (value,)))  # false for NaN
+    return value is not None and f.metadata.get("is_valid", lambda value: True)(value)
 
 
 def requirement(f: Field) -> str:
@@ -59,13 +82,10 @@ def requirement(f: Field) -> str:
     kind = str(f.type)
     if "words" in f.metadata:
         return f"choose one of {', '.join(f.metadata['words'])}"
+    accepted = f.metadata.get("accepted", "true or false")
     if "limits" in f.metadata:
         noun = "a list of two numbers" if "tuple" in kind else "a whole number" if "int" in kind else "a number"
         accepted = f"{noun} from {show(f.metadata['limits'][0])} to {show(f.metadata['limits'][1])}"
-    else:
-        accepted = "true or false" if "bool" in kind else 'a list of texts such as ["小兔", ""]' if "tuple" in kind else "a text"
-    if f.name in ("out_dir", "source"):
-        accepted = "the path of a folder"
     return f"it must be {accepted}" + (", or null" if f.default is None else f"; the default is {show(f.default)}")
 
 
@@ -97,7 +117,7 @@ class DataConfig:
         document_mask: Whether attention is limited to one document when a sequence contains several.
     """
 
-    source: str = "built-in"
+    source: str = checked("built-in", is_source, f'"built-in" or {PATH}')
     stories: int = between(12_000, 1, 1_000_000)
     validation_stories: int = between(500, 1, 100_000)
     vocab_size: int = between(2048, 262, 2**20)
@@ -252,8 +272,10 @@ class LogConfig:
     wandb: str = one_of("disabled", "online", "offline")
     swanlab: str = one_of("disabled", "online", "offline", "local")
     tensorboard: bool = False
-    project: str = "tritale"
-    prompts: tuple[str, ...] = ("", "", "汤姆和杰瑞是好朋友，")
+    project: str = checked("tritale", lambda value: is_text(value) and bool(value.strip()), "a text")
+    prompts: tuple[str, ...] = checked(
+        ("", "", "汤姆和杰瑞是好朋友，"), lambda values: all(map(is_text, values)), 'a list of texts such as ["小兔", ""]'
+    )
     sample_tokens: int = between(400, 1, 2**20)
 
 
@@ -273,7 +295,7 @@ class RunConfig:
         log: Metrics and printed samples.
     """
 
-    out_dir: str = "out/run"
+    out_dir: str = checked("out/run", is_path, PATH)
     seed: int = between(42, 0, 2**63 - 1)
     resume: str = one_of("auto", "force")
     data: DataConfig = field(default_factory=DataConfig)
@@ -340,6 +362,7 @@ SYNONYMS = {
     "resume_from_checkpoint": "resume", "init_from": "resume",
 }  # fmt: skip
 NO_KEYS = {
+    "config": "a config file cannot name another; give --config twice",
     "device": "the GPU is used if there is one; CUDA_VISIBLE_DEVICES= uses the CPU",
     "dropout": "there is no dropout",
     **dict.fromkeys(("nproc", "nproc_per_node", "processes"), "tritale train --processes N starts several processes"),
@@ -355,18 +378,17 @@ def explain_unknown_key(key: str) -> str:
     last = key.rsplit(".", 1)[-1].replace("-", "_")
     if last in NO_KEYS:
         return f"unknown config key {key!r}: {NO_KEYS[last]}"
-    keys = [*flatten(RunConfig()), "config"]
+    keys = [*flatten(RunConfig()), *SECTIONS, "config"]
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    nearest = SYNONYMS.get(last) or next(iter(same_name + difflib.get_close_matches(key, keys, n=1, cutoff=0.0)))
-    return f"unknown config key {key!r}; did you mean {nearest!r}? python train.py --help lists all keys"
+    nearest = [SYNONYMS[last]] if last in SYNONYMS else same_name or difflib.get_close_matches(key, keys, n=1)
+    return f"unknown config key {key!r}; " + (f"did you mean {nearest[0]!r}? " if nearest else "") + "python train.py --help lists all keys"
 
 
 def explain_error(message: str) -> str:
     """One line for an error of jsonargparse."""
     unknown = (
         r"[Gg]roup '(?P<group>\w+)' does not accept option '(?P<key>[\w.-]+)'",
-        r"[Oo]ption '(?P<key>[\w.-]+)' is not accepted",
-        r"unrecognized arguments: --(?P<key>[\w.-]+)",
+        r"unrecognized arguments: --(?P<key>[\w.+-]+)",
     )
     for pattern in unknown:
         if found := re.search(pattern, message):
@@ -376,15 +398,22 @@ def explain_error(message: str) -> str:
     if key and values:
         section, name = key[1].rpartition(".")[::2]
         config = getattr(RunConfig(), section) if section else RunConfig()
-        text = {"None": "null", "": "empty"}.get(values[-1], values[-1][:60])
+        text = {"None": "null", "True": "true", "False": "false", "": "empty"}.get(values[-1], values[-1][:60])
         return f"{key[1]} is {text}; {next(requirement(f) for f in fields(config) if f.name == name)}"
     if "must be a mapping" in message or (key and key[1] in SECTIONS):
         return f"{', '.join(SECTIONS)} are sections of keys: write --train.max_steps 800, or in YAML train: {{max_steps: 800}}"
     return " ".join(message.split())
 
 
+def check_number(text: str) -> None:
+    """Raises UserError for a number that means another one in YAML 1.1."""
+    if re.fullmatch(r"[-+]?(0\d+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)", text):
+        raise UserError(f"{text} is not a decimal number: in YAML, 10:30 is 630 and 0100 is 64; write it without : and leading zeros")
+
+
 def check_file(path: str) -> None:
-    """Raises UserError if a config file is not a YAML mapping of sections, or sets a key twice (YAML keeps the last value)."""
+    """Raises UserError if a config file is not a YAML mapping of sections, has an unknown key, or sets a key twice (YAML keeps the
+    last value)."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -393,19 +422,24 @@ def check_file(path: str) -> None:
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    pending = [("", root)]
+    known, seen, pending = flatten(RunConfig()).keys(), set(), [("", root)]
     while pending:
         prefix, node = pending.pop()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(
                 f"{path} must hold {prefix.rstrip('.') or 'sections'} as a mapping of keys, for example train: {{max_steps: 800}}"
             )
-        keys = [key.value for key, _ in node.value]
         for key, value in node.value:
-            if keys.count(key.value) > 1:
-                raise UserError(f"{path} sets {prefix}{key.value} {keys.count(key.value)} times (line {key.start_mark.line + 1}); keep one")
-            if not prefix and key.value in SECTIONS:
-                pending.append((f"{key.value}.", value))
+            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+            if name in seen:
+                raise UserError(f"{path} sets {name} twice (the second time in line {line}); keep one")
+            seen.add(name)
+            if name in SECTIONS:
+                pending.append((f"{name}.", value))
+            elif isinstance(value, yaml.ScalarNode) and not value.style:  # no quotes
+                check_number(value.value)
+            if name not in {*known, *SECTIONS}:
+                raise UserError(f"{path}, line {line}: {explain_unknown_key(name if isinstance(key, yaml.ScalarNode) else '[…]')}")
 
 
 DESCRIPTION = "Train a GPT from scratch. On several GPUs: tritale train --processes N …"
@@ -429,6 +463,8 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
     try:
         for path in (*([file] if file else []), *files):
             check_file(path)
+        for argument in arguments:
+            check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
     except (ArgumentError, ValueError, TypeError) as error:

@@ -338,6 +338,9 @@ def _warnings(p: Plan) -> list[PlanWarning]:
             remedy = f"optim.decay_fraction is {o.decay_fraction}; set it to 0.3, or optim.schedule to cosine"
         text = f"the learning rate never anneals: it is {rate:.0%} of its peak over the last tenth of the run"
         found.append(PlanWarning(text, remedy))
+    if o.schedule == "wsd" and o.warmup_steps + round(o.decay_fraction * t.max_steps) > t.max_steps:
+        text = f"the decay begins before the warm-up of {o.warmup_steps} steps ends: the learning rate never reaches its peak"
+        found.append(PlanWarning(text, f"set optim.warmup_steps {t.max_steps // 10} and optim.decay_fraction 0.3"))
     if p.data.tokens and p.steps_per_epoch == 0:
         most = p.data.tokens // (p.sequence * t.micro_batch * d.count) * t.micro_batch * d.count
         remedy = f"set train.global_batch {most} or less" if most else "lower train.micro_batch"

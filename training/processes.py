@@ -78,6 +78,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def has_lost_another(error: Exception) -> bool:
+    """Whether the error says that another process of the run has ended. Gloo raises a RuntimeError without a class of its own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def total(value: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes."""
     if dist.is_initialized():

@@ -56,13 +56,17 @@ OTHERS = {
     "log.swanlab": ["yes", "null"],
     "log.tensorboard": ["online", "null"],
     "resume": ["no", "null"],
-    "out_dir": ["", " ", "a\0b"],
-    "data.source": ["", "a\0b"],
-    "log.prompts": ["hello", "[1]", "null", "{a: 1}"],
+    "out_dir": ["", " ", "a\0b", "a\nb", "~/runs", "$HOME/runs", "s3://bucket/run", "out/run ", "null", "a\udcff"],
+    "data.source": ["", "a\0b", "~/data", "https://host/data", "built_in", "Built-In", "None"],
+    "log.prompts": ["hello", "[1]", "null", "{a: 1}", "[[小兔]]", "[小兔", '["\\ud800"]'],
+    "log.project": ["", " ", "\udcff"],
 }
 CASES = [(key, value) for key, values in {**NUMBERS, **OTHERS}.items() for value in values]
 CASES += [(key, value) for key in NUMBERS for value in (".nan", "many", "[1]", "true")]
 CASES += [(key, "-.inf") for key in NUMBERS]
+CASES += [("train.max_steps", value) for value in ("1e3", "1k", "1,000", "1.5", "10%", "1/3", "on", "~", "1e400", "-0", "{}", "'800'")]
+CASES += [("optim.lr", value) for value in ("2e-3s", "1e-400", "0,002", "2e−3", "0x1p-3")]
+CASES += [("optim.betas", value) for value in ("0.9,0.95", "(0.9, 0.95)", "{a: 1}", "[true, false]", "[-0.1, 0.9]")]
 
 
 def refusal(*arguments: str) -> str:
@@ -92,8 +96,27 @@ def test_every_number_has_limits_and_every_default_is_within_them():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("train:\n  max_steps: 100\n  max_steps: 200\n", "sets train.max_steps 2 times (line 2); keep one"),
-        ("seed: 1\nseed: 2\n", "sets seed 2 times"),
+        ("train:\n  max_steps: 100\n  max_steps: 200\n", "sets train.max_steps twice (the second time in line 3); keep one"),
+        ("seed: 1\nseed: 2\n", "sets seed twice"),
+        ('{"seed": 1, "seed": 2}', "sets seed twice"),
+        ("train.max_steps: 300\ntrain:\n  max_steps: 400\n", "sets train.max_steps twice (the second time in line 3)"),
+        ("train: {}\nmodel: {}\ntrain: {}\n", "sets train twice"),
+        ("train:\n  max_steps: 10:30\n", "10:30 is not a decimal number"),
+        ("train:\n  max_steps: 0100\n", "0100 is not a decimal number"),
+        ("config: other.yaml\n", "a config file cannot name another"),
+        ("d: &d {max_steps: 3}\ntrain:\n  <<: *d\n", "unknown config key"),
+        ("train:\n  __path__: x\n", "line 2: unknown config key 'train.__path__'"),
+        ("train:\n  class_path: os.system\n", "unknown config key 'train.class_path'"),
+        ("yes: 1\n", "unknown config key 'yes'"),
+        ("[a]: 1\n", "unknown config key"),
+        ("out_dir: {{ x }}\n", "unhashable key"),
+        ("train..max_steps: 1\n", "did you mean 'train.max_steps'"),
+        ("Train:\n  max_steps: 10\n", "unknown config key 'Train'; did you mean 'train'?"),
+        ("train:\n  max-steps: 10\n", "did you mean 'train.max_steps'"),
+        ("train: &t\n  max_steps: *t\n", "train.max_steps is"),
+        ("seed: 1\0\n", "is not valid YAML"),
+        ("optim:\n  betas: !!python/tuple [0.9, 0.95]\n", "could not determine a constructor"),
+        ("out_dir: !!binary aGVsbG8=\n", "out_dir is b'hello'; it must be the path of a folder"),
         ("", "must hold sections as a mapping"),
         ("- 1\n", "must hold sections as a mapping"),
         ("train: 3\n", "must hold train as a mapping"),
@@ -104,7 +127,7 @@ def test_every_number_has_limits_and_every_default_is_within_them():
         ("seed: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("---\nseed: 1\n---\nseed: 2\n", "is not valid YAML"),
         ("seed: " + "9" * 5000 + "\n", "Exceeds the limit"),
-        ("1: 2\n", "must be a string"),
+        ("1: 2\n", "unknown config key '1'"),
         ("train:\n  max_stesp: 3\n", "unknown config key 'train.max_stesp'; did you mean 'train.max_steps'?"),
         ("train:\n  grad_clip: inf\n", "train.grad_clip is inf; it must be a number from 1e-06 to .inf; the default is 1"),
         ("out_dir: null\n", "out_dir is null; it must be the path of a folder"),
@@ -137,6 +160,11 @@ def test_a_missing_file_is_named(path):
         (["--device", "cpu"], "CUDA_VISIBLE_DEVICES= uses the CPU"),
         (["--dropout", "0.1"], "there is no dropout"),
         (["--train", "3"], "are sections of keys"),
+        (["--log.prompts+=x"], "unknown config key 'log.prompts+'; did you mean 'log.prompts'?"),
+        (["--zzz", "1"], "unknown config key 'zzz'; python train.py --help lists all keys"),
+        (["--processes", "2"], "tritale train --processes N starts several processes"),
+        (["--train.max_steps", "10:30"], "10:30 is not a decimal number"),
+        (["--train.max_steps=010"], "010 is not a decimal number"),
         (["stray"], "unrecognized arguments: stray"),
         (["--train.max_steps"], "expected one argument"),
         (["--optim.warmup_steps=800"], "optim.warmup_steps (800) must be less than train.max_steps (800); try 80"),

@@ -97,6 +97,11 @@ def test_a_clean_plan_has_no_warnings():
         ({"optim.min_lr_ratio": 0.9}, {}, "never anneals.*min_lr_ratio is 0.9"),
         ({"optim.schedule": "wsd", "optim.decay_fraction": 0.01}, {}, "never anneals.*decay_fraction is 0.01"),
         ({"optim.warmup_steps": 19_000}, {}, "never anneals.*warmup_steps 2000"),
+        (
+            {"optim.schedule": "wsd", "optim.warmup_steps": 15_000, "optim.decay_fraction": 0.3},
+            {},
+            "decay begins before the warm-up of 15000 steps ends.*warmup_steps 2000 and optim.decay_fraction 0.3",
+        ),
         ({"train.max_steps": 400_000}, {}, "20 epochs.*max_steps 312496"),
         ({}, {"vocab_size": 65_024}, "embedding.*--vocab-size 6400 the embedding is 24% of 6.9 M"),
         ({}, {"vocab_size": 200_000, "tokens": None}, "embedding"),
