@@ -30,15 +30,17 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM.load(source, device="cpu")
     if args.to == "litgpt":
         export_litgpt(llm.model, llm.tokenizer, out)
-        print(f'{out} is written; from litgpt import LLM; LLM.load("{out}").generate("从前，") reads it')
+        print(f"{out} is written")
         print(check_litgpt(out, llm.model, llm.tokenizer.encode("从前，", bos=True)))
+        print(f'Next, in Python: from litgpt import LLM; LLM.load("{out}").generate("从前，")')
         return
     try:
         export_gguf(llm.model, llm.tokenizer, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
     except ModuleNotFoundError as error:
         raise UserError(f"the package {error.name} is missing; pip install gguf and try again") from None
-    print(f"{out} is written in fp32; llama-cli -m {out} -p 从前， reads it, llama-quantize makes it smaller")
+    print(f"{out} is written in fp32 (llama-quantize makes it smaller)")
     print(check_gguf(llm.tokenizer, documents(source, llm)))
+    print(f"Next: llama-cli -m {out} -p 从前，")
 
 
 def documents(source: Path, llm: "LLM", limit: int = 200) -> list[str]:
