@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritale.common.console import replace_unencodable_output
+from tritale.common.console import replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
 from tritale.common.files import locked
 from tritale.data.batches import Batches
@@ -177,7 +177,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
         print_samples(step.model, tokenizer, config, log, train.max_steps)
-        log.print(f"Next: tritale generate --model {last} --prompt 小兔")
+        log.print(f"Next: tritale generate --model {last} --prompt 小兔", soft_wrap=True)  # a command is not broken
     log.close()
 
 
@@ -188,7 +188,7 @@ if __name__ == "__main__":
     except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # the launcher ends this process in the meantime if the main process fails too: one message is enough
-        sys.exit(f"train.py: {error}")
+        sys.exit(wrapped(f"train.py: {error}"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"

@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> None:
     steps, validation = about["steps"], about["validation"]
     console.print(
         f"{out}: the mean of steps {', '.join(map(str, steps))}\n"
-        f"Validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents: "
-        f"{about['val_bits_per_char']:.4f} bits per character. "
-        f"The last checkpoint, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f}.",
+        f"Validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents, in bits per character:\n"
+        f"{about['val_bits_per_char']:.4f} (the last checkpoint, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f})",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

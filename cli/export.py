@@ -33,16 +33,16 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = llm.model, llm.tokenizer
     if args.to == "hf":
         export.export_hf(source, out)
-        check, use = consumers.check_hf, f'transformers.AutoModelForCausalLM.from_pretrained("{out}") reads it'
+        check, use = consumers.check_hf, f'in Python: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     elif args.to == "litgpt":
         export.export_litgpt(model, tokenizer, out)
-        check, use = consumers.check_litgpt, f'from litgpt import LLM; LLM.load("{out}").generate("从前，") reads it'
+        check, use = consumers.check_litgpt, f'in Python: from litgpt import LLM; LLM.load("{out}").generate("从前，")'
     else:
         try:
             export.export_gguf(model, tokenizer, out, name=f"{source.resolve().parent.name}/{source.resolve().name}")
         except ModuleNotFoundError as error:
             raise UserError(f"the package {error.name} is missing; pip install gguf and try again") from None
-        check, use = consumers.check_gguf, f"llama-cli -m {out} -p 从前， reads it, llama-quantize makes it smaller than fp32"
+        check, use = consumers.check_gguf, f"llama-cli -m {out} -p 从前，  (llama-quantize makes the file smaller than fp32)"
     try:
         checked = check(out, model, tokenizer, documents(source, llm))
     except consumers.NotChecked as reason:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     except BaseException:
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         raise
-    print(f"{out} is written; {use}\n{checked}")
+    print(f"{out} is written\n{checked}\nNext: {use}")
 
 
 def documents(source: Path, llm: "LLM", limit: int = 200) -> list[str]:

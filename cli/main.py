@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import tritale
 
-from ..common.console import replace_unencodable_output
+from ..common.console import replace_unencodable_output, wrapped
 from ..common.errors import UserError
 from . import average, doctor, export, generate, import_, lr_find, plan, prepare, report, serve, status, sweep, train
 
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, wrapped(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def run(arguments: list[str] | None) -> None:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        sys.exit(f"tritale {args.command}: {error}")
+        sys.exit(wrapped(f"tritale {args.command}: {error}"))
 
 
 def hint(option: str, parser: argparse.ArgumentParser) -> str:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..common.console import wrapped
 from ..common.errors import UserError
 from . import options
 
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = options.read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
     sampling = options.sampling(args)
     console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal
     if trained.being_written:
         console.print(f"{', '.join(trained.being_written)} is incomplete and left out", style="yellow", markup=False)
     if len(chosen) == 1 < len(trained.checkpoints):
@@ -71,15 +73,16 @@ def run(args: argparse.Namespace) -> None:
     write_sweep(report, json_path, html_path)
     if args.print:
         print_stories(rows, args.samples)
-    console.print(table(report))
+    console.print(table(report), soft_wrap=False)
     for finding in report["findings"]:
-        console.print(f"· {finding}", markup=False, soft_wrap=True)
+        console.print(f"· {finding}", markup=False)
     documents, searched = report["validation"], report["overlap"]
     console.print(
         f"\nValidation on {share(documents['documents'], documents['of_documents'])} held-out documents. Copied stretches were searched in "
-        f"{share(searched['characters'], searched['of_characters'])} characters of the training text.\n{json_path}\n{html_path}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{share(searched['characters'], searched['of_characters'])} characters of the training text.",
+        markup=False,
+    )
+    console.print(f"{json_path}\n{html_path}", markup=False, soft_wrap=True)
 
 
 def share(n: int, total: int) -> str:
@@ -90,8 +93,8 @@ def confirm_overwriting(paths: list[Path]) -> None:
     """Ask at a terminal whether to replace the files. Raises UserError if the answer is no, or without a terminal."""
     names = " and ".join(map(str, paths))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(f"{names} exists from an earlier sweep; give --overwrite to replace it, or move it away")
-    print(f"Replace {names} of an earlier sweep? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UserError(f"an earlier sweep wrote {names}; give --overwrite to replace it, or move it away")
+    print(wrapped(f"Replace {names} of an earlier sweep? [y/N]"), end=" ", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UserError("nothing was measured, and the earlier sweep is unchanged")
 

@@ -19,3 +19,14 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * n:
             return f"{seconds / n:,.{int(seconds < 10 * n)}f} {unit}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def wrapped(text: str) -> str:
+    """The text as stderr should get it: a terminal gets lines broken at spaces (it breaks inside words itself), a pipe gets one line."""
+    if not sys.stderr.isatty():
+        return text
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    return "\n".join(line.plain.rstrip() for line in Text(text).wrap(console, console.width))

@@ -27,14 +27,14 @@ lines = [json.dumps({"story": story}, ensure_ascii=False) for story in stories]
 
 
 def run(*arguments: str | Path) -> None:
-    print("+", *arguments, flush=True)
+    print("+ python", *arguments, flush=True)
     subprocess.run([sys.executable, *map(str, arguments)], cwd=REPOSITORY, check=True)
 
 
 # ---- prepare, train, generate ------------------------------------------------------------------------------------------------------------
 data, trained = out / "data", out / "run"
 source = ("--input", out / "stories.jsonl", "--text-key", "story", "--out", data)
-run("-m", "tritale.cli.main", "prepare", *source, "--vocab-size", "600", "--val-documents", "20")
+run("-m", "tritale", "prepare", *source, "--vocab-size", "600", "--val-documents", "20")
 small = ("--model.preset", "tiny", "--train.max_steps", "60", "--train.global_batch", "8", "--train.micro_batch", "8")
 quick = ("--train.compile", "false", "--train.validate_every", "60", "--train.checkpoint_every", "60", "--optim.warmup_steps", "6")
 run("train.py", "--data.source", data, "--out_dir", trained, *small, *quick, "--log.prompts", '["从前，"]', "--log.sample_tokens", "40")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ..common.console import wrapped
 from ..common.errors import UserError
 from ..model.gpt import PRESETS, GPTConfig
 
@@ -468,4 +469,4 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
-        sys.exit(f"{prog}: {explain_error(str(error))}")
+        sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))
