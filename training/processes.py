@@ -192,6 +192,11 @@ def cublas_workspace(device: torch.device) -> int:
     return 32 << 20 if major >= 9 else 8320 << 10
 
 
+def has_fast_attention(device: torch.device, precision: str) -> bool:
+    """Whether attention's Triton kernels have tensor cores for this precision; otherwise PyTorch's attention runs."""
+    return precision != "fp32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
