@@ -36,8 +36,9 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
-        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
         self.parameters = list(self.model.parameters())
+        processes.copy_from_main(self.parameters)
+        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
         for p, grad in zip(self.parameters, self.gradients.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = grad.view_as(p)
