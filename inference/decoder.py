@@ -41,10 +41,18 @@ class TorchForward:
         return self._run(tokens[last], rows[last], positions[last], cache, torch.arange(len(last)), is_beginning=False)
 
     def _run(self, tokens: Tensor, rows: Tensor, positions: Tensor, cache: Tensor, last: Tensor, *, is_beginning: bool) -> Tensor:
-        device = cache.device
-        where = CachedTokens(cache, rows.to(device), positions.to(device), is_beginning)
+        n, longest, cu_seqlens = len(tokens), int(positions.max()) + 1, None
+        given = on_device(torch.cat((tokens, rows, positions, last)), cache.device)  # one copy
+        if is_beginning:
+            cu_seqlens = on_device(torch.cat(((positions == 0).nonzero().flatten(), torch.tensor([n]))).int(), cache.device)
+        where = CachedTokens(cache, given[n : 2 * n], given[2 * n : 3 * n], longest, cu_seqlens)
         with sdpa_kernel(ATTENTION):
-            return self._model(tokens[None].to(device), cache=where, last=last.to(device))[0]
+            return self._model(given[None, :n], cache=where, last=given[3 * n :])[0]
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. A copy to a GPU does not synchronise."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 PREFILL_WORK = 1 << 30  # multiply-adds of a step's prompt tokens with `limits_prefill`: about 50 ms on two CPU cores
@@ -140,7 +148,7 @@ class Decoder:
     def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
         for row, sequence in enumerate(sequences):
             if sequence.sampling.repetition_penalty != 1:
-                seen = torch.tensor(sorted(set(sequence.ids)), device=logits.device)
+                seen = on_device(torch.tensor(sorted(set(sequence.ids))), logits.device)
                 penalize(logits[row], seen, sequence.sampling.repetition_penalty)
         chosen = [0] * len(sequences)
         groups: dict[tuple, list[int]] = {}  # sequences with the same filters are drawn together
@@ -152,7 +160,7 @@ class Decoder:
                 tokens = self._argmax(part)
             else:
                 u = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequences[row].generator) for row in rows])
-                tokens = draw(*candidates(part, **dict(filters)), u.to(logits.device))
+                tokens = draw(*candidates(part, **dict(filters)), on_device(u, logits.device))
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 chosen[row] = token
         return chosen

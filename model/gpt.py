@@ -93,31 +93,28 @@ PRESETS = {
 class CachedTokens:
     """The KV cache, with a row for each sequence, and the places in it of the tokens of one pass, flattened to (1, n).
 
-    The tokens are either the beginnings of several sequences, concatenated, or (`is_beginning` false) one token of each of the rows
-    0, 1, …, n − 1, which attends to the cached tokens of its row. Entries past the end of a sequence are masked, but must be finite."""
+    The tokens are either the beginnings of several sequences, concatenated (`cu_seqlens` has their bounds), or one token of each of the
+    rows 0, 1, …, n − 1, which attends to the cached tokens of its row. Entries past the end of a sequence are masked, but must be
+    finite."""
 
     cache: Tensor  # (n_layer, 2, slots, capacity, H_kv, D): keys, values
     rows: Tensor  # (n,) int64
     positions: Tensor  # (n,) int64
-    is_beginning: bool
+    longest: int  # the largest position + 1
+    cu_seqlens: Tensor | None = None  # (sequences + 1,) int32
 
     def __post_init__(self):
-        n = len(self.rows)
-        if self.is_beginning:
-            starts = (self.positions == 0).nonzero().flatten()
-            self.cu_seqlens = torch.cat((starts, starts.new_tensor([n]))).int()
-        else:
-            self.cu_seqlens, self._longest = None, int(self.positions.max()) + 1
-            self._distance = self.positions[:, None] - torch.arange(self._longest, device=self.rows.device)  # (n, S)
+        if self.cu_seqlens is None:
+            self._distance = self.positions[:, None] - torch.arange(self.longest, device=self.rows.device)  # (n, S)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Store k, v (1, n, H_kv, D) and return the attention of q (1, n, H, D): (1, n, H, D)."""
         self.cache[layer, 0][self.rows, self.positions] = k[0]
         self.cache[layer, 1][self.rows, self.positions] = v[0]
-        if self.is_beginning:
+        if self.cu_seqlens is not None:
             return flash_attention(q, k, v, window=window, cu_seqlens=self.cu_seqlens)
-        keys, values = self.cache[layer, :, : q.shape[1], : self._longest].transpose(2, 3)  # (n, H_kv, S, D)
-        mask = (self._distance >= 0) & (self._distance < (window or self._longest))
+        keys, values = self.cache[layer, :, : q.shape[1], : self.longest].transpose(2, 3)  # (n, H_kv, S, D)
+        mask = (self._distance >= 0) & (self._distance < (window or self.longest))
         options = {"attn_mask": mask[:, None, None], "enable_gqa": q.shape[2] > k.shape[2]}
         return F.scaled_dot_product_attention(q[0, :, :, None], keys, values, **options)[None, :, :, 0]
 

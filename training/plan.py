@@ -60,6 +60,7 @@ class DeviceFacts:
     flops: float  # FLOP/s of matrix products
     flops_source: str
     workspace: int = 0  # bytes that PyTorch gives cuBLAS for each stream
+    runs_flash_attention: bool = True  # with `runs_triton`: attention is a Triton kernel too, not PyTorch's
 
     @classmethod
     def of(cls, here: processes.Processes, config: RunConfig) -> "DeviceFacts":
@@ -79,6 +80,7 @@ class DeviceFacts:
             flops=flops,
             flops_source=source,
             workspace=processes.cublas_workspace(device),
+            runs_flash_attention=processes.has_fast_attention(device, precision),
         )
 
 
@@ -279,7 +281,7 @@ def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -
     normed = 2 * s.width * item  # outputs of the two norms: the inputs of qkv and gate_up
     residual = 2 * s.width * 4 + 2 * 4  # inputs of the two norms, and 1 / rms
     packed = (heads + 2 * kv_heads) * item  # output of qkv: saved for the norms of q and k, or because v is a view of it
-    if on_cpu and is_grouped:  # PyTorch's attention repeats k and v for each query head
+    if is_grouped and (on_cpu or not device.runs_flash_attention):  # PyTorch's attention repeats k and v for each query head
         qkv = 3 * heads * item + s.qk_norm * packed
     else:
         qkv = (heads + kv_heads) * item + packed

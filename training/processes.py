@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,14 @@ def total(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all processes the main process's values."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def barrier() -> None:
@@ -197,6 +205,11 @@ def cublas_workspace(device: torch.device) -> int:
         return 0
     major, _ = torch.cuda.get_device_capability(device)
     return 32 << 20 if major >= 9 else 8320 << 10
+
+
+def has_fast_attention(device: torch.device, precision: str) -> bool:
+    """Whether attention's Triton kernels have tensor cores for this precision; otherwise PyTorch's attention runs."""
+    return precision != "fp32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def peak_memory_gib(device: torch.device) -> float:

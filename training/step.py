@@ -61,8 +61,9 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
-        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
         self.parameters = list(self.model.parameters())
+        processes.copy_from_main(self.parameters)
+        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
         views = self.gradients.split([p.numel() for p in self.parameters])
         self.grads = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)]

@@ -41,7 +41,8 @@ def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
     cache = torch.zeros(c.n_layer, 2, 5, 30, c.n_kv_head, c.head_dim, dtype=torch.float64)
     rows = torch.cat([torch.full((n,), row) for row, n in enumerate(lengths)])
     positions = torch.cat([torch.arange(n) for n in lengths])
-    where = CachedTokens(cache, rows, positions, is_beginning=True)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    where = CachedTokens(cache, rows, positions, max(lengths), cu_seqlens)
     last = torch.tensor(lengths).cumsum(0) - 1
     expected = model(tokens)
     beginnings = model(tokens[rows, positions][None], cache=where, last=last)[0]
@@ -49,7 +50,7 @@ def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
     rows = torch.arange(3)
     for step in range(12):
         positions = torch.tensor(lengths) + step
-        where = CachedTokens(cache, rows, positions, is_beginning=False)
+        where = CachedTokens(cache, rows, positions, int(positions.max()) + 1)
         logits = model(tokens[rows, positions][None], cache=where, last=rows)[0]
         torch.testing.assert_close(logits, expected[rows, positions])
 
