@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 from made_runs import made_run
@@ -10,7 +11,7 @@ from tritale.common.errors import UserError
 from tritale.training.config import parse
 from tritale.training.trackers import Trackers
 
-FEW = {"train__max_steps": 200, "log__every": 50, "train__validate_every": 100, "optim__warmup_steps": 10}
+FEW: dict[str, Any] = {"train__max_steps": 200, "log__every": 50, "train__validate_every": 100, "optim__warmup_steps": 10}
 
 
 def scalars(folder, tag: str) -> dict[int, float]:
