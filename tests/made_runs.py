@@ -57,7 +57,7 @@ def made_run(
 ) -> Path:
     """Write metrics.jsonl, samples.jsonl and run.json of one start of a run."""
     config: RunConfig = parse(command(out_dir, **(OPTIONS | options))[1:])
-    whole = deepcopy(FACTS) | {"config": flatten(config)}
+    whole: dict[str, Any] = deepcopy(FACTS) | {"config": flatten(config)}
     for part, changes in (facts or {}).items():
         whole[part] |= changes
     rng, log, max_steps = random.Random(seed + start), Log(config, is_main=True), config.train.max_steps

@@ -158,7 +158,7 @@ def test_a_process_that_was_killed_at_the_limit_of_the_memory(tmp_path):
 
 def test_the_schedule_of_the_series_that_never_came_down(tmp_path):
     """3e12 tokens planned, stopped by hand after 209,000 steps."""
-    long = {"train__max_steps": 11_444_091, "log__every": 1000, "train__validate_every": 20_000}
+    long: dict[str, Any] = {"train__max_steps": 11_444_091, "log__every": 1000, "train__validate_every": 20_000}
     made_run(tmp_path / "run", until=209_000, end=KeyboardInterrupt(), facts={"plan": {"steps_per_epoch": 13_100}}, **long)
     check(tmp_path / "run", "schedule", "99.9% of its peak", "874 epochs are planned", "optim.schedule: wsd, train.max_steps: 271700")
 

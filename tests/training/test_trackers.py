@@ -15,9 +15,8 @@ FEW: dict[str, Any] = {"train__max_steps": 200, "log__every": 50, "train__valida
 
 
 def scalars(folder, tag: str) -> dict[int, float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
 
