@@ -14,7 +14,7 @@ from tritale.training.logs import Log
 from tritale.training.optimizer import lr_factor
 
 # A run of 13.9 M parameters on one GPU.
-FACTS = {
+FACTS: dict[str, dict[str, Any]] = {
     "plan": {
         "parameters": 13_900_000, "embedding": 3_276_800, "tokens_per_step": 262_144, "steps_per_epoch": 2500, "micro_batches": 16,
         "largest_micro_batch": 128, "memory_bytes": 2_000_000_000,
@@ -28,7 +28,7 @@ FACTS = {
         "characters": 1_000_000_000, "token_entropy": 6.1,
     },
 }  # fmt: skip
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "train__max_steps": 20_000, "train__compile": "true", "train__precision": "auto", "optim__schedule": "cosine", "optim__lr": 5e-4,
     "optim__embedding_lr": "null", "optim__warmup_steps": 1000, "train__checkpoint_every": 1000, "train__validate_every": 2000,
     "data__source": "out/tinystories-zh", "log__every": 50,

@@ -37,11 +37,11 @@ def check(out_dir: Path, name: str, *words: str) -> None:
 
 # ---- real runs -----------------------------------------------------------------------------------------------------------------------
 
-REAL = {
+REAL: dict[str, Any] = {
     "model__n_layer": 3, "optim__embedding_lr": "null", "optim__lr": 0.01, "train__validate_every": 1000, "train__checkpoint_every": 1000,
     "log__prompts": '["小"]',
 }  # fmt: skip
-LARGE_STEPS = {"train__max_steps": 52, "train__global_batch": 32, "train__micro_batch": 32}  # of 2,048 tokens
+LARGE_STEPS: dict[str, Any] = {"train__max_steps": 52, "train__global_batch": 32, "train__micro_batch": 32}  # of 2,048 tokens
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_bad_steps_and_overflow_in_fp16(tmp_path):
     check(tmp_path / "run", "not_finite", "1,000 of 20,000 steps were skipped", "train.precision: bf16")
 
 
-SLOW = {
+SLOW: dict[str, dict[str, Any]] = {
     "slow_precision": dict(facts={"device": {"has_bf16": False, "name": "CPU, 8 threads", "kind": "cpu"}}),
     "slow_compile": dict(train__compile="false"),
     "slow_threads": dict(facts={"device": {"kind": "cpu", "threads": 1, "cores": 16}}),

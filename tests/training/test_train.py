@@ -26,12 +26,13 @@ def weights(out_dir, step=6) -> dict[str, torch.Tensor]:
 def test_a_run_writes_metrics_and_checkpoints(tiny_run):
     lines = metrics(tiny_run)
     trained = [line for line in lines if "loss" in line]
-    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "seconds"}
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "data_share", "seconds"}
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6] and all(set(line) == keys for line in trained)
     validated = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validated] == [3, 6] and all(0 < line["val_bits_per_char"] < 15 for line in validated)
     assert trained[-1]["loss"] < trained[0]["loss"] and trained[-1]["lr"] == 0
-    assert sorted(p.name for p in tiny_run.iterdir()) == [".lock", "data", "metrics.jsonl", "step-00000003", "step-00000006"]
+    files = [".lock", "data", "metrics.jsonl", "report.html", "run.json", "samples.jsonl", "step-00000003", "step-00000006"]
+    assert sorted(p.name for p in tiny_run.iterdir()) == files
     folder = tiny_run / "step-00000006"
     assert {p.name for p in folder.iterdir()} == {
         "checksums.json",
