@@ -15,7 +15,7 @@ from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig, consumers
 from tritale.model.checkpoint import hf_state, save_model
-from tritale.model.consumers import NotChecked, check_gguf, check_hf, check_litgpt, llama_cpp
+from tritale.model.consumers import check_gguf, check_hf, check_litgpt, llama_cpp
 from tritale.model.export import export_gguf, export_hf, export_litgpt, gguf_ids, gguf_vocabulary
 from tritale.stories.generator import story
 
@@ -200,14 +200,14 @@ def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenize
         export_gguf(llm.model, ours, tmp_path / f"{name}.gguf", name="test")
         post, vocabulary = llama_cpp(tmp_path / f"{name}.gguf", 96), gguf_vocabulary(ours, ours.vocab_size)
         n_equal = 0
-        for text in [*varied_strings(1000), "Tom said hello.  They played."]:
+        for text in varied_strings(1000):
             theirs = post("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
             assert theirs == gguf_ids(text, vocabulary), text
             is_equal = theirs == ours.encode(text)
             assert is_equal or consumers.UNUSUAL.search(text), text
             n_equal += is_equal
-        print(f"{name}: {n_equal} of 1001 equal")
-        assert is_equal and n_equal > 700  # two spaces before a word are equal too
+        print(f"{name}: {n_equal} of 1000 equal")
+        assert n_equal > 700
 
 
 @pytest.mark.parametrize("kind", ["hf", "litgpt", "gguf"])
@@ -243,7 +243,7 @@ def test_a_program_that_cannot_be_imported_is_named(model_folder, tmp_path, monk
         main(["export", str(model_folder), "--to", kind, "--out", str(tmp_path / kind)])
         assert f"not checked, because {package} cannot be imported" in capsys.readouterr().out and (tmp_path / kind).exists()
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(p.name for p in model_folder.iterdir() if p.is_file())
-    with pytest.raises(NotChecked, match="litgpt"):
+    with pytest.raises(ImportError, match="litgpt"):
         check_litgpt(tmp_path / "litgpt", LLM.load(model_folder).model, Tokenizer.load(model_folder), [])
 
 
