@@ -1,6 +1,5 @@
 """Checkpoints of other programs, converted to this project's format: litgpt folders, and Hugging Face's Llama, Mistral and Qwen3."""
 
-import pickle
 import shutil
 from pathlib import Path
 from zipfile import is_zipfile
@@ -103,7 +102,7 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # before torch 1.6 it was no zip file
         loaded = loaded.get("model", loaded)  # of `litgpt pretrain`
         lit = {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t for name, t in loaded.items() if isinstance(t, Tensor)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError):  # torch's messages advise weights_only=False
+    except Exception:  # a damaged file can raise any; torch's messages advise weights_only=False
         raise UserError(f"{path} is damaged or holds more than plain tensors, which alone are read; pickled code is not run") from None
     return _litgpt_state(config, lit, source)
 

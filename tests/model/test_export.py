@@ -298,7 +298,7 @@ def test_litgpt_converts_the_export_back_to_hugging_face(model_folder, tmp_path,
     from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint  # pyright: ignore[reportMissingImports] (optional)
 
     main(["export", str(model_folder), "--to", "litgpt", "--out", str(tmp_path / "lit")])
-    assert "litgpt gives the same ids for 20 documents and the same logits" in capsys.readouterr().out
+    assert "checked: litgpt gives the same ids for " in capsys.readouterr().out
     convert_lit_checkpoint(tmp_path / "lit", tmp_path / "back")
     state = torch.load(tmp_path / "back" / "model.pth", weights_only=True)
     for name, tensor in hf_state(LLM.load(model_folder, device="cpu").model).items():
