@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
         check, use = consumers.check_gguf, f"llama-cli -m {out} -p 从前，  (llama-quantize makes the file smaller than fp32)"
     try:
         checked = check(out, model, tokenizer, documents(source, llm))
-    except consumers.NotChecked as reason:
-        checked = str(reason)
+    except ImportError as reason:
+        checked = f"not checked, because {reason}"
     except BaseException:
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         raise
@@ -61,6 +61,6 @@ def documents(source: Path, llm: "LLM", limit: int = 200) -> list[str]:
     try:
         split = TrainedRun.open(source.resolve().parent).split("validation", llm.tokenizer)
     except (UserError, OSError):
-        return [completion.text for completion in llm.complete([""] * 20, seed=0, max_new_tokens=100)]
+        return ["从前，", *filter(None, (completion.text for completion in llm.complete([""] * 20, seed=0, max_new_tokens=100)))]
     chosen = evenly(split.n_documents, min(limit, split.n_documents))
     return [llm.tokenizer.decode(split.document(i).tolist()) for i in chosen]

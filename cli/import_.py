@@ -1,7 +1,10 @@
 """tritale import: convert checkpoints of litgpt or Hugging Face."""
 
 import argparse
+import sys
 from pathlib import Path
+
+from ..common.errors import UserError
 
 HELP = "convert a litgpt or Hugging Face checkpoint (Llama, Mistral or Qwen3 architecture), or a run of them"
 
@@ -15,9 +18,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..model.importer import convert, find_sources
 
-    sources = find_sources(args.source, args.kind)
+    sources, failed = find_sources(args.source, args.kind), 0
     for source in sources:
-        out = args.out if source == args.source else args.out / source.name
-        convert(source, out, args.kind)
-        print(f"{out} is written")
+        is_run = source != args.source
+        out = args.out / source.name if is_run else args.out
+        if is_run and out.exists():
+            print(f"{out} exists and is kept")
+            continue
+        try:
+            convert(source, out, args.kind)
+            print(f"{out} is written")
+        except (UserError, FileNotFoundError) as error:
+            if not is_run:
+                raise
+            print(error, file=sys.stderr)
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(sources)} checkpoints could not be converted; the others are in {args.out}")
     print(f"Next: tritale generate --model {args.out} --prompt 从前，")

@@ -26,23 +26,12 @@ LOG = logging.getLogger("uvicorn.error")
 
 
 class EngineError(Exception):
-    """A request that the engine cannot complete."""
+    """A request that the engine cannot complete. `reason`: "queue_full" (too many sequences wait), "stopping", "checkpoint_gone" (it was
+    deleted, for example by the run's `keep_last`), "prompt" (it cannot be encoded or fills the context), or "failed"."""
 
-
-class QueueFull(EngineError):
-    """Too many sequences wait."""
-
-
-class EngineStopped(EngineError):
-    """The engine is stopping or has stopped."""
-
-
-class CheckpointGone(EngineError):
-    """The checkpoint was deleted, for example by the run's `keep_last`."""
-
-
-class PromptError(EngineError):
-    """A prompt that cannot be encoded, or that fills the context."""
+    def __init__(self, message: str, reason: str = "failed"):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -119,14 +108,15 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Add a request to the queue. Raises QueueFull or EngineStopped."""
+        """Add a request to the queue. Raises EngineError if it is full or the engine stops."""
         n = len(request.prompts)
         with self._changed:
             if self._is_stopping:
-                raise EngineStopped("the server is stopping")
+                raise EngineError("the server is stopping", "stopping")
             n_waiting = sum(r.count("waiting") for r in self._requests if not r.is_over)
             if n_waiting + n > self.queue:
-                raise QueueFull(f"{n_waiting} sequences wait already, {n} more exceed the limit of {self.queue}; try again soon")
+                message = f"{n_waiting} sequences wait already, {n} more exceed the limit of {self.queue}; try again soon"
+                raise EngineError(message, "queue_full")
             self._requests.append(request)
             self._wake()
 
@@ -137,7 +127,7 @@ class Engine:
             self._wake()
 
     def stop(self) -> None:
-        """End the thread after the current step. Unfinished requests receive EngineStopped."""
+        """End the thread after the current step. Unfinished requests receive an EngineError."""
         with self._changed:
             self._is_stopping = True
             self._wake()
@@ -179,7 +169,7 @@ class Engine:
             with self._changed:
                 self._is_stopping = True
             for request in list(self._requests):
-                self._end(request, EngineStopped("the server is stopping"))
+                self._end(request, EngineError("the server is stopping", "stopping"))
 
     def _end(self, request: Request, error: EngineError | None = None) -> None:
         if not request.is_over:
@@ -216,7 +206,7 @@ class Engine:
         try:
             ids = {prompt: model.llm.encode_prompt(prompt) for prompt in set(request.prompts)}
         except UserError as error:
-            raise PromptError(str(error)) from None
+            raise EngineError(str(error), "prompt") from None
         pairs = zip(request.prompts, request.samplings, strict=True)
         request.sequences = [Sequence(list(ids[prompt]), sampling, request, i) for i, (prompt, sampling) in enumerate(pairs)]
         request.model = model
@@ -248,7 +238,8 @@ class Engine:
         try:
             file = (folder / "model.safetensors").stat()
         except OSError:  # the run keeps its last few only
-            raise CheckpointGone(f"the checkpoint {folder.name!r} was deleted; /v1/models lists the existing ones") from None
+            message = f"the checkpoint {folder.name!r} was deleted; /v1/models lists the existing ones"
+            raise EngineError(message, "checkpoint_gone") from None
         return file.st_ino, file.st_mtime_ns
 
     def _load(self, folder: Path) -> LoadedModel:

@@ -100,11 +100,8 @@ def gpt_config(hf: dict) -> GPTConfig:
     head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
     sizes = {name: hf[name] for name in SIZES} | {"head_dim": head_dim or 1, "sliding_window": 1 if window is None else window}
     numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": hf["rms_norm_eps"], "initializer_range": init_std}
-    wrong = []
-    for name, value in sizes.items():
-        largest = LARGEST.get(name, 2**24)
-        if type(value) is not int or not 1 <= value <= largest:
-            wrong.append(f"{name} is {value!r}, not an integer from 1 to {largest}")
+    is_size = lambda name, value: type(value) is int and 1 <= value <= LARGEST.get(name, 2**24)
+    wrong = [f"{n} is {v!r}, not an integer from 1 to {LARGEST.get(n, 2**24)}" for n, v in sizes.items() if not is_size(n, v)]
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 <= value < float("inf") or (name == "rope_theta" and value == 0):
             wrong.append(f"{name} is {value!r}, not a number of at least 0" + (" (0 excluded)" if name == "rope_theta" else ""))

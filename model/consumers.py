@@ -20,23 +20,19 @@ UNUSUAL = re.compile(r"[^\S\r\n] |▁")  # what llama.cpp may encode differently
 TOLERANCE = 1e-4  # of the largest logit. Sums of some thousand terms in fp32 differ by about 1e-6 of it, in fp16 by 1e-3
 
 
-class NotChecked(Exception):
-    """The other program is not installed."""
-
-
 def _import(package: str, *names: str) -> list[Any]:
-    """Attributes of an optional package. Raises NotChecked if it is missing or its installation is broken."""
+    """Attributes of an optional package. Raises ImportError if it is missing or its installation is broken."""
     try:
         module = importlib.import_module(package)
         return [getattr(module, name) for name in names]
     except Exception as error:  # beside another torch, a compiled package may raise anything
-        raise NotChecked(f"not checked, because {package} cannot be imported ({str(error).splitlines()[0]})") from None
+        raise ImportError(f"{package} cannot be imported ({str(error).splitlines()[0]})") from None
 
 
 def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer, documents: list[str]) -> str:
     """Compare a checkpoint with what transformers loads: a sentence about the result.
 
-    Raises UserError if ids or logits differ, NotChecked without transformers."""
+    Raises UserError if ids or logits differ, ImportError without transformers."""
     version, tokenizers, models, logs = _import("transformers", "__version__", "AutoTokenizer", "AutoModelForCausalLM", "logging")
     logs.disable_progress_bar()
     backend, theirs = tokenizers.from_pretrained(folder), models.from_pretrained(folder, dtype=torch.float32)
@@ -73,8 +69,9 @@ def check_gguf(out: Path, model: GPT, tokenizer: Tokenizer, documents: list[str]
         post = llama_cpp(out, model.config.context)
         ids_of = lambda text: post("tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"]
         result = _compare("llama.cpp", model, tokenizer, usual, ids_of, lambda ids: llama_cpp_logprobs(post, ids, model.config.vocab_size))
-    except NotChecked as reason:
-        result = f"llama.cpp's algorithm gives the same ids for {len(usual)} of {len(documents)} documents; logits are {reason}"
+    except ImportError as reason:
+        result = f"llama.cpp's algorithm gives the same ids for {len(usual)} of {len(documents)} documents"
+        result += f"; logits are not checked, because {reason}"
     if unusual:
         result += f". WARNING: it encodes {len(unusual)} of {len(documents)} documents differently, for example {unusual[0][:60]!r}"
     words = [entry.replace("▁", "   ", 1) for entry in vocabulary[0] if entry.startswith("▁") and len(entry) > 1]

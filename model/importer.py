@@ -1,8 +1,8 @@
 """Checkpoints of other programs, converted to this project's format: litgpt folders, and Hugging Face's Llama, Mistral and Qwen3."""
 
-import pickle
 import shutil
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import yaml
@@ -95,14 +95,15 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a litgpt config ({type(error).__name__}: {error}); give the complete litgpt folder") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # YAML's errors have several lines
+        raise UserError(f"{path} is not a litgpt config ({reason}); give the complete litgpt folder") from None
+    path = source / "lit_model.pth"
     try:
-        loaded = torch.load(source / "lit_model.pth", map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # before torch 1.6 it was no zip file
         loaded = loaded.get("model", loaded)  # of `litgpt pretrain`
         lit = {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t for name, t in loaded.items() if isinstance(t, Tensor)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{source / 'lit_model.pth'} cannot be read ({reason}); only plain tensors are read, no pickled code") from None
+    except Exception:  # a damaged file can raise any; torch's messages advise weights_only=False
+        raise UserError(f"{path} is damaged or holds more than plain tensors, which alone are read; pickled code is not run") from None
     return _litgpt_state(config, lit, source)
 
 
@@ -113,6 +114,8 @@ def _litgpt_state(config: GPTConfig, lit: dict[str, Tensor], source: Path) -> tu
     state: dict[str, Tensor] = {}
     for name, tensor in lit.items():
         base = name.removesuffix(".weight")
+        if tensor.layout != torch.strided:
+            raise UserError(f"{source / 'lit_model.pth'} has {name} in the layout {tensor.layout}; only dense tensors are supported")
         if base in outer:
             state[f"{outer[base]}.weight"] = tensor
             continue

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from ..common.errors import UserError
 from ..common.sampling import Sampling
 from ..inference import Completion
-from ..inference.engine import CheckpointGone, Engine, EngineError, EngineStopped, Piece, PromptError, QueueFull, Request, Started
+from ..inference.engine import Engine, EngineError, Piece, Request, Started
 from ..model.run_folder import find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
@@ -52,11 +52,12 @@ def request_error(error: Exception) -> RequestError:
     if not isinstance(error, EngineError):
         return RequestError(500, "internal error; see the server's log")
     status, param, code = {
-        QueueFull: (429, None, "rate_limit_exceeded"),
-        EngineStopped: (503, None, None),
-        CheckpointGone: (404, "model", "model_not_found"),
-        PromptError: (400, "prompt", "context_length_exceeded"),
-    }.get(type(error), (500, None, None))
+        "queue_full": (429, None, "rate_limit_exceeded"),
+        "stopping": (503, None, None),
+        "checkpoint_gone": (404, "model", "model_not_found"),
+        "prompt": (400, "prompt", "context_length_exceeded"),
+        "failed": (500, None, None),
+    }[error.reason]
     return RequestError(status, str(error), param=param, code=code)
 
 

