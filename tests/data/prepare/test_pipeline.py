@@ -473,7 +473,7 @@ def test_an_error_about_a_document_names_file_and_line(tmp_path, tokenizer_folde
     line = f"{tmp_path}/{int(bad >= 20)}.jsonl:{bad % 20 + 1 if bad < 20 else bad - 19}"
     with pytest.raises(UserError if isinstance(error, UserError) else RuntimeError) as raised:
         run(files, tmp_path / "out", tokenizer_folder, val_fraction=0.3, dedup="near" if step == "fingerprints" else "exact")
-    assert str(raised.value) == f"{line}: the document cannot be processed ({error or 'MemoryError'})"
+    assert str(raised.value) == f"{line}: the document cannot be processed ({str(error) or 'MemoryError'})"
 
 
 def test_an_error_of_many_documents_together_names_the_first_and_the_last(tmp_path, tokenizer_folder, seed, monkeypatch):
