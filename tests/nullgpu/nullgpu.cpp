@@ -51,6 +51,8 @@ struct Card {
         major = capability / 10, minor = capability % 10;
         sms = number("NULLGPU_SMS", sms), devices = number("NULLGPU_DEVICES", devices);
         memory = (size_t)number("NULLGPU_GB", 80) << 30;
+        const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+        if (visible && !*visible) devices = 0;  // a list of devices is ignored
         if (getenv("NULLGPU_NAME")) name = getenv("NULLGPU_NAME");
         shared = major == 9 || major == 10 ? 227 << 10 : capability == 80 ? 163 << 10 : major == 7 ? 64 << 10 : 99 << 10;
     }
@@ -123,7 +125,7 @@ static bool simple_launch(const char* kind, const std::string& name, void* strea
 #define RUNTIME EXPORT cudaError_t
 #define SUCCEEDS { return cudaSuccess; }
 
-RUNTIME cudaGetDeviceCount(int* n) { *n = card.devices; return cudaSuccess; }
+RUNTIME cudaGetDeviceCount(int* n) { *n = card.devices; return card.devices ? cudaSuccess : cudaErrorNoDevice; }
 RUNTIME cudaGetDevice(int* device) { *device = current_device; return cudaSuccess; }
 RUNTIME cudaSetDevice(int device) {
     if (device < 0 || device >= card.devices) return cudaErrorInvalidDevice;
@@ -402,7 +404,7 @@ RUNTIME cudaGetDriverEntryPointByVersion(const char* name, void** p, unsigned, u
 #define SUCCEEDS { return CUDA_SUCCESS; }
 struct Function { std::string name; };
 
-DRIVER cuInit(unsigned) SUCCEEDS
+DRIVER cuInit(unsigned) { return card.devices ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
 DRIVER cuDriverGetVersion(int* v) { *v = 13000; return CUDA_SUCCESS; }
 DRIVER cuDeviceGetCount(int* n) { *n = card.devices; return CUDA_SUCCESS; }
 DRIVER cuDeviceGet(CUdevice* d, int i) { *d = i; return CUDA_SUCCESS; }
