@@ -121,7 +121,11 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; train a tokenizer with Tokenizer.train, or give the folder that holds one")
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            model = json.loads(text)["model"]
+            if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+                raise ValueError("its model has a subword prefix or suffix")  # the library ends the process if the merges do not match
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises a bare Exception for every kind of damage
             raise UserError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it again") from error
         for i, token in enumerate(FIXED_TOKENS):

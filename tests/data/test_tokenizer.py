@@ -223,3 +223,13 @@ def test_a_tokenizer_that_was_changed_is_refused(tmp_path, tokenizer, change):
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer\.json .*; (restore|make|train)"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_a_subword_prefix_is_refused_before_it_ends_the_process(key, tmp_path):
+    Tokenizer.train(["从前有一只小兔"] * 3, 300).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"][key] = "x"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="subword prefix or suffix"):
+        Tokenizer.load(tmp_path)
