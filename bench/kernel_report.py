@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import machine_code, traffic
-from bench.machine_code import MODELS, TARGETS
+from bench.machine_code import GATED, HEADS, MODELS, TARGETS
 
 ROOT = Path(__file__).parents[1]
 PAGE, BEGIN, END = ROOT / "docs/kernels.md", "<!-- table: python -m bench.kernel_report -->", "<!-- end of table -->"
@@ -34,10 +34,25 @@ KEY = """\
 - **load**, **store**: bits of the widest access to global memory. Kernels that stream their tensors do so in 128 bits, and a test counts
   the narrower ones. What remains are a few numbers of each row, and the sums of a matrix product in the layout of its units.
 - **tensor core**: the instruction that multiplies blocks: HMMA on Ampere, Ada and RTX 50, HGMMA on Hopper, UTCHMMA on B200, MFMA on CDNA.
+- **tensor work**: tensor FLOPs executed over needed. Above 1 warps compute the same products several times.
 - **traffic**: bytes loaded and stored over the ideal, each input read once and each output written once; or over kernels.md's formula."""
-CODE = ("op", "pass", "kernel", "model", "warps", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core")
+CODE = (
+    "op",
+    "pass",
+    "kernel",
+    "model",
+    "warps",
+    "registers",
+    "shared",
+    "occupancy",
+    "spilled",
+    "load",
+    "store",
+    "tensor core",
+    "tensor work",
+)
 Part = tuple[str, str, tuple[str, ...], list[list[str]]]  # title, text, columns, lines
-GLANCE = ("op", "pass", "kernel", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core", "traffic")
+GLANCE = ("op", "pass", "kernel", "registers", "shared", "occupancy", "spilled", "load", "store", "tensor core", "tensor work", "traffic")
 TRAFFIC = ("op", "pass", "loaded", "stored", "from cache", "ideal", "over ideal", "formula", "over formula", "note")
 
 
@@ -51,7 +66,7 @@ def kilobytes(n: int) -> str:
 
 
 def numbers(rows: list[dict]) -> list[str]:
-    """Registers to tensor core of rows, as spans."""
+    """Registers to tensor work of rows, as spans."""
     return [
         span([r["registers"] for r in rows], str),
         span([r["shared"] for r in rows], kilobytes),
@@ -60,6 +75,7 @@ def numbers(rows: list[dict]) -> list[str]:
         span([r["load_bits"] for r in rows], str),
         span([r["store_bits"] for r in rows], str),
         " ".join(sorted({t.removeprefix("v_").upper() for r in rows for t in r["tensor_core"]})),
+        span([r["tensor_ratio"] for r in rows], "{:.2f}".format) if rows[0]["has_dot"] else "",
     ]
 
 
@@ -75,7 +91,11 @@ def code_lines(rows: list[dict]) -> list[list[str]]:
 
 
 def traffic_of(op: str, which: str, traffic: list[dict]) -> str:
-    name = "linear_cross_entropy chunk" if op == "linear_cross_entropy" else op.removesuffix(" packed").removesuffix(" fp32")
+    name = (
+        "linear_cross_entropy chunk"
+        if op == "linear_cross_entropy"
+        else op.removesuffix(", capped").removesuffix(" packed").removesuffix(" fp32")
+    )
     found = [r for r in traffic if r["op"] == name and r["pass"] in (which, "both")]
     if not found:
         return ""
@@ -97,7 +117,7 @@ def traffic_line(row: dict) -> list[str]:
 
 
 def markdown_table(columns: tuple[str, ...], lines: list[list[str]]) -> str:
-    right = {"registers", "shared", "occupancy", "spilled", "load", "store", "warps", *TRAFFIC[2:9]}
+    right = {"registers", "shared", "occupancy", "spilled", "load", "store", "warps", "tensor work", *TRAFFIC[2:9]}
     rules = ["---:" if c in right else "---" for c in columns]
     return "".join(f"| {' | '.join(line)} |\n" for line in (columns, rules, *lines))
 
@@ -110,7 +130,7 @@ def as_json(code: list[dict], traffic: list[dict]) -> str:
 
 def as_markdown(parts: list[Part], models: list[str]) -> str:
     sizes = ("batch", "context", "width", "n_head", "n_kv_head", "head_dim", "mlp", "vocab")
-    shapes = [[m, *(f"{MODELS[m][size]:,}" for size in sizes)] for m in models if m in MODELS]
+    shapes = [[m, *(f"{size:,}" for size in map({**MODELS, **HEADS}[m].get, sizes))] for m in models]
     head = ("model", "batch", "context", "width", "heads", "k/v heads", "head size", "MLP", "vocabulary")
     text = f"# Kernel report\n\nWritten by `python -m bench.kernel_report` with triton {version('triton')}, on a machine without a GPU. "
     text += "What the ops launch at these shapes, forward and backward, compiled for every architecture; [kernels.md](kernels.md) explains."
@@ -125,13 +145,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(GATED))
     parser.add_argument("--ops", default="", help="all by default")
     parser.add_argument("--no-traffic", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()
     targets, ops, models = a.targets.split(","), tuple(filter(None, a.ops.split(","))), a.models.split(",")
-    is_complete = tuple(targets) == TARGETS and not ops and models == list(MODELS) and not a.no_traffic
+    is_complete = tuple(targets) == TARGETS and not ops and models == list(GATED) and not a.no_traffic
     json_file = a.json or (ROOT / "bench/results/kernels.json" if is_complete else Path("out/kernels.json"))
     markdown_file = a.markdown or (ROOT / "docs/kernels-report.md" if is_complete else Path("out/kernels-report.md"))
     console = Console()

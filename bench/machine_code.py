@@ -33,16 +33,17 @@ BUDGETS = ROOT / "tests/kernels/budgets.json"
 REWRITE = "python -m bench.machine_code --write-budgets"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
-# The 1 B model has Llama 3.2's grouped heads. LARGER_HEADS: other head sizes, for attention alone and only on request.
+# The 1 B model has Llama 3.2's grouped heads. HEADS: other head sizes, for attention alone.
 MODELS = {
     "44m": {"batch": 8, "context": 512, "width": 512, "n_head": 6, "n_kv_head": 6, "head_dim": 48, "mlp": 768, "vocab": 65024},
     "124m": {"batch": 8, "context": 1024, "width": 768, "n_head": 12, "n_kv_head": 12, "head_dim": 64, "mlp": 2048, "vocab": 50304},
     "1b": {"batch": 4, "context": 2048, "width": 2048, "n_head": 32, "n_kv_head": 8, "head_dim": 64, "mlp": 5632, "vocab": 32000},
 }
-LARGER_HEADS = {
+HEADS = {
     f"d{d}": {"batch": 2, "context": 2048, "width": 16 * d, "n_head": 16, "n_kv_head": 4, "head_dim": d, "mlp": 0, "vocab": 0}
-    for d in (16, 32, 48, 64, 80, 96, 128, 256)
+    for d in (16, 32, 80, 96, 128, 192, 256)
 }
+GATED = (*MODELS, "d80", "d96", "d128", "d192", "d256")  # what the tests and the report compile
 
 # Limits of an SM: registers, shared bytes, warps, blocks (CUDA C++ programming guide, table of compute capabilities).
 SM_LIMITS = {
@@ -57,6 +58,7 @@ def _cases() -> dict[str, Callable]:
     import torch
 
     from tritale import kernels
+    from tritale.kernels.newton_schulz import newton_schulz
 
     def leaf(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, requires_grad=True)
@@ -101,8 +103,13 @@ def _cases() -> dict[str, Callable]:
         x, w = leaf(tokens(m), m["width"], dtype=dtype), leaf(m["vocab"], m["width"], dtype=dtype)
         run(kernels.linear_cross_entropy(x, w, targets(m), **options))
 
-    def attention(m, dtype, is_packed=False):
-        run(kernels.flash_attention(*heads(m, dtype, is_packed), **documents(m, is_packed)))
+    def attention(m, dtype, is_packed=False, **options):
+        run(kernels.flash_attention(*heads(m, dtype, is_packed), **documents(m, is_packed), **options))
+
+    def orthogonalize(m, dtype):
+        width, hidden = m["width"], m["mlp"]
+        updates = [torch.empty(shape) for shape in ((2 * hidden, width), (width, hidden), ((m["n_head"] + 2) * m["head_dim"], width))]
+        newton_schulz(updates, (1.0,) * len(updates), coefficients=(3.4445, -4.775, 2.0315), steps=2, eps=1e-7)
 
     return {
         "rms_norm": norm,
@@ -120,7 +127,9 @@ def _cases() -> dict[str, Callable]:
         "linear_cross_entropy recompute": lambda m, dtype: linear_cross_entropy(m, dtype, strategy="recompute"),
         "flash_attention": attention,
         "flash_attention packed": lambda m, dtype: attention(m, dtype, True),
+        "flash_attention packed, capped": lambda m, dtype: attention(m, dtype, True, softcap=30.0),
         "flash_attention fp32": lambda m, dtype: attention(m, torch.float32),
+        "newton_schulz": orthogonalize,
     }
 
 
@@ -128,11 +137,13 @@ def _cases() -> dict[str, Callable]:
 MODELS_OF = {
     "rms_norm": ("124m", "1b"), "rms_norm fp32": ("44m",), "add_rms_norm": ("44m", "1b"), "add_rms_norm fp32": ("44m", "124m"),
     "rope": ("124m",), "rope packed": ("44m", "1b"), "qk_norm_rope": ("124m",), "qk_norm_rope packed": ("44m", "1b"),
-    "flash_attention": ("124m",), "flash_attention packed": ("44m", "1b"),
-    "flash_attention fp32": (),  # strategy "auto" uses PyTorch in fp32; only for the models of LARGER_HEADS, if they are asked for
+    "flash_attention": ("124m",), "flash_attention packed": ("44m", "1b"), "flash_attention packed, capped": ("44m", "124m"),
+    "flash_attention fp32": (),  # strategy "auto" uses PyTorch in fp32; at any of HEADS on request
+    "newton_schulz": ("44m",),
 }  # fmt: skip
+HEADS_OF = {"flash_attention": HEADS, "flash_attention packed, capped": ("d96", "d128"), "flash_attention fp32": ("d16", "d32")}
 # Products of blocks need tensor cores. Triton uses none on sm_75; the ops choose PyTorch's kernels there.
-NEEDS_TENSOR_CORES = ("flash_attention", "flash_attention packed", "flash_attention fp32", "linear_cross_entropy recompute")
+NEEDS_TENSOR_CORES = (*(op for op in MODELS_OF if op.startswith("flash")), "linear_cross_entropy recompute", "newton_schulz")
 
 
 def _driver(target: str, log: Callable[[str], None]):
@@ -249,6 +260,24 @@ def read_amdgcn(text: str) -> dict:
     }
 
 
+def tensor_ratio(ttgir: str) -> float:
+    """Tensor FLOPs executed over needed, from the layouts of Triton's last representation. A product (M, N) that is smaller than what its
+    warps cover, warps · instruction along M and N, is computed several times. UTCHMMA has no warps to cover and counts as 1."""
+    layouts = {}
+    for name, text in re.findall(r"(#mma\d*) = #ttg\.\w+<\{(.*?)\}>", ttgir):
+        warps, shape = (
+            re.findall(r"\d+", m[1]) if (m := re.search(field + r" = \[([\d, ]+)\]", text)) else ()
+            for field in ("warpsPerCTA", "instrShape")
+        )
+        layouts[name] = [int(w) * int(i) for w, i in zip(warps, shape, strict=False)]
+    executed = needed = 0
+    for k, m, n, name in re.findall(r"(?:tt\.dot|warp_group_dot) .*?<\d+x(\d+)x\w+, .* -> tensor<(\d+)x(\d+)x\w+, (#mma\d*)>", ttgir):
+        (warps_m, warps_n), shape = layouts[name], (int(m), int(n))
+        needed += shape[0] * shape[1] * int(k)
+        executed += max(shape[0], warps_m) * max(shape[1], warps_n) * int(k)
+    return round(executed / needed, 3) if needed else 1.0
+
+
 def occupancy(target: str, registers: int, shared: int, n_warps: int, tensor_memory: int = 0) -> float:
     """The fraction of an SM's warps that can be resident."""
     if target.startswith("gfx"):  # CDNA 3: 4 × 8 wavefronts, 512 vector registers a lane in pieces of 8, 64 KB
@@ -275,6 +304,7 @@ def _reading(target: str, name: str, files: dict[str, Path]) -> dict:
         **{"warps": n_warps, "stages": metadata["num_stages"], "shared": metadata["shared"], "tensor_memory": tensor_memory},
         "occupancy": occupancy(target, reading["registers"], metadata["shared"], n_warps, tensor_memory),
         "has_dot": "tt.dot" in files[".ttir"].read_text(),
+        "tensor_ratio": tensor_ratio(files[".ttgir"].read_text()),
         **reading,
     }
     temporary = saved.with_suffix(f".{os.getpid()}")
@@ -283,9 +313,9 @@ def _reading(target: str, name: str, files: dict[str, Path]) -> dict:
     return reading
 
 
-VERSION = hashlib.sha256("".join(map(inspect.getsource, (_accesses, read_cubin, read_amdgcn, occupancy, _reading))).encode()).hexdigest()[
-    :12
-]
+VERSION = hashlib.sha256(
+    "".join(map(inspect.getsource, (_accesses, read_cubin, read_amdgcn, tensor_ratio, occupancy, _reading))).encode()
+).hexdigest()[:12]
 _pass = "forward"  # what is being launched
 _launched: dict[str, list[tuple[str, str]]] = {}  # (hash, pass) by target: a kernel keeps the list it was first launched with
 _files: dict[str, tuple[str, dict[str, Path]]] = {}
@@ -315,7 +345,7 @@ def measure(task: tuple[str, str, tuple[str, ...]]) -> list[dict]:
         where = {"target": target, "op": op, "model": model}
         try:
             with stub_gpu(target, log), kernels.backend("triton"):
-                _cases()[op]({**MODELS, **LARGER_HEADS}[model], dtype)
+                _cases()[op]({**MODELS, **HEADS}[model], dtype)
         except Exception as problem:  # reported in the row: a test or the report shows it
             rows.append({**where, "kernel": "", "error": f"{type(problem).__name__}: {problem}"[:300]})
         for key, which in dict.fromkeys(launched):
@@ -329,8 +359,7 @@ def measure_all(targets, ops, models, processes: int, report: Callable[[int, int
     tasks = []
     for op in order:
         wanted = tuple(m for m in MODELS_OF.get(op, MODELS) if m in models)
-        if op.startswith("flash_attention"):
-            wanted += tuple(m for m in LARGER_HEADS if m in models)
+        wanted += tuple(m for m in HEADS_OF.get(op, ()) if m in models)
         if wanted and (not ops or op.split()[0] in ops):
             tasks += [(t, op, wanted) for t in targets if not (t == "sm_75" and op in NEEDS_TENSOR_CORES)]
     rows = []
@@ -339,10 +368,10 @@ def measure_all(targets, ops, models, processes: int, report: Callable[[int, int
         for i, done in enumerate(as_completed(futures), 1):
             rows += done.result()
             report(i, len(tasks), f"{rows[-1]['op']} {rows[-1]['target']}")
-    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], [*MODELS, *LARGER_HEADS].index(r["model"])))
+    return sorted(rows, key=lambda r: (TARGETS.index(r["target"]), order[r["op"]], [*MODELS, *HEADS].index(r["model"])))
 
 
-def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, report=lambda i, n, name: None) -> list[dict]:
+def readings(targets=TARGETS, ops=(), models=GATED, processes: int = 2, report=lambda i, n, name: None) -> list[dict]:
     """`measure_all` in a process of its own, without the interpreter; calls `report(done, of, name)` after each task."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -366,13 +395,13 @@ def readings(targets=TARGETS, ops=(), models=tuple(MODELS), processes: int = 2, 
 
 
 def budgets(rows: list[dict]) -> dict:
-    """{target: {op/model/kernel: {registers, shared, occupancy}}}: the worst of each over the kernel's binaries."""
+    """{target: {op/model/kernel: {registers, shared, occupancy, tensor_ratio}}}: the worst of each over the kernel's binaries."""
     table = {}
     for row in rows:
         if "error" in row:
             continue
         budget = table.setdefault(row["target"], {}).setdefault(f"{row['op']}/{row['model']}/{row['kernel']}", {})
-        for name, worse in (("registers", max), ("shared", max), ("occupancy", min)):
+        for name, worse in (("registers", max), ("shared", max), ("occupancy", min), ("tensor_ratio", max)):
             budget[name] = worse(row[name], budget.get(name, row[name]))
     return table
 
@@ -382,7 +411,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--write-budgets", action="store_true")
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(GATED))
     parser.add_argument("--ops", default="")
     parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()

@@ -102,11 +102,6 @@ def case(op: str, model: str, dtype: str) -> Case:
     def leaf(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return (torch.randn(size, generator=random, device=on) * scale + shift).to(kind).requires_grad_()
 
-    def rotations() -> tuple[Tensor, Tensor]:
-        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=on) / head_dim)
-        angle = torch.outer(torch.arange(context, device=on), frequency)
-        return angle.cos(), angle.sin()
-
     call: Callable[[Any], Callable]  # the op of a module: `reference` has the definition, `kernels` ours
     peers: dict[str, Callable] = {}
     flops = None
@@ -124,13 +119,13 @@ def case(op: str, model: str, dtype: str) -> Case:
         peers[LIGER] = _liger("fused_add_rms_norm", EPS)
         sizes = f"{batch * context:,} × {width:,}"
     elif op == "rope":
-        cos, sin = rotations()
+        cos, sin = kernels.rotary_tables(context, head_dim, device=on)
         inputs = [leaf(batch, context, s["n_head"], head_dim), leaf(batch, context, s["n_kv_head"], head_dim)]
         call = lambda module: lambda q, k: module.rope(q, k, cos, sin)
         wide = [torch.cat((t, t), -1).to(kind).unsqueeze(0) for t in (cos, sin)]  # the layout of transformers
         peers[LIGER] = lambda q, k: [t.transpose(1, 2) for t in _liger("rope", *wide)(q.transpose(1, 2), k.transpose(1, 2))]
     elif op == "qk_norm_rope":
-        cos, sin = rotations()
+        cos, sin = kernels.rotary_tables(context, head_dim, device=on)
         heads = {"n_head": s["n_head"], "n_kv_head": s["n_kv_head"], "eps": EPS}
         inputs = [leaf(batch, context, (s["n_head"] + 2 * s["n_kv_head"]) * head_dim)]
         inputs += [leaf(head_dim, scale=0.1, shift=1.0) for _ in range(2)]

@@ -7,20 +7,21 @@
 
 Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
 gradient once, over the logits themselves on request: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
-by memory.
+by memory. Where one launch does both (`linear_cross_entropy`) only so many rows are in flight that the second read finds them in the L2
+cache: 2 · N · V · itemsize from memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """
 
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import LOG2E, accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .dispatch import uses_triton
-from .launch import cdiv, launch_options
+from .launch import cached_programs, cdiv, launch_options
 from .triton_compat import jit, tl
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,11 +29,10 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @jit
 def log_sum_exp(top, total):
-    """(top, log Σ) over the last axis of running maxima and sums of exp(s − top), [M, N] → [M], [M]; lse is their sum. As in PyTorch an
-    infinite maximum is not subtracted, so that rows of −inf give −inf and rows with +inf give +inf."""
+    """(top, log Σ) over the last axis of running maxima and sums of exp(s − top), [M, N] → [M], [M]; lse is their sum, NaN if the maximum
+    is infinite, as PyTorch's loss."""
     m = tl.max(top, axis=1)
-    m = tl.where(tl.abs(m) == float("inf"), 0.0, m)
-    return m, tl.log(tl.sum(total * tl.exp(top - m[:, None]), axis=1))
+    return m, tl.log(tl.sum(total * tl.exp2((top - m[:, None]) * LOG2E), axis=1))
 
 
 @jit
@@ -57,7 +57,7 @@ def logits_gradient(
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits, in the accumulator's dtype: softmax − 1 is formed before any rounding."""
-    d = tl.exp((s - top) - log_total)
+    d = tl.exp2((s - top) * LOG2E - log_total * LOG2E)  # a difference first, which keeps the digits of large logits
     if Z_LOSS != 0:
         d *= 1 + 2 * Z_LOSS * (top + log_total)
     d = tl.where(is_target, d - (1 - LABEL_SMOOTHING), d)
@@ -85,75 +85,78 @@ def _cross_entropy_kernel(
     GROUP: tl.constexpr,  # neighbouring logits that one 128-bit load brings to one thread
     ACC: tl.constexpr,
 ):  # fmt: skip
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N], 64 bit: N · V passes 2³¹
     o_v = tl.arange(0, BLOCK_V)
-    m_n = o_n < n_rows
-    target = tl.load(p_targets + o_n, mask=m_n, other=IGNORE_INDEX)
-    is_valid = m_n & (target != IGNORE_INDEX)
-    p_row = p_logits + o_n * stride_logits
-    if WITH_LOSS:
-        # The logits of the target's group: s_target, and whether an entry beats it (argmax takes the first of equals). A target outside
-        # 0 … V − 1 finds no entry: its loss becomes NaN.
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), tl.num_programs(0)):
+        o_n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N], 64 bit: N · V passes 2³¹
+        m_n = o_n < n_rows
+        target = tl.load(p_targets + o_n, mask=m_n, other=IGNORE_INDEX)
+        is_valid = m_n & (target != IGNORE_INDEX)
         is_inside = is_valid & (target >= 0) & (target < vocab_size)
-        target_group = tl.where(is_inside, target // GROUP, 0).to(tl.int32)
-        o_g = target_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        m_g = is_inside[:, None] & (o_g < vocab_size)
-        b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
-        if SOFTCAP != 0:
-            b_g = SOFTCAP * tanh(b_g / SOFTCAP, True)
-        b_g = tl.where(m_g, b_g, float("-inf"))
-        s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
-        beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
-        n_beats = tl.sum(beats.to(tl.int32), axis=1)
-        # One maximum and one sum per group, which one thread holds: no exchange between threads inside the loop.
-        top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
-        total = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
-        mean = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
-        ahead = tl.zeros([BLOCK_N, BLOCK_V // GROUP], tl.int1)
-        for start in range(0, vocab_size, BLOCK_V):
-            m_v = start + o_v < vocab_size
-            b_s = tl.load(p_row[:, None] + (start + o_v)[None, :], mask=is_valid[:, None] & m_v[None, :], other=float("-inf"))
-            b_s = b_s.to(ACC)  # [BLOCK_N, BLOCK_V]
+        target = tl.where(is_inside, target, -1).to(tl.int32)  # every logit is compared with it
+        p_row = p_logits + o_n * stride_logits
+        if WITH_LOSS:
+            # The logits of the target's group: s_target, and whether an entry beats it (argmax takes the first of equals). A target outside
+            # 0 … V − 1 finds no entry: its loss becomes NaN.
+            target_group = tl.where(is_inside, target // GROUP, 0)
+            o_g = target_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            m_g = is_inside[:, None] & (o_g < vocab_size)
+            b_g = tl.load(p_row[:, None] + o_g, mask=m_g, other=float("-inf")).to(ACC)  # [BLOCK_N, GROUP]
             if SOFTCAP != 0:
-                b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP, True), float("-inf"))
-            b_s = tl.reshape(b_s, [BLOCK_N, BLOCK_V // GROUP, GROUP])
-            if LABEL_SMOOTHING != 0:
-                m_s = tl.reshape((o_n >= 0)[:, None] & m_v[None, :], [BLOCK_N, BLOCK_V // GROUP, GROUP])
-                mean += tl.sum(tl.where(m_s, b_s, 0.0), axis=2)
-            peak = tl.max(b_s, axis=2)  # [BLOCK_N, BLOCK_V // GROUP]
-            o_group = start // GROUP + tl.arange(0, BLOCK_V // GROUP)[None, :]
-            ahead |= (peak > s_target[:, None]) | ((peak == s_target[:, None]) & (o_group < target_group[:, None]))
-            new_top = tl.maximum(top, peak)
-            shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
-            total = total * tl.exp(top - shift) + tl.sum(tl.exp(b_s - shift[:, :, None]), axis=2)
-            top = new_top
-        top, log_total = log_sum_exp(top, total)
-        mean = tl.sum(mean, axis=1) / vocab_size.to(ACC)
-        loss, nll = row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING, Z_LOSS)
-        n_beats += tl.sum(ahead.to(tl.int32), axis=1)
-        tl.store(p_loss + o_n, loss, mask=m_n)
-        tl.store(p_nll + o_n, nll, mask=m_n)
-        tl.store(p_top + o_n, tl.where(is_valid, top, 0.0), mask=m_n)
-        tl.store(p_log_total + o_n, tl.where(is_valid, log_total, 0.0), mask=m_n)
-        tl.store(p_correct + o_n, is_valid & (n_beats == 0) & (nll == nll), mask=m_n)
-    if WITH_GRADIENT:
-        if not WITH_LOSS:
-            top = tl.load(p_top + o_n, mask=m_n, other=0.0)
-            log_total = tl.load(p_log_total + o_n, mask=m_n, other=0.0)
-        scale = tl.load(p_scale + o_n, mask=m_n, other=0.0).to(ACC)
-        p_out = p_gradient + o_n * stride_gradient
-        for start in range(0, vocab_size, BLOCK_V):
-            o_s = start + o_v
-            m_v = o_s < vocab_size
-            b_s = tl.load(p_row[:, None] + o_s[None, :], mask=is_valid[:, None] & m_v[None, :], other=0.0).to(ACC)
-            if SOFTCAP != 0:
-                b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
-            is_target = o_s[None, :] == target[:, None]
-            b_d = logits_gradient(
-                b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
-            )
-            b_d = tl.where(is_valid[:, None], b_d, 0.0)  # not 0 · b_d: an ignored row may hold anything
-            tl.store(p_out[:, None] + o_s[None, :], b_d.to(p_gradient.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+                b_g = SOFTCAP * tanh(b_g / SOFTCAP, True)
+            b_g = tl.where(m_g, b_g, float("-inf"))
+            s_target = tl.where(is_inside, tl.sum(tl.where(o_g == target[:, None], b_g, 0.0), axis=1), float("nan"))
+            beats = (b_g > s_target[:, None]) | ((b_g == s_target[:, None]) & (o_g < target[:, None]))
+            n_beats = tl.sum(beats.to(tl.int32), axis=1)
+            # One maximum and one sum per group, which one thread holds: no exchange between threads inside the loop.
+            top = tl.full([BLOCK_N, BLOCK_V // GROUP], float("-inf"), ACC)
+            total = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
+            mean = tl.zeros([BLOCK_N, BLOCK_V // GROUP], ACC)
+            ahead = tl.zeros([BLOCK_N, BLOCK_V // GROUP], tl.int1)
+            for start in range(0, vocab_size, BLOCK_V):
+                m_v = start + o_v < vocab_size
+                b_s = tl.load(p_row[:, None] + (start + o_v)[None, :], mask=is_valid[:, None] & m_v[None, :], other=float("-inf"))
+                b_s = b_s.to(ACC)  # [BLOCK_N, BLOCK_V]
+                if SOFTCAP != 0:
+                    b_s = tl.where(m_v[None, :], SOFTCAP * tanh(b_s / SOFTCAP, True), float("-inf"))
+                b_s = tl.reshape(b_s, [BLOCK_N, BLOCK_V // GROUP, GROUP])
+                if LABEL_SMOOTHING != 0:
+                    m_s = tl.reshape((o_n >= 0)[:, None] & m_v[None, :], [BLOCK_N, BLOCK_V // GROUP, GROUP])
+                    mean += tl.sum(tl.where(m_s, b_s, 0.0), axis=2)
+                peak = tl.max(b_s, axis=2)  # [BLOCK_N, BLOCK_V // GROUP]
+                o_group = start // GROUP + tl.arange(0, BLOCK_V // GROUP)[None, :]
+                ahead |= (peak > s_target[:, None]) | ((peak == s_target[:, None]) & (o_group < target_group[:, None]))
+                new_top = tl.maximum(top, peak)
+                shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
+                total = total * tl.exp2((top - shift) * LOG2E) + tl.sum(tl.exp2((b_s - shift[:, :, None]) * LOG2E), axis=2)
+                top = new_top
+            top, log_total = log_sum_exp(top, total)
+            mean = tl.sum(mean, axis=1) / vocab_size.to(ACC)
+            loss, nll = row_loss(s_target, mean, top, log_total, is_valid, LABEL_SMOOTHING, Z_LOSS)
+            n_beats += tl.sum(ahead.to(tl.int32), axis=1)
+            tl.store(p_loss + o_n, loss, mask=m_n)
+            tl.store(p_nll + o_n, nll, mask=m_n)
+            tl.store(p_top + o_n, tl.where(is_valid, top, 0.0), mask=m_n)
+            tl.store(p_log_total + o_n, tl.where(is_valid, log_total, 0.0), mask=m_n)
+            tl.store(p_correct + o_n, is_valid & (n_beats == 0) & (nll == nll), mask=m_n)
+        if WITH_GRADIENT:
+            if not WITH_LOSS:
+                top = tl.load(p_top + o_n, mask=m_n, other=0.0)
+                log_total = tl.load(p_log_total + o_n, mask=m_n, other=0.0)
+            # An ignored row is not read: its s, top and log Σ are 0, so that its gradient is 0 · 1 whatever it holds.
+            scale = tl.where(is_valid, tl.load(p_scale + o_n, mask=m_n, other=0.0).to(ACC), 0.0)
+            top, log_total = tl.where(is_valid, top, 0.0), tl.where(is_valid, log_total, 0.0)
+            p_out = p_gradient + o_n * stride_gradient
+            for i in range(0, tl.cdiv(vocab_size, BLOCK_V)):  # from the end, which was read last and is in the cache
+                o_s = (tl.cdiv(vocab_size, BLOCK_V) - 1 - i) * BLOCK_V + o_v
+                m_v = o_s < vocab_size
+                b_s = tl.load(p_row[:, None] + o_s[None, :], mask=is_valid[:, None] & m_v[None, :], other=0.0).to(ACC)
+                if SOFTCAP != 0:
+                    b_s = SOFTCAP * tanh(b_s / SOFTCAP, True)
+                is_target = o_s[None, :] == target[:, None]
+                b_d = logits_gradient(
+                    b_s, is_target, top[:, None], log_total[:, None], scale[:, None], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
+                )
+                tl.store(p_out[:, None] + o_s[None, :], b_d.to(p_gradient.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
 
 
 def launch_cross_entropy(
@@ -169,9 +172,13 @@ def launch_cross_entropy(
     if n == 0:
         return
     out = logits if gradient is None else gradient
-    options = launch_options("cross_entropy", logits, vocab_size=vocab_size)
+    reads_twice = with_loss and gradient is not None
+    options = launch_options("cross_entropy", logits, vocab_size=vocab_size, reads_twice=reads_twice)
+    programs = cdiv(n, options["BLOCK_N"])
+    if reads_twice:
+        programs = min(programs, cached_programs(logits, options["BLOCK_N"] * vocab_size * logits.itemsize, options["num_warps"]))
     with torch.cuda.device_of(logits):
-        _cross_entropy_kernel[(cdiv(n, options["BLOCK_N"]),)](
+        _cross_entropy_kernel[(programs,)](
             logits, out, targets, rows[0] if scale is None else scale, *rows, n, vocab_size, logits.stride(0), out.stride(0),
             IGNORE_INDEX=ignore_index, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap,
             WITH_LOSS=with_loss, WITH_GRADIENT=gradient is not None,
@@ -201,11 +208,6 @@ def _cross_entropy(
     return rows
 
 
-@_cross_entropy.register_fake
-def _(logits, targets, ignore_index, label_smoothing, z_loss, softcap, inplace_backward):
-    return empty_rows(logits, logits.shape[0])
-
-
 def _launch_backward(grad, logits, out, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
     launch_cross_entropy(
         logits, targets.contiguous(), (grad, grad, top, log_total, grad), with_loss=False, gradient=out, scale=grad.contiguous(),
@@ -224,11 +226,6 @@ def _cross_entropy_backward(
     return out
 
 
-@_cross_entropy_backward.register_fake
-def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
-    return contiguous_like(logits)
-
-
 @torch.library.custom_op("tritale::cross_entropy_backward_", mutates_args=("logits",))
 def _cross_entropy_backward_(
     grad: Tensor,  # (N,)
@@ -238,11 +235,9 @@ def _cross_entropy_backward_(
     _launch_backward(grad, logits, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap)
 
 
-@_cross_entropy_backward_.register_fake
-def _(grad, logits, targets, top, log_total, ignore_index, label_smoothing, z_loss, softcap):
-    return None
-
-
+_cross_entropy.register_fake(lambda logits, *_: empty_rows(logits, logits.shape[0]))
+_cross_entropy_backward.register_fake(lambda grad, logits, *_: contiguous_like(logits))
+_cross_entropy_backward_.register_fake(lambda *_: None)
 _cross_entropy_backward.register_autograd(no_second_derivative("cross_entropy"))
 
 
@@ -295,18 +290,6 @@ def signed_targets(targets: Tensor) -> Tensor:
     return targets if targets.dtype in (torch.int32, torch.int64) else targets.long()
 
 
-@overload
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
-    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
-    inplace_backward: bool = ..., return_stats: Literal[False] = False,
-) -> Tensor: ...  # fmt: skip
-@overload
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
-    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
-    inplace_backward: bool = ..., return_stats: Literal[True],
-) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def cross_entropy(
     logits: Tensor,  # (…, V)
     targets: Tensor,  # (…) int
@@ -320,7 +303,7 @@ def cross_entropy(
     normalizer: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Cross-entropy in fp32 (fp64 for fp64 logits) of logits of any float dtype; `reference.cross_entropy` is the definition.
 
     `mean` divides by the number of targets that are not ignored, or by `normalizer`, a tensor on the device (the targets of the global

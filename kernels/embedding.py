@@ -17,11 +17,7 @@ def _embedding_backward_op(dy: Tensor, ids: Tensor, n_rows: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(dy, ids, n_rows, -1, False)
 
 
-@_embedding_backward_op.register_fake
-def _(dy, ids, n_rows):
-    return dy.new_empty(n_rows, dy.shape[-1])
-
-
+_embedding_backward_op.register_fake(lambda dy, ids, n_rows: dy.new_empty(n_rows, dy.shape[-1]))
 _embedding_backward_op.register_autograd(no_second_derivative("embedding"))
 
 

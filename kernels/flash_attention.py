@@ -26,13 +26,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .dispatch import autocast, check_documents
 from .launch import architecture, cdiv, launch_options, power_of_two
 from .triton_compat import jit, tl
@@ -78,15 +79,15 @@ def _tiles(p_x, stride, n_rows, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.cons
 
 
 @jit
-def _store(p_x, b_0, b_1, n_rows, stride, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def _store(p_x, b_x, n_rows, stride, ROWS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     o_r = tl.arange(0, ROWS)
     o_0 = tl.arange(0, D0)
     m_r = o_r[:, None] < n_rows
     p_x = p_x + o_r[:, None] * stride
-    tl.store(p_x + o_0[None, :], b_0.to(p_x.dtype.element_ty), mask=m_r & (o_0[None, :] < D))
+    tl.store(p_x + o_0[None, :], b_x[0].to(p_x.dtype.element_ty), mask=m_r & (o_0[None, :] < D))
     if D1:
         o_1 = D0 + tl.arange(0, D1)
-        tl.store(p_x + o_1[None, :], b_1.to(p_x.dtype.element_ty), mask=m_r & (o_1[None, :] < D))
+        tl.store(p_x + o_1[None, :], b_x[1].to(p_x.dtype.element_ty), mask=m_r & (o_1[None, :] < D))
 
 
 @jit
@@ -99,111 +100,91 @@ def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ACC: tl.const
 
 
 @jit
-def _products(b_a0, b_a1, b_b0, b_b1, D1: tl.constexpr):
-    """a bᵀ over the head's columns: [rows of a, rows of b]."""
-    b_s = tl.dot(b_a0, tl.trans(b_b0), input_precision="ieee")
+def _scaled(b_x, b_factor, D1: tl.constexpr):
+    b_0, b_1 = b_x[0] * b_factor, b_x[1]
     if D1:
-        b_s = tl.dot(b_a1, tl.trans(b_b1), b_s, input_precision="ieee", out_dtype=b_s.dtype)
-    return b_s
-
-
-@jit
-def _accumulate(b_w, b_x0, b_x1, b_0, b_1, D1: tl.constexpr):
-    """(b_0, b_1) + w x, w rounded to x's dtype for the tensor cores."""
-    b_w = b_w.to(b_x0.dtype)
-    b_0 = tl.dot(b_w, b_x0, b_0, input_precision="ieee", out_dtype=b_0.dtype)
-    if D1:
-        b_1 = tl.dot(b_w, b_x1, b_1, input_precision="ieee", out_dtype=b_1.dtype)
+        b_1 = b_1 * b_factor
     return b_0, b_1
 
 
 @jit
-def _keys_seen(
-    o_m, p_start, p_end, n_query, n_key, window,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+def _products(b_a, b_b, D1: tl.constexpr):
+    """a bᵀ over the head's columns: [rows of a, rows of b]."""
+    b_s = tl.dot(b_a[0], tl.trans(b_b[0]), input_precision="ieee")
+    if D1:
+        b_s = tl.dot(b_a[1], tl.trans(b_b[1]), b_s, input_precision="ieee", out_dtype=b_s.dtype)
+    return b_s
+
+
+@jit
+def _accumulate(b_w, b_x, b_sum, D1: tl.constexpr):
+    """b_sum + w x, w rounded to x's dtype for the tensor cores."""
+    b_w = b_w.to(b_x[0].dtype)
+    b_0, b_1 = tl.dot(b_w, b_x[0], b_sum[0], input_precision="ieee", out_dtype=b_sum[0].dtype), b_sum[1]
+    if D1:
+        b_1 = tl.dot(b_w, b_x[1], b_1, input_precision="ieee", out_dtype=b_1.dtype)
+    return b_0, b_1
+
+
+@jit
+def _seen(
+    o_m, p_start, p_end, n_self, n_other, window,
+    BY_KEY: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The interval [lo, hi) of keys that query o_m sees; neither end falls as o_m grows."""
-    o_self = o_m + (n_key - n_query)  # aligned to the end
+    """The interval [lo, hi) of keys that query o_m sees; BY_KEY: of queries that see key o_m. Neither end falls as o_m grows."""
+    o_self = o_m + (n_other - n_self)  # aligned to the end
     lo = o_m * 0
-    hi = lo + n_key
-    if IS_CAUSAL:
-        hi = tl.minimum(hi, o_self + 1)
-    if HAS_WINDOW:
-        lo = tl.maximum(lo, o_self - window + 1)
+    hi = lo + n_other
+    if BY_KEY:
+        if IS_CAUSAL:
+            lo = tl.maximum(lo, o_self)
+        if HAS_WINDOW:
+            hi = tl.minimum(hi, o_self + window)
+    else:
+        if IS_CAUSAL:
+            hi = tl.minimum(hi, o_self + 1)
+        if HAS_WINDOW:
+            lo = tl.maximum(lo, o_self - window + 1)
     if HAS_DOCUMENTS:
-        lo = tl.maximum(lo, tl.load(p_start + o_m))
-        if not IS_CAUSAL:
+        if not BY_KEY or not IS_CAUSAL:
+            lo = tl.maximum(lo, tl.load(p_start + o_m))
+        if BY_KEY or not IS_CAUSAL:
             hi = tl.minimum(hi, tl.load(p_end + o_m))
     return lo, hi
 
 
 @jit
-def _queries_seeing(
-    o_n, p_start, p_end, n_query, n_key, window,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+def _walk(
+    o_block, p_start, p_end, n_self, n_other, window,
+    BY_KEY: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The interval [lo, hi) of queries that see key o_n; neither end falls as o_n grows."""
-    o_self = o_n - (n_key - n_query)
-    lo = o_n * 0
-    hi = lo + n_query
-    if IS_CAUSAL:
-        lo = tl.maximum(lo, o_self)
-    if HAS_WINDOW:
-        hi = tl.minimum(hi, o_self + window)
-    if HAS_DOCUMENTS:
-        hi = tl.minimum(hi, tl.load(p_end + o_n))
-        if not IS_CAUSAL:
-            lo = tl.maximum(lo, tl.load(p_start + o_n))
-    return lo, hi
-
-
-@jit
-def _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK: tl.constexpr):
-    """What a block of rows, first to last, walks: n_left blocks of the other operand from `left` and n_right from `right`, with a mask;
-    and those from `inner` up to `right`, without."""
+    """What the ROWS rows from o_block see of the other operand, [lo, hi) each, and the blocks of it that they walk: from `inner` up to
+    `right` without a mask; with a mask the edges, n_edge blocks: the first n_left from `left`, the others from `right`."""
+    o_m = tl.minimum(o_block + tl.arange(0, ROWS), n_self - 1)
+    b_lo, b_hi = _seen(o_m, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    lo_first, hi_first = _seen(o_block, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
+    o_last = tl.minimum(o_block + ROWS, n_self) - 1
+    lo_last, hi_last = _seen(o_last, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     left = tl.maximum(lo_first, 0) // BLOCK * BLOCK
     end = tl.maximum(hi_last, 0)
     inner = tl.cdiv(tl.maximum(lo_last, 0), BLOCK) * BLOCK
     right = tl.maximum(tl.maximum(hi_first, 0) // BLOCK * BLOCK, inner)
     n_left = tl.cdiv(tl.maximum(tl.minimum(inner, end) - left, 0), BLOCK)
     n_right = tl.cdiv(tl.maximum(end - right, 0), BLOCK)
-    return left, n_left, inner, right, n_right
-
-
-@jit
-def _fwd_step(
-    o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    n_rows = n_key - o_n
-    b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
-    b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
-    if INNER != 0.0:
-        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
-    if IS_EDGE:
-        o_k = o_n + tl.arange(0, BLOCK_N)
-        b_s = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_s, float("-inf"))
-    # UNIT is positive and multiplied after the maximum, so that scaling and subtraction below are one fused multiply-add.
-    b_new = tl.maximum(b_top, tl.max(b_s, 1) * UNIT)
-    b_base = b_new
-    if IS_EDGE:
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row that has seen nothing yet: −inf − −inf would be NaN
-    b_p = tl.exp2(b_s * UNIT - b_base[:, None])
-    b_decay = tl.exp2(b_top - b_base)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_0 = b_0 * b_decay[:, None]
-    if D1:
-        b_1 = b_1 * b_decay[:, None]
-    b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
-    b_0, b_1 = _accumulate(b_p, b_v0, b_v1, b_0, b_1, D1)
-    return b_0, b_1, b_new, b_sum
+    return b_lo, b_hi, left, n_left, inner, right, n_left + n_right
 
 
 @jit
 def _long(stride):
     """A stride in 64 bits; Triton knows a stride of 1 at compile time."""
     return tl.cast(stride, tl.int64)
+
+
+@jit
+def _head(o_b, o_h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """The offset of a head in its tensor."""
+    return (o_b * stride_b + o_h.to(tl.int64) * stride_h) * ALIGN
 
 
 @jit
@@ -224,64 +205,47 @@ def _flash_attention_fwd(
     o_b = (o_bh // n_head).to(tl.int64)
     o_h = o_bh % n_head
     o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # causal: the longest programs of a head first
-    o_m = o_block + tl.arange(0, BLOCK_M)
-    p_q += (o_b * stride_qb + o_h.to(tl.int64) * stride_qh) * ALIGN + o_block.to(tl.int64) * stride_qt
-    p_k += (o_b * stride_kb + (o_h // GROUP).to(tl.int64) * stride_kh) * ALIGN
-    p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
+    p_q += _head(o_b, o_h, stride_qb, stride_qh, ALIGN) + o_block.to(tl.int64) * stride_qt
+    p_k += _head(o_b, o_h // GROUP, stride_kb, stride_kh, ALIGN)
+    p_v += _head(o_b, o_h // GROUP, stride_vb, stride_vh, ALIGN)
+    b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
+        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N
+    )
 
-    o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
-    b_lo, b_hi = _keys_seen(tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
-
-    b_q0, b_q1 = _tiles(p_q, stride_qt, n_query - o_block, BLOCK_M, D, D0, D1, False)
-    b_0, b_1 = _zeros(BLOCK_M, D0, D1, ACC)
+    b_q = _tiles(p_q, stride_qt, n_query - o_block, BLOCK_M, D, D0, D1, False)
+    b_o = _zeros(BLOCK_M, D0, D1, ACC)
     b_top = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     b_sum = tl.zeros([BLOCK_M], dtype=ACC)
-    for o_n in range(inner, right, BLOCK_N):
-        b_0, b_1, b_top, b_sum = _fwd_step(
-            o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-            UNIT, INNER, D, D0, D1, BLOCK_N, False,
-        )  # fmt: skip
-    for i in range(0, n_left + n_right):
-        o_n = tl.where(i < n_left, left + i * BLOCK_N, right + (i - n_left) * BLOCK_N)
-        b_0, b_1, b_top, b_sum = _fwd_step(
-            o_n, b_0, b_1, b_top, b_sum, b_q0, b_q1, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-            UNIT, INNER, D, D0, D1, BLOCK_N, True,
-        )  # fmt: skip
+    for IS_EDGE in tl.static_range(2):
+        for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_N):
+            o_n = tl.where(o < n_left, left + o * BLOCK_N, right + (o - n_left) * BLOCK_N) if IS_EDGE else o
+            b_k = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
+            b_s = _products(b_q, b_k, D1)  # [BLOCK_M, BLOCK_N]
+            if INNER != 0.0:
+                b_s = tanh(b_s * INNER, b_q[0].dtype == tl.float32)
+            if IS_EDGE:
+                o_k = o_n + tl.arange(0, BLOCK_N)
+                b_s = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_s, float("-inf"))
+            # UNIT is positive and multiplied after the maximum, so that scaling and subtraction below are one fused multiply-add.
+            b_new = tl.maximum(b_top, tl.max(b_s, 1) * UNIT)
+            b_base = b_new
+            if IS_EDGE:
+                b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row that has seen nothing yet: −inf − −inf would be NaN
+            b_p = tl.exp2(b_s * UNIT - b_base[:, None])
+            b_decay = tl.exp2(b_top - b_base)
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+            b_o = _scaled(b_o, b_decay[:, None], D1)
+            b_v = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
+            b_o = _accumulate(b_p, b_v, b_o, D1)
+            b_top = b_new
 
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)  # 0: the row sees nothing, gives 0, and p = exp2(s − inf) = 0 in the backward pass
     b_scale = 1.0 / b_total
-    b_0 = b_0 * b_scale[:, None]
-    if D1:
-        b_1 = b_1 * b_scale[:, None]
     o_row = o_b * n_query + o_block
-    _store(p_o + (o_row * n_head + o_h) * D, b_0, b_1, n_query - o_block, n_head * D, BLOCK_M, D, D0, D1)
+    _store(p_o + (o_row * n_head + o_h) * D, _scaled(b_o, b_scale[:, None], D1), n_query - o_block, n_head * D, BLOCK_M, D, D0, D1)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_top + tl.log2(b_total))
+    o_m = o_block + tl.arange(0, BLOCK_M)
     tl.store(p_lse + o_bh.to(tl.int64) * n_query + o_m, b_lse, mask=o_m < n_query)
-
-
-@jit
-def _dq_step(
-    o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    n_rows = n_key - o_n
-    b_k0, b_k1 = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
-    b_v0, b_v1 = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_rows, BLOCK_N, D, D0, D1, not IS_EDGE)
-    b_s = _products(b_q0, b_q1, b_k0, b_k1, D1)  # [BLOCK_M, BLOCK_N]
-    if INNER != 0.0:
-        b_s = tanh(b_s * INNER, b_q0.dtype == tl.float32)
-    b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
-    if IS_EDGE:
-        o_k = o_n + tl.arange(0, BLOCK_N)
-        b_p = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_p, 0.0)
-    b_ds = b_p * (_products(b_do0, b_do1, b_v0, b_v1, D1) - b_delta[:, None])
-    if INNER != 0.0:
-        b_ds = b_ds * (1.0 - b_s * b_s)
-    return _accumulate(b_ds, b_k0, b_k1, b_0, b_1, D1)
 
 
 @jit
@@ -305,77 +269,46 @@ def _flash_attention_bwd_dq(
     o_b = (o_bh // n_head).to(tl.int64)
     o_h = o_bh % n_head
     o_block = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    o_m = o_block + tl.arange(0, BLOCK_M)
     n_rows = n_query - o_block
-    p_q += (o_b * stride_qb + o_h.to(tl.int64) * stride_qh) * ALIGN + o_block.to(tl.int64) * stride_qt
-    p_o += (o_b * stride_ob + o_h.to(tl.int64) * stride_oh) * ALIGN + o_block.to(tl.int64) * stride_ot
-    p_do += (o_b * stride_dob + o_h.to(tl.int64) * stride_doh) * ALIGN + o_block.to(tl.int64) * stride_dot
-    p_k += (o_b * stride_kb + (o_h // GROUP).to(tl.int64) * stride_kh) * ALIGN
-    p_v += (o_b * stride_vb + (o_h // GROUP).to(tl.int64) * stride_vh) * ALIGN
-
-    o_last = tl.minimum(o_block + BLOCK_M, n_query) - 1
-    b_lo, b_hi = _keys_seen(tl.minimum(o_m, n_query - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_first, hi_first = _keys_seen(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_last, hi_last = _keys_seen(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_N)
+    p_q += _head(o_b, o_h, stride_qb, stride_qh, ALIGN) + o_block.to(tl.int64) * stride_qt
+    p_o += _head(o_b, o_h, stride_ob, stride_oh, ALIGN) + o_block.to(tl.int64) * stride_ot
+    p_do += _head(o_b, o_h, stride_dob, stride_doh, ALIGN) + o_block.to(tl.int64) * stride_dot
+    p_k += _head(o_b, o_h // GROUP, stride_kb, stride_kh, ALIGN)
+    p_v += _head(o_b, o_h // GROUP, stride_vb, stride_vh, ALIGN)
+    b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
+        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N
+    )
 
     # delta first: o is not needed any more when the loops start.
-    b_do0, b_do1 = _tiles(p_do, stride_dot, n_rows, BLOCK_M, D, D0, D1, False)
-    b_o0, b_o1 = _tiles(p_o, stride_ot, n_rows, BLOCK_M, D, D0, D1, False)
-    b_delta = tl.sum(b_do0.to(ACC) * b_o0.to(ACC), 1)
+    b_do = _tiles(p_do, stride_dot, n_rows, BLOCK_M, D, D0, D1, False)
+    b_o = _tiles(p_o, stride_ot, n_rows, BLOCK_M, D, D0, D1, False)
+    b_delta = tl.sum(b_do[0].to(ACC) * b_o[0].to(ACC), 1)
     if D1:
-        b_delta += tl.sum(b_do1.to(ACC) * b_o1.to(ACC), 1)
+        b_delta += tl.sum(b_do[1].to(ACC) * b_o[1].to(ACC), 1)
+    o_m = o_block + tl.arange(0, BLOCK_M)
     o_row = o_bh.to(tl.int64) * n_query
     tl.store(p_delta + o_row + o_m, b_delta, mask=o_m < n_query)
     b_lse = tl.load(p_lse + o_row + o_m, mask=o_m < n_query, other=0.0)
-    b_q0, b_q1 = _tiles(p_q, stride_qt, n_rows, BLOCK_M, D, D0, D1, False)
-    b_0, b_1 = _zeros(BLOCK_M, D0, D1, ACC)
-    for o_n in range(inner, right, BLOCK_N):
-        b_0, b_1 = _dq_step(
-            o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-            UNIT, INNER, D, D0, D1, BLOCK_N, False,
-        )  # fmt: skip
-    for i in range(0, n_left + n_right):
-        o_n = tl.where(i < n_left, left + i * BLOCK_N, right + (i - n_left) * BLOCK_N)
-        b_0, b_1 = _dq_step(
-            o_n, b_0, b_1, b_q0, b_q1, b_do0, b_do1, b_lse, b_delta, p_k, p_v, b_lo, b_hi, n_key, stride_kt, stride_vt,
-            UNIT, INNER, D, D0, D1, BLOCK_N, True,
-        )  # fmt: skip
-    b_0 = b_0 * SCALE
-    if D1:
-        b_1 = b_1 * SCALE
-    _store(p_dq + ((o_b * n_query + o_block) * n_head + o_h) * D, b_0, b_1, n_rows, n_head * D, BLOCK_M, D, D0, D1)
-
-
-@jit
-def _dkv_step(
-    o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query, stride_qt, stride_dot,
-    UNIT: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    n_rows = n_query - o_m
-    o_q = o_m + tl.arange(0, BLOCK_M)
-    b_q0, b_q1 = _tiles(p_q + tl.cast(o_m, tl.int64) * stride_qt, stride_qt, n_rows, BLOCK_M, D, D0, D1, not IS_EDGE)
-    b_do0, b_do1 = _tiles(p_do + tl.cast(o_m, tl.int64) * stride_dot, stride_dot, n_rows, BLOCK_M, D, D0, D1, not IS_EDGE)
-    if IS_EDGE:
-        b_lse = tl.load(p_lse + o_q, mask=o_q < n_query, other=0.0)
-        b_delta = tl.load(p_delta + o_q, mask=o_q < n_query, other=0.0)
-    else:
-        b_lse = tl.load(p_lse + o_q)
-        b_delta = tl.load(p_delta + o_q)
-    # The rows of the scores are keys, so that p and ds are left operands without a transpose.
-    b_s = _products(b_k0, b_k1, b_q0, b_q1, D1)  # [BLOCK_N, BLOCK_M]
-    if INNER != 0.0:
-        b_s = tanh(b_s * INNER, b_k0.dtype == tl.float32)
-    b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
-    if IS_EDGE:
-        b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
-    b_dv0, b_dv1 = _accumulate(b_p, b_do0, b_do1, b_dv0, b_dv1, D1)
-    b_ds = b_p * (_products(b_v0, b_v1, b_do0, b_do1, D1) - b_delta[None, :])
-    if INNER != 0.0:
-        b_ds = b_ds * (1.0 - b_s * b_s)
-    b_dk0, b_dk1 = _accumulate(b_ds, b_q0, b_q1, b_dk0, b_dk1, D1)
-    return b_dk0, b_dk1, b_dv0, b_dv1
+    b_q = _tiles(p_q, stride_qt, n_rows, BLOCK_M, D, D0, D1, False)
+    b_dq = _zeros(BLOCK_M, D0, D1, ACC)
+    for IS_EDGE in tl.static_range(2):
+        for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_N):
+            o_n = tl.where(o < n_left, left + o * BLOCK_N, right + (o - n_left) * BLOCK_N) if IS_EDGE else o
+            b_k = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
+            b_v = _tiles(p_v + tl.cast(o_n, tl.int64) * stride_vt, stride_vt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
+            b_s = _products(b_q, b_k, D1)  # [BLOCK_M, BLOCK_N]
+            if INNER != 0.0:
+                b_s = tanh(b_s * INNER, b_q[0].dtype == tl.float32)
+            b_p = tl.exp2(b_s * UNIT - b_lse[:, None])
+            if IS_EDGE:
+                o_k = o_n + tl.arange(0, BLOCK_N)
+                b_p = tl.where((o_k[None, :] >= b_lo[:, None]) & (o_k[None, :] < b_hi[:, None]), b_p, 0.0)
+            b_ds = b_p * (_products(b_do, b_v, D1) - b_delta[:, None])
+            if INNER != 0.0:
+                b_ds = b_ds * (1.0 - b_s * b_s)
+            b_dq = _accumulate(b_ds, b_k, b_dq, D1)
+    o_out = ((o_b * n_query + o_block) * n_head + o_h) * D
+    _store(p_dq + o_out, _scaled(b_dq, SCALE, D1), n_rows, n_head * D, BLOCK_M, D, D0, D1)
 
 
 @jit
@@ -396,47 +329,51 @@ def _flash_attention_bwd_dkv(
     o_b = (o_bh // n_kv_head).to(tl.int64)
     o_h = o_bh % n_kv_head
     o_block = tl.program_id(0) % n_blocks * BLOCK_N  # with a causal mask the first keys have the most work, so they start first
-    o_n = o_block + tl.arange(0, BLOCK_N)
     n_rows = n_key - o_block
-    p_k += (o_b * stride_kb + o_h.to(tl.int64) * stride_kh) * ALIGN + o_block.to(tl.int64) * stride_kt
-    p_v += (o_b * stride_vb + o_h.to(tl.int64) * stride_vh) * ALIGN + o_block.to(tl.int64) * stride_vt
-    p_q += (o_b * stride_qb + (o_h * GROUP).to(tl.int64) * stride_qh) * ALIGN
-    p_do += (o_b * stride_dob + (o_h * GROUP).to(tl.int64) * stride_doh) * ALIGN
+    p_k += _head(o_b, o_h, stride_kb, stride_kh, ALIGN) + o_block.to(tl.int64) * stride_kt
+    p_v += _head(o_b, o_h, stride_vb, stride_vh, ALIGN) + o_block.to(tl.int64) * stride_vt
+    p_q += _head(o_b, o_h * GROUP, stride_qb, stride_qh, ALIGN)
+    p_do += _head(o_b, o_h * GROUP, stride_dob, stride_doh, ALIGN)
     p_lse += o_bh.to(tl.int64) * GROUP * n_query
     p_delta += o_bh.to(tl.int64) * GROUP * n_query
+    b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
+        o_block, p_start, p_end, n_key, n_query, window, True, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_N, BLOCK_M
+    )
 
-    o_last = tl.minimum(o_block + BLOCK_N, n_key) - 1
-    b_lo, b_hi = _queries_seeing(tl.minimum(o_n, n_key - 1), p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_first, hi_first = _queries_seeing(o_block, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    lo_last, hi_last = _queries_seeing(o_last, p_start, p_end, n_query, n_key, window, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
-    left, n_left, inner, right, n_right = _blocks(lo_first, hi_first, lo_last, hi_last, BLOCK_M)
-
-    b_k0, b_k1 = _tiles(p_k, stride_kt, n_rows, BLOCK_N, D, D0, D1, False)
-    b_v0, b_v1 = _tiles(p_v, stride_vt, n_rows, BLOCK_N, D, D0, D1, False)
-    b_dk0, b_dk1 = _zeros(BLOCK_N, D0, D1, ACC)
-    b_dv0, b_dv1 = _zeros(BLOCK_N, D0, D1, ACC)
-    for _ in range(0, GROUP):
-        for o_m in range(inner, right, BLOCK_M):
-            b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-                o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query,
-                stride_qt, stride_dot, UNIT, INNER, D, D0, D1, BLOCK_M, False,
-            )  # fmt: skip
-        for i in range(0, n_left + n_right):
-            o_m = tl.where(i < n_left, left + i * BLOCK_M, right + (i - n_left) * BLOCK_M)
-            b_dk0, b_dk1, b_dv0, b_dv1 = _dkv_step(
-                o_m, b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, p_q, p_do, p_lse, p_delta, b_lo, b_hi, n_query,
-                stride_qt, stride_dot, UNIT, INNER, D, D0, D1, BLOCK_M, True,
-            )  # fmt: skip
-        p_q += tl.cast(stride_qh, tl.int64) * ALIGN
-        p_do += tl.cast(stride_doh, tl.int64) * ALIGN
-        p_lse += n_query
-        p_delta += n_query
-    b_dk0 = b_dk0 * SCALE
-    if D1:
-        b_dk1 = b_dk1 * SCALE
+    b_k = _tiles(p_k, stride_kt, n_rows, BLOCK_N, D, D0, D1, False)
+    b_v = _tiles(p_v, stride_vt, n_rows, BLOCK_N, D, D0, D1, False)
+    b_dk = _zeros(BLOCK_N, D0, D1, ACC)
+    b_dv = _zeros(BLOCK_N, D0, D1, ACC)
+    for head in range(0, GROUP):
+        p_qh, p_doh = p_q + head * tl.cast(stride_qh, tl.int64) * ALIGN, p_do + head * tl.cast(stride_doh, tl.int64) * ALIGN
+        o_row = head * n_query
+        for IS_EDGE in tl.static_range(2):
+            for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_M):
+                o_m = tl.where(o < n_left, left + o * BLOCK_M, right + (o - n_left) * BLOCK_M) if IS_EDGE else o
+                o_q = o_m + tl.arange(0, BLOCK_M)
+                b_q = _tiles(p_qh + tl.cast(o_m, tl.int64) * stride_qt, stride_qt, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
+                b_do = _tiles(p_doh + tl.cast(o_m, tl.int64) * stride_dot, stride_dot, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
+                if IS_EDGE:
+                    b_lse = tl.load(p_lse + o_row + o_q, mask=o_q < n_query, other=0.0)
+                    b_delta = tl.load(p_delta + o_row + o_q, mask=o_q < n_query, other=0.0)
+                else:
+                    b_lse = tl.load(p_lse + o_row + o_q)
+                    b_delta = tl.load(p_delta + o_row + o_q)
+                # The rows of the scores are keys, so that p and ds are left operands without a transpose.
+                b_s = _products(b_k, b_q, D1)  # [BLOCK_N, BLOCK_M]
+                if INNER != 0.0:
+                    b_s = tanh(b_s * INNER, b_k[0].dtype == tl.float32)
+                b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
+                if IS_EDGE:
+                    b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
+                b_dv = _accumulate(b_p, b_do, b_dv, D1)
+                b_ds = b_p * (_products(b_v, b_do, D1) - b_delta[None, :])
+                if INNER != 0.0:
+                    b_ds = b_ds * (1.0 - b_s * b_s)
+                b_dk = _accumulate(b_ds, b_q, b_dk, D1)
     o_out = ((o_b * n_key + o_block) * n_kv_head + o_h) * D
-    _store(p_dk + o_out, b_dk0, b_dk1, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
-    _store(p_dv + o_out, b_dv0, b_dv1, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
+    _store(p_dk + o_out, _scaled(b_dk, SCALE, D1), n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
+    _store(p_dv + o_out, b_dv, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
 
 
 # --- Launches -----------------------------------------------------------------------------------------------------------------------
@@ -495,17 +432,12 @@ def _flash_attention(
     return out, lse
 
 
-@_flash_attention.register_fake
-def _(q, k, v, start, end, is_causal, window, softcap, scale):
-    return _empty_outputs(q)
-
-
 @torch.library.custom_op("tritale::flash_attention_backward", mutates_args=())
 def _flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None,
     is_causal: bool, window: int, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
+    dq, dk, dv = all_like(q, k, v)
     grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     (n_batch, n_query, n_head, head_dim), (n_key, n_kv_head) = q.shape, k.shape[1:3]
     delta = torch.empty_like(lse)
@@ -532,11 +464,6 @@ def _flash_attention_backward(
     return dq, dk, dv
 
 
-@_flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, start, end, is_causal, window, softcap, scale):
-    return tuple(contiguous_like(t) for t in (q, k, v))
-
-
 def _save_flash(ctx, inputs, output):
     *tensors, ctx.is_causal, ctx.window, ctx.softcap, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -551,6 +478,8 @@ def _flash_backward(ctx, grad, _):
     return *_flash_attention_backward(grad, q, k, v, out, lse, start, end, *options), *(None,) * 6
 
 
+_flash_attention.register_fake(lambda q, *_: _empty_outputs(q))
+_flash_attention_backward.register_fake(lambda grad, q, k, v, *_: all_like(q, k, v))
 _flash_attention.register_autograd(_flash_backward, setup_context=_save_flash)
 _flash_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
@@ -570,51 +499,57 @@ def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
     return x[:, start:end].transpose(1, 2)  # (1, H, T, D); PyTorch's kernel requires adjacent entries of a head
 
 
+def _order(q: Tensor, n: int, is_causal: bool, window: int) -> dict[str, Any]:
+    """What a document of n tokens sees, for PyTorch's kernel: all, causal, or by a mask (n, n) if a window is shorter than it."""
+    if not 0 < window < n:
+        return {"is_causal": is_causal}
+    mask = reference.attention_mask(n, n, is_causal=is_causal, window=window, cu_seqlens=None, device=q.device)
+    assert mask is not None
+    return {"is_causal": False, "attn_mask": torch.zeros(n, n, dtype=q.dtype).masked_fill(~mask, float("-inf"))}
+
+
 @torch.library.custom_op("tritale::document_attention", mutates_args=())
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _document_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, is_causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(q)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     for start, end in _documents(cu_seqlens):
         qkv = (_heads_first(t, start, end) for t in (q, k, v))
-        o, lse[:, :, start:end] = _sdpa(*qkv, is_causal=True, scale=scale)
+        o, lse[:, :, start:end] = _sdpa(*qkv, scale=scale, **_order(q, end - start, is_causal, window))
         out[:, start:end] = o.transpose(1, 2)
     return out, lse
 
 
-@_document_attention.register_fake
-def _(q, k, v, cu_seqlens, scale):
-    return _empty_outputs(q)
-
-
 @torch.library.custom_op("tritale::document_attention_backward", mutates_args=())
 def _document_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (contiguous_like(t) for t in (q, k, v))
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    is_causal: bool, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = all_like(q, k, v)
     grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
     for start, end in _documents(cu_seqlens):
         inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
-        parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, True, scale=scale)
+        order = _order(q, end - start, is_causal, window)
+        parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, scale=scale, **order)
         for total, part in zip((dq, dk, dv), parts, strict=True):
             total[:, start:end] = part.transpose(1, 2)
     return dq, dk, dv
 
 
-@_document_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, scale):
-    return tuple(contiguous_like(t) for t in (q, k, v))
-
-
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.is_causal, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad, _):
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return *_document_attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
+    gradients = _document_attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.is_causal, ctx.window, ctx.scale)
+    return *gradients, None, None, None, None
 
 
+_document_attention.register_fake(lambda q, *_: _empty_outputs(q))
+_document_attention_backward.register_fake(lambda grad, q, k, v, *_: all_like(q, k, v))
 _document_attention.register_autograd(_backward, setup_context=_save)
 _document_attention_backward.register_autograd(no_second_derivative("flash_attention"))
 
@@ -652,11 +587,12 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
     if softcap is not None:
         return reference.flash_attention(q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens)
     group = q.shape[2] // k.shape[2]
-    if cu_seqlens is not None and is_causal and window is None and q.device.type == "cpu":
-        if group > 1:
-            k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    # Grouped heads in fp32 have no fused kernel in PyTorch: with `enable_gqa` the scores would be in memory.
+    if group > 1 and (cu_seqlens is not None or (q.is_cuda and _is_slow(q))):
+        k, v, group = *(t.repeat_interleave(group, dim=2) for t in (k, v)), 1
+    if cu_seqlens is not None and q.device.type == "cpu":
         refuse_transforms("flash_attention", q, k, v)
-        return _document_attention(q, k, v, cu_seqlens, scale)[0]
+        return _document_attention(q, k, v, cu_seqlens, is_causal, window or 0, scale)[0]
     # One query sees all keys; a square causal product has a faster form than a mask.
     is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
@@ -681,8 +617,8 @@ def attention_backend(name: str) -> Iterator[None]:
     documents on a CPU one by one), "flash_attn" (the package of that name) or "auto".
 
     "auto" follows `dispatch.backend` and uses Triton's kernels except for cases in which they are slow, which use SDPA: sm_75 (no
-    tensor-core path), head sizes above 256, fp32 and fp64 on a GPU (exact products do not use tensor cores), and a single query
-    (decoding), which would leave most of the GPU idle.
+    tensor-core path) and fp32 and fp64 on a GPU (exact products do not use tensor cores), but not packed documents and soft caps, for which
+    SDPA needs a mask of T × T or all scores; head sizes above 256; and a single query (decoding), which would leave most of the GPU idle.
 
     Raises ValueError for another name, or for "flash_attn" if it is not installed."""
     global _forced
@@ -697,8 +633,14 @@ def attention_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _choose(q: Tensor) -> str:
-    """The backend for q: the forced one, or what "auto" means for its device, dtype and shape."""
+def _is_slow(q: Tensor) -> bool:
+    """Whether Triton's kernels have no tensor cores for q on its GPU."""
+    return q.dtype in (torch.float32, torch.float64) or architecture(q) == "sm_75"
+
+
+def _choose(q: Tensor, needs_scores: bool = False) -> str:
+    """The backend for q: the forced one, or what "auto" means for its device, dtype and shape, and for options with which SDPA needs a
+    mask of all tokens or the scores."""
     if _forced == "triton" and not q.is_cuda and not dispatch.interprets():
         raise ValueError(
             f"attention backend 'triton' cannot run on a {q.device.type} tensor; move it to a GPU, use 'sdpa', or set "
@@ -708,8 +650,7 @@ def _choose(q: Tensor) -> str:
         return _forced
     if not dispatch.uses_triton(q) or q.shape[-1] > 256 or q.shape[1] == 1:
         return "sdpa"
-    is_slow = q.is_cuda and (q.dtype in (torch.float32, torch.float64) or architecture(q) == "sm_75")
-    return "sdpa" if is_slow else "triton"
+    return "sdpa" if q.is_cuda and _is_slow(q) and not needs_scores else "triton"
 
 
 def flash_attention(
@@ -750,5 +691,6 @@ def flash_attention(
     unit: float = q.shape[-1] ** -0.5 if scale is None else scale
     if unit <= 0:  # the kernels, PyTorch's too, take the maximum before scaling, so they need a positive unit
         q, unit = q * unit, 1.0
-    attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q)]
+    needs_scores = softcap is not None or cu_seqlens is not None
+    attend = {"triton": _attend_triton, "flash_attn": _attend_flash_attn, "sdpa": _attend_sdpa}[_choose(q, needs_scores)]
     return attend(q, k, v, is_causal, window, softcap, unit, cu_seqlens)

@@ -43,6 +43,12 @@ _SMS = {
     "sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "interpreter": 2,
 }  # fmt: skip
 
+# Bytes of the last cache before memory, of the same cards; MI300X: the Infinity Cache.
+_L2 = {
+    "sm_75": 4 << 20, "sm_80": 40 << 20, "sm_86": 6 << 20, "sm_89": 72 << 20, "sm_90": 50 << 20, "sm_100": 126 << 20, "sm_120": 96 << 20,
+    "gfx942": 256 << 20, "interpreter": 1 << 14,
+}  # fmt: skip
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two ≥ n, at least 1."""
@@ -89,32 +95,42 @@ def _heads(elements: int, **more: int) -> Row:
     return lambda half: {"BLOCK_R": max(1, elements // power_of_two(half)), "num_warps": 4, **more}
 
 
-def _cross_entropy(vocab_size: int) -> Options:
+def _rope(elements: int) -> Row:
+    """A program takes as many tokens as make `elements` entries of each half: one 128-bit load a thread, for each head."""
+    return lambda half: {"BLOCK_T": max(1, elements // power_of_two(half)), "MOST_HEADS": 8, "num_warps": 4}
+
+
+def _cross_entropy(vocab_size: int, reads_twice: bool) -> Options:
     """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
-    64 KB in flight per SM; 20–25 KB saturate the memory. 32 logits a thread spilled on sm_90. Several rows a program if V is small."""
-    block = max(16, min(power_of_two(vocab_size), 4096))
-    rows = min(16, 4096 // block)
-    return {"BLOCK_N": rows, "BLOCK_V": block, "num_warps": 8 if rows * block == 4096 else 4, "num_stages": 1}
+    64 KB in flight per SM; 20–25 KB saturate the memory. 32 logits a thread spilled on sm_90. Several rows a program if V is small. A row
+    that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache."""
+    most = 16384 if reads_twice else 4096
+    block = max(16, min(power_of_two(vocab_size), most))
+    rows = max(1, min(16, 4096 // block))
+    return {"BLOCK_N": rows, "BLOCK_V": block, "num_warps": max(4, min(rows * block, most) // 512), "num_stages": 1}
 
 
 Tiles = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
+SCALAR: dict[int, Tiles] = {64: (32, 32, 4, 1), 256: (16, 16, 4, 1)}  # without tensor cores: fp32, fp64, and all on sm_75
 
 
-def _attention(half_48: Tiles, half_64: Tiles, half_128: Tiles, half_256: Tiles) -> Row:
-    """Tiles of 16-bit inputs for head sizes up to 48, 64, 128 and 256; of fp32 and fp64 one choice for all kernels and architectures.
+def _attention(tiles: dict[int, Tiles]) -> Row:
+    """Tiles of 16-bit inputs, by the largest head size that they are for; of fp32 and fp64 one choice for all kernels and architectures.
 
-    Heads of up to 48 have a tile of 16 columns: 64 rows of it are one 128-bit load for each of 128 threads, so these take four warps."""
+    A warp owns 16 rows of every product (a warp of CDNA 3 32): with fewer rows than 16 for each warp, warps compute the same again. Heads
+    of up to 48 have a tile of 16 columns: 64 rows of it are one 128-bit load for each of 128 threads, so these take four warps."""
 
     def row(head_dim: int, itemsize: int) -> Options:
         if itemsize == 2:
-            tiles = half_48 if head_dim <= 48 else half_64 if head_dim <= 64 else half_128 if head_dim <= 128 else half_256
+            chosen = tiles[min(size for size in tiles if head_dim <= size)]
         else:
-            tiles = (32, 32, 4, 1) if head_dim <= 64 else (16, 16, 4, 1)
-        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles, strict=True))
+            chosen = SCALAR[64 if head_dim <= 64 else 256]
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), chosen, strict=True))
 
     return row
 
 
+_ATTENTION_SCALAR = _attention(SCALAR)
 _ATTENTION_INTERPRETER = _fixed(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
 
 
@@ -126,29 +142,36 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
 
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
-        "sm_80": _attention((64, 32, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+        "sm_75": _ATTENTION_SCALAR,
+        "sm_80": _attention(
+            {48: (64, 32, 4, 3), 64: (128, 64, 8, 3), 96: (128, 64, 8, 3), 128: (128, 32, 8, 3), 192: (128, 32, 8, 1), 256: (64, 32, 8, 2)}
+        ),
+        "sm_90": _attention({48: (64, 32, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}),
+        "gfx942": _attention({256: (128, 32, 4, 2)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "flash_attention_bwd_dq": {
-        "sm_80": _attention((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
-        "sm_90": _attention((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        "gfx942": _attention((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+        "sm_75": _ATTENTION_SCALAR,
+        "sm_80": _attention({48: (64, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 192: (32, 32, 8, 1), 256: (64, 32, 8, 1)}),
+        "sm_90": _attention({48: (64, 64, 4, 2), 128: (128, 64, 8, 2), 192: (128, 32, 8, 1), 256: (32, 32, 8, 1)}),
+        "gfx942": _attention({256: (128, 32, 4, 1)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "flash_attention_bwd_dkv": {
-        # 64 queries at a time took 255 registers and spilled on sm_86; 32 take 168, and three blocks are resident.
-        "sm_80": _attention((32, 64, 4, 3), (32, 64, 4, 3), (16, 64, 8, 2), (16, 32, 8, 1)),
-        "sm_90": _attention((64, 64, 4, 1), (32, 64, 4, 3), (32, 64, 8, 2), (16, 32, 8, 1)),
+        "sm_75": _ATTENTION_SCALAR,
+        # 64 queries at a time took 255 registers and spilled on sm_86 at a head of 64; 32 take 168, and three blocks are resident.
+        "sm_80": _attention({64: (32, 64, 4, 3), 80: (16, 128, 8, 2), 96: (16, 128, 8, 1), 128: (16, 128, 8, 2), 256: (16, 32, 8, 1)}),
+        "sm_90": _attention({48: (64, 64, 4, 1), 64: (32, 64, 4, 3), 80: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 8, 1)}),
         # One stage: accumulators pass through tensor memory, and a pipeline on top spills.
-        "sm_100": _attention((64, 64, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1), (16, 32, 8, 1)),
-        "gfx942": _attention((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 1)),
+        "sm_100": _attention({48: (64, 64, 4, 1), 64: (32, 64, 4, 1), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)}),
+        "gfx942": _attention({256: (32, 128, 4, 1)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "rms_norm_fwd": {"sm_80": _norm(widest=16384, a_warp=1024)},
     "rms_norm_bwd": {"sm_80": _norm(widest=8192, a_warp=512, PER_SM=2), "gfx942": _norm(widest=8192, a_warp=1024, PER_SM=2)},
     "rms_norm_sums": {"sm_80": _fixed(BLOCK_N=4096, num_warps=8)},
     "glu": {"sm_80": _glu(warp=32), "gfx942": _glu(warp=64)},
-    "rope": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
+    "rope": {"sm_80": _rope(1024), "gfx942": _rope(2048)},
     "qk_norm_rope_fwd": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
     "qk_norm_rope_bwd": {"sm_80": _heads(1024, PER_SM=4), "gfx942": _heads(2048, PER_SM=2)},
     "cross_entropy": {"sm_80": _cross_entropy},
@@ -159,6 +182,11 @@ TABLE: dict[str, dict[str, Row]] = {
     "linear_cross_entropy_recompute_bwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 2), (32, 32, 32, 4, 1), ("BLOCK_A", "BLOCK_B", "BLOCK_K")),
         "sm_86": _linear_recompute((128, 64, 32, 8, 2), (32, 32, 32, 4, 1), ("BLOCK_A", "BLOCK_B", "BLOCK_K")),
+    },
+    "newton_schulz": {
+        "sm_80": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        "gfx942": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        "interpreter": _fixed(BLOCK=16, BLOCK_K=16, num_warps=4, num_stages=1),
     },
     "linear_cross_entropy_combine": {
         "sm_80": lambda n_slices: {"BLOCK_N": max(1, 4096 // n_slices) if n_slices > 32 else 128, "num_warps": 4, "num_stages": 1},
@@ -215,6 +243,19 @@ def _device_sms(index: int) -> int:
 def sm_count(x: Tensor) -> int:
     """Number of SMs (streaming multiprocessors) of x's device; 2 in the interpreter. The size of a persistent grid is a multiple of it."""
     return _device_sms(x.device.index) if x.is_cuda else _SMS[architecture(x)]
+
+
+@functools.cache
+def _device_l2(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def cached_programs(x: Tensor, n_bytes: int, n_warps: int) -> int:
+    """How many programs may run at once so that n_bytes of each stay in 0.6 of the L2 cache: up to 32 warps for each SM. As many as that if
+    not even a third of the SMs could work, since arithmetic would then take longer than reading memory twice."""
+    n_sms, l2 = sm_count(x), _device_l2(x.device.index) if x.is_cuda and not torch.version.hip else _L2[architecture(x)]
+    most, fitting = n_sms * max(1, 32 // n_warps), int(0.6 * l2 / n_bytes)
+    return most if 3 * fitting < n_sms else min(most, fitting)
 
 
 _overrides: dict[str, Options] = {}

@@ -14,13 +14,13 @@ dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is 
 """
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import LOG2E, accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .cross_entropy import (
     check_options,
     empty_rows,
@@ -60,7 +60,6 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
         s.div_(softcap).tanh_().mul_(softcap)
         slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
     top, arg = s.max(dim=1, keepdim=True)
-    top.masked_fill_(top.isinf(), 0)
     s.sub_(top)  # so that an offset common to a row costs no digits
     s_target = s.gather(1, index).squeeze(1)
     mean = s.mean(1) if label_smoothing else 0.0
@@ -152,6 +151,11 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     return (loss * row_scale).sum(), loss, nll, lse, correct, dx, dw
 
 
+def _times(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """g · factor in dtype, in one pass; of one dimension, or the factor would be rounded to g's dtype first."""
+    return g.to(dtype) if factor is None else torch.mul(g, factor.detach().reshape(1), out=torch.empty_like(g, dtype=dtype))
+
+
 class _Once(torch.autograd.Function):
     """The gradient itself, refusing to be differentiated; `like` is any tensor with a graph."""
 
@@ -206,10 +210,10 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         unit = _unit(row_scale.detach(), dx.dtype)
         if unit is not None:
             factor = unit if factor is None else factor * unit
-            dx = dx.float()  # a 0-dimensional factor would be rounded to dx's fp16 first
-        if factor is not None:
-            dx, dw = (g * factor if is_needed else g for g, is_needed in ((dx, needs_dx), (dw, needs_dw)))
-        dx, dw = dx.to(ctx.dtypes[0]) if needs_dx else None, dw.to(ctx.dtypes[1]) if needs_dw else None
+        dx, dw = (
+            _times(g, factor, dtype) if is_needed else None
+            for g, dtype, is_needed in zip((dx, dw), ctx.dtypes, (needs_dx, needs_dw), strict=True)
+        )
         if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
             dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
         return dx, dw, None, d_scale, *(None,) * 6
@@ -272,7 +276,7 @@ def _recompute_forward_kernel(
         best = tl.where(peak > top, start + at, best)  # of equals the first, as argmax
         new_top = tl.maximum(top, peak)
         shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(b_s - shift[:, None]), axis=1)
+        total = total * tl.exp2((top - shift) * LOG2E) + tl.sum(tl.exp2((b_s - shift[:, None]) * LOG2E), axis=1)
         top = new_top
     o_out = tl.program_id(1).to(tl.int64) * n_rows + o_n
     tl.store(p_top + o_out, top, mask=m_n)
@@ -408,11 +412,6 @@ def _recompute(
     return rows
 
 
-@_recompute.register_fake
-def _(x, weight, targets, label_smoothing, z_loss, softcap):
-    return empty_rows(x, x.shape[0])
-
-
 @torch.library.custom_op("tritale::linear_cross_entropy_recompute_backward", mutates_args=())
 def _recompute_backward(
     grad: Tensor,  # (N,)
@@ -450,11 +449,8 @@ def _recompute_backward(
     return dx, dw
 
 
-@_recompute_backward.register_fake
-def _(grad, x, weight, targets, top, log_total, label_smoothing, z_loss, softcap, needs_dx, needs_dw):
-    return _empty_results(x, weight, needs_dx, needs_dw)[-2:]
-
-
+_recompute.register_fake(lambda x, *_: empty_rows(x, x.shape[0]))
+_recompute_backward.register_fake(lambda grad, x, weight, *rest: _empty_results(x, weight, *rest[-2:])[-2:])
 _recompute_backward.register_autograd(no_second_derivative("linear_cross_entropy"))
 
 
@@ -477,18 +473,6 @@ def _backward_recompute(ctx, grad_loss, *_):
 _recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
 
 
-@overload
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
-    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
-    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[False] = False,
-) -> Tensor: ...  # fmt: skip
-@overload
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
-    softcap: float | None = ..., token_weight: Tensor | None = ..., reduction: str = ..., normalizer: Tensor | None = ...,
-    inplace_backward: bool = ..., strategy: str = ..., memory_budget_mb: float | None = ..., return_stats: Literal[True],
-) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_cross_entropy(
     x: Tensor,  # (…, K)
     weight: Tensor,  # (V, K)
@@ -501,11 +485,10 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,  # (…)
     reduction: str = "mean",
     normalizer: Tensor | None = None,
-    inplace_backward: bool = False,
     return_stats: bool = False,
     strategy: str = "chunk",
     memory_budget_mb: float | None = None,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
     Products are in x's dtype (autocast's if it is on), sums in fp32. The weight may be fp32 with a bf16 x; its gradient is then fp32 too,
@@ -515,7 +498,6 @@ def linear_cross_entropy(
     `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
     256 elsewhere, in x's dtype). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
     (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
-    `inplace_backward` is accepted as in `cross_entropy` and has no effect: the logits are the op's own and always overwritten.
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, unit_stride, wide_dtype
+from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_transforms, unit_stride, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two, sm_count
 from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
@@ -202,6 +202,10 @@ def _flags(qkv: Tensor, cos: Tensor, head_dim: int, n_head: int, n_kv_head: int,
     }  # fmt: skip
 
 
+def _empty_heads(qkv: Tensor, head_dim: int, n_head: int, n_kv_head: int) -> tuple[Tensor, ...]:
+    return tuple(qkv.new_empty((*qkv.shape[:2], n, head_dim)) for n in (n_head, n_kv_head, n_kv_head))
+
+
 @torch.library.custom_op("tritale::qk_norm_rope", mutates_args=())
 def _qk_norm_rope_op(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
@@ -209,7 +213,7 @@ def _qk_norm_rope_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     qkv, head_dim = unit_stride(qkv), q_weight.shape[0]
     n_batch, n_tokens, _ = qkv.shape
-    q, k, v = (qkv.new_empty((n_batch, n_tokens, n, head_dim)) for n in (n_head, n_kv_head, n_kv_head))
+    q, k, v = _empty_heads(qkv, head_dim, n_head, n_kv_head)
     options = launch_options("qk_norm_rope_fwd", qkv, half=cos.shape[-1])
     blocks = sum(cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head, n_kv_head))
     if blocks:
@@ -220,11 +224,6 @@ def _qk_norm_rope_op(
                 **_flags(qkv, cos, head_dim, n_head, n_kv_head, eps), **options,
             )  # fmt: skip
     return q, k, v
-
-
-@_qk_norm_rope_op.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps):
-    return tuple(qkv.new_empty((*qkv.shape[:2], n, q_weight.shape[0])) for n in (n_head, n_kv_head, n_kv_head))
 
 
 @torch.library.custom_op("tritale::qk_norm_rope_backward", mutates_args=())
@@ -251,11 +250,6 @@ def _qk_norm_rope_backward_op(
     return dqkv, dwq.to(q_weight.dtype, copy=True), dwk.to(k_weight.dtype, copy=True)
 
 
-@_qk_norm_rope_backward_op.register_fake
-def _(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps):
-    return tuple(contiguous_like(t) for t in (qkv, q_weight, k_weight))
-
-
 def _save(ctx, inputs, output):
     *tensors, _, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
@@ -265,6 +259,8 @@ def _backward(ctx, dq, dk, dv):
     return *_qk_norm_rope_backward_op(dq, dk, dv, *ctx.saved_tensors, ctx.eps), *(None,) * 6
 
 
+_qk_norm_rope_op.register_fake(lambda qkv, weight, k, cos, sin, positions, *heads: _empty_heads(qkv, weight.shape[0], *heads[:2]))
+_qk_norm_rope_backward_op.register_fake(lambda dq, dk, dv, *inputs: all_like(*inputs[:3]))
 _qk_norm_rope_op.register_autograd(_backward, setup_context=_save)
 _qk_norm_rope_backward_op.register_autograd(no_second_derivative("qk_norm_rope"))
 

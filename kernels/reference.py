@@ -59,16 +59,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rope(
-    q: Tensor,  # (B, T, H, D)
-    k: Tensor,  # (B, T, H_kv, D)
-    cos: Tensor,  # (T_max, rotary_dim / 2)
-    sin: Tensor,  # (T_max, rotary_dim / 2)
-    *,
-    interleaved: bool = False,
-    positions: Tensor | None = None,  # (T,), (1, T) or (B, T) int
-    cu_seqlens: Tensor | None = None,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor,  # (B, T, H, D), (B, T, H_kv, D)
+    cos: Tensor, sin: Tensor,  # (T_max, rotary_dim / 2)
+    *, interleaved: bool = False, positions: Tensor | None = None, cu_seqlens: Tensor | None = None, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotary embedding (arXiv 2104.09864) of the first rotary_dim entries of each head, half-split or interleaved pairs; positions
     count from 0, restart at each document with `cu_seqlens`, or are given. `inplace` overwrites q and k if no gradient needs them."""
     if positions is None and cu_seqlens is not None:
@@ -81,17 +75,10 @@ def rope(
 
 def qk_norm_rope(
     qkv: Tensor,  # (B, T, (H + 2 H_kv) D)
-    q_weight: Tensor,  # (D,)
-    k_weight: Tensor,  # (D,)
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    n_head: int,
-    n_kv_head: int,
-    eps: float = 1e-6,
-    positions: Tensor | None = None,
+    q_weight: Tensor, k_weight: Tensor,  # (D,)
+    cos: Tensor, sin: Tensor, *, n_head: int, n_kv_head: int, eps: float = 1e-6, positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Split packed q, k, v; RMSNorm over each head of q and k (as in Qwen3), then RoPE. v is a view of qkv."""
     q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=-2)
     q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
@@ -116,19 +103,11 @@ def mean_divisor(is_valid: Tensor, normalizer: Tensor | None) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor,  # (…, V)
-    targets: Tensor,  # (…) int
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    logits: Tensor, targets: Tensor,  # (…, V), (…) int
+    *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
     token_weight: Tensor | None = None,  # (…)
-    reduction: str = "mean",
-    normalizer: Tensor | None = None,
-    inplace_backward: bool = False,
-    return_stats: bool = False,
-) -> Any:  # the loss, or (loss, statistics) with return_stats
+    reduction: str = "mean", normalizer: Tensor | None = None, inplace_backward: bool = False, return_stats: bool = False,
+) -> Any:  # the loss, or (loss, statistics) with return_stats  # fmt: skip
     """Cross-entropy with label smoothing ε, z-loss and soft cap, from the logits s after the cap c·tanh(s/c):
 
         loss = token_weight · ((1 − ε)(lse − s_target) + ε (lse − mean(s)) + z_loss · lse²),   lse = log Σ exp(s)
@@ -175,9 +154,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) 
     return cross_entropy(x @ weight.to(x.dtype).T, targets, **options)
 
 
-def attention_mask(
-    n_query: int, n_key: int, *, is_causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
-) -> Tensor | None:
+def newton_schulz(g: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """U Vᵀ of each matrix U S Vᵀ of g (…, rows, columns) by the quintic Newton–Schulz iteration in g's dtype, for Muon (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/). With its coefficients singular values converge to 0.7 … 1.2."""
+    a, b, c = coefficients
+    is_tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if is_tall else g
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+def attention_mask(n_query: int, n_key: int, *, is_causal: bool, window: int | None, cu_seqlens: Tensor | None, device) -> Tensor | None:
     """(T, S) bool, True where a query sees a key; causal is aligned to the end if T ≠ S. None if all queries see all keys."""
     if not is_causal and window is None and cu_seqlens is None:
         return None
@@ -193,16 +183,10 @@ def attention_mask(
 
 
 def flash_attention(
-    q: Tensor,  # (B, T, H, D)
-    k: Tensor,  # (B, S, H_kv, D)
-    v: Tensor,  # (B, S, H_kv, D)
-    *,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor,  # (B, T, H, D) and twice (B, S, H_kv, D)
+    *, is_causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ) v for grouped heads; `window=w` lets a query see itself and the w − 1 keys before it; `softcap=c` is
     c·tanh(s/c) on the scaled scores; scale is 1/√D by default; a query that sees no key gives 0."""
     unit: float = q.shape[-1] ** -0.5 if scale is None else scale

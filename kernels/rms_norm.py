@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms, wide_dtype
+from .common import accumulator, all_like, as_rows, contiguous_like, no_second_derivative, refuse_transforms, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, sm_count
 from .triton_compat import jit, tl
@@ -165,21 +165,11 @@ def _rms_norm_op(x: Tensor, weight: Tensor | None, eps: float, offset: float) ->
     return _forward(x, None, weight, eps, offset)[0]
 
 
-@_rms_norm_op.register_fake
-def _(x, weight, eps, offset):
-    return contiguous_like(x)
-
-
 @torch.library.custom_op("tritale::add_rms_norm", mutates_args=())
 def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     y, total = _forward(x, residual, weight, eps, offset)
     assert total is not None
     return y, total
-
-
-@_add_rms_norm_op.register_fake
-def _(x, residual, weight, eps, offset):
-    return tuple(contiguous_like(t) for t in (x, residual))
 
 
 @torch.library.custom_op("tritale::rms_norm_backward", mutates_args=())
@@ -215,9 +205,7 @@ def _rms_norm_backward_op(
 
 @_rms_norm_backward_op.register_fake
 def _(dy, dsum, x, weight, eps, offset, needs_dw):
-    wide = wide_dtype(x, dy)
-    dx = contiguous_like(x)
-    return dx, x.new_empty(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide)
+    return contiguous_like(x), x.new_empty(x.shape[-1] if needs_dw else 0, dtype=weight.dtype if needs_dw else wide_dtype(x, dy))
 
 
 _rms_norm_backward_op.register_autograd(no_second_derivative("rms_norm"))
@@ -248,6 +236,8 @@ def _add_rms_norm_autograd(ctx, dy, dsum):
     return None if d is None else d.to(ctx.dtype), d, dw, None, None
 
 
+_rms_norm_op.register_fake(lambda x, *_: contiguous_like(x))
+_add_rms_norm_op.register_fake(lambda x, residual, *_: all_like(x, residual))
 _rms_norm_op.register_autograd(_rms_norm_autograd, setup_context=_save)
 _add_rms_norm_op.register_autograd(_add_rms_norm_autograd, setup_context=_save)
 

@@ -4,54 +4,55 @@
 
 a and b are entries i and i + R/2 of a head (half-split) or 2i and 2i + 1 (interleaved), R = 2 · cos.shape[-1] ≤ D; the rest of the head is
 copied, or in place left alone. Bytes: q and k read once and written once, 2 (H + H_kv) D s a token; 6 FLOPs a pair: memory decides. cos
-and sin, (T, R/2), are read once a head but stay in cache. A program takes BLOCK_R heads, of any tokens, so that no lane idles at 6 or 12
-heads; R is a constexpr, or the mask of a half of 24 would hide the alignment and loads would become 16-bit.
+and sin, (T, R/2), are read once for HEADS heads and stay in cache. A program takes BLOCK_T tokens of a sequence and HEADS heads of q or of
+k, so that positions, cos and sin serve several heads. R is a constexpr, or the mask of a half of 24 would hide the alignment and loads
+would become 16-bit.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, contiguous_like, no_second_derivative, refuse_transforms, unit_stride
+from .common import accumulator, all_like, refuse_transforms, unit_stride
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two
-from .rotary import load_cos_sin, position_stride, row_offsets, token_positions
+from .rotary import position_stride, token_positions
 from .triton_compat import jit, tl
 
 
 @jit
-def _rope_rows(
-    p_x, p_y, p_cos, p_sin, p_positions, block, n_rows, n_tokens,
-    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_p,
-    H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, IS_INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+def _rope_heads(
+    p_x, p_y, b_cos, b_sin, first, o_t, m_t, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh,
+    HALF: tl.constexpr, REST: tl.constexpr, IS_INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    o_r = block * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    m_r = o_r < n_rows
-    o_d = tl.arange(0, BLOCK_HALF)
-    p_x += row_offsets(o_r, n_tokens, stride_xb, stride_xt, stride_xh, H)[:, None]  # [BLOCK_R, 1]
-    p_y += row_offsets(o_r, n_tokens, stride_yb, stride_yt, stride_yh, H)[:, None]
-    b_cos, b_sin = load_cos_sin(p_cos, p_sin, p_positions, o_r, m_r, o_d, n_tokens, stride_p, H, HALF, ACC)  # [BLOCK_R, BLOCK_HALF]
-    if CONJUGATE:
-        b_sin = -b_sin
-    if IS_INTERLEAVED:
-        o_2d = tl.arange(0, 2 * BLOCK_HALF)
-        m_2d = m_r[:, None] & (o_2d < 2 * HALF)[None, :]
-        b_x = tl.load(p_x + o_2d[None, :], mask=m_2d, other=0.0).to(ACC)  # [BLOCK_R, 2 BLOCK_HALF]
-        b_a, b_b = tl.split(tl.reshape(b_x, (BLOCK_R, BLOCK_HALF, 2)))
-        b_y = tl.reshape(tl.join(b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin), (BLOCK_R, 2 * BLOCK_HALF))
-        tl.store(p_y + o_2d[None, :], b_y.to(p_y.dtype.element_ty), mask=m_2d)
-    else:
-        m_d = m_r[:, None] & (o_d < HALF)[None, :]
-        b_a = tl.load(p_x + o_d[None, :], mask=m_d, other=0.0).to(ACC)  # [BLOCK_R, BLOCK_HALF]
-        b_b = tl.load(p_x + HALF + o_d[None, :], mask=m_d, other=0.0).to(ACC)
-        tl.store(p_y + o_d[None, :], (b_a * b_cos - b_b * b_sin).to(p_y.dtype.element_ty), mask=m_d)
-        tl.store(p_y + HALF + o_d[None, :], (b_b * b_cos + b_a * b_sin).to(p_y.dtype.element_ty), mask=m_d)
-    if REST > 0:
-        o_c = tl.arange(0, BLOCK_REST)
-        m_c = m_r[:, None] & (o_c < REST)[None, :]
-        b_c = tl.load(p_x + 2 * HALF + o_c[None, :], mask=m_c, other=0.0)
-        tl.store(p_y + 2 * HALF + o_c[None, :], b_c, mask=m_c)
+    """Heads first … first + HEADS of the tokens o_t."""
+    o_b = tl.program_id(0).to(tl.int64)
+    o_x, o_y = o_t * stride_xt, o_t * stride_yt  # [BLOCK_T, 1]
+    p_x += o_b * stride_xb + first.to(tl.int64) * stride_xh
+    p_y += o_b * stride_yb + first.to(tl.int64) * stride_yh
+    o_d, o_2d, o_c = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, 2 * BLOCK_HALF)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    for _ in tl.static_range(HEADS):  # pyright: ignore[reportGeneralTypeIssues]
+        if IS_INTERLEAVED:
+            m_2d = m_t & (o_2d < 2 * HALF)
+            b_x = tl.load(p_x + (o_x + o_2d), mask=m_2d, other=0.0).to(ACC)  # [BLOCK_T, 2 BLOCK_HALF]
+            b_a, b_b = tl.split(tl.reshape(b_x, (BLOCK_T, BLOCK_HALF, 2)))
+            b_y = tl.reshape(tl.join(b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin), (BLOCK_T, 2 * BLOCK_HALF))
+            tl.store(p_y + (o_y + o_2d), b_y.to(p_y.dtype.element_ty), mask=m_2d)
+        else:
+            m_d = m_t & (o_d < HALF)
+            p_a, p_b = p_x + (o_x + o_d), p_y + (o_y + o_d)
+            b_a = tl.load(p_a, mask=m_d, other=0.0).to(ACC)  # [BLOCK_T, BLOCK_HALF]
+            b_b = tl.load(p_a + HALF, mask=m_d, other=0.0).to(ACC)
+            tl.store(p_b, (b_a * b_cos - b_b * b_sin).to(p_y.dtype.element_ty), mask=m_d)
+            tl.store(p_b + HALF, (b_b * b_cos + b_a * b_sin).to(p_y.dtype.element_ty), mask=m_d)
+        if REST > 0:
+            m_c = m_t & (o_c < 2 * HALF + REST)
+            tl.store(p_y + (o_y + o_c), tl.load(p_x + (o_x + o_c), mask=m_c, other=0.0), mask=m_c)
+        p_x += stride_xh
+        p_y += stride_yh
 
 
 @jit
@@ -59,27 +60,35 @@ def _rope(
     p_q, p_k,  # (B, T, H, D) and (B, T, H_KV, D)
     p_cos, p_sin,  # (T_max, HALF)
     p_positions,  # (B or 1, T) or None
-    p_q_out, p_k_out, n_batch, n_tokens,
+    p_q_out, p_k_out, n_tokens,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_qob, stride_qot, stride_qoh, stride_kob, stride_kot, stride_koh, stride_p,
-    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEADS: tl.constexpr,  # divides the heads of q and of k
+    BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    n_q = n_batch * n_tokens * H
-    n_q_blocks = tl.cdiv(n_q, BLOCK_R)
-    block = tl.program_id(0)
-    if block < n_q_blocks:  # two calls, not one with chosen pointers: those would lose what is known of their alignment
-        _rope_rows(
-            p_q, p_q_out, p_cos, p_sin, p_positions, block, n_q, n_tokens,
-            stride_qb, stride_qt, stride_qh, stride_qob, stride_qot, stride_qoh, stride_p,
-            H, HALF, REST, IS_INTERLEAVED, CONJUGATE, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
+    o_t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+    m_t = o_t < n_tokens
+    o_position = o_t
+    if p_positions is not None:
+        o_position = tl.load(p_positions + tl.program_id(0).to(tl.int64) * stride_p + o_t, mask=m_t, other=0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_HALF)[None, :]
+    m_cs = m_t & (o_d < HALF)
+    b_cos = tl.load(p_cos + o_position * HALF + o_d, mask=m_cs, other=0.0).to(ACC)  # [BLOCK_T, BLOCK_HALF]
+    b_sin = tl.load(p_sin + o_position * HALF + o_d, mask=m_cs, other=0.0).to(ACC)
+    if CONJUGATE:
+        b_sin = -b_sin
+    first = tl.program_id(2) * HEADS
+    if first < H:  # two calls, not one with chosen pointers: those would lose what is known of their alignment
+        _rope_heads(
+            p_q, p_q_out, b_cos, b_sin, first, o_t, m_t, stride_qb, stride_qt, stride_qh, stride_qob, stride_qot, stride_qoh,
+            HALF, REST, IS_INTERLEAVED, ACC, HEADS, BLOCK_T, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
-        _rope_rows(
-            p_k, p_k_out, p_cos, p_sin, p_positions, block - n_q_blocks, n_batch * n_tokens * H_KV, n_tokens,
-            stride_kb, stride_kt, stride_kh, stride_kob, stride_kot, stride_koh, stride_p,
-            H_KV, HALF, REST, IS_INTERLEAVED, CONJUGATE, ACC, BLOCK_R, BLOCK_HALF, BLOCK_REST,
+        _rope_heads(
+            p_k, p_k_out, b_cos, b_sin, first - H, o_t, m_t, stride_kb, stride_kt, stride_kh, stride_kob, stride_kot, stride_koh,
+            HALF, REST, IS_INTERLEAVED, ACC, HEADS, BLOCK_T, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
 
@@ -90,17 +99,19 @@ def _launch(
     n_batch, n_tokens, n_head, head_dim = q.shape
     half, n_kv_head = cos.shape[-1], k.shape[2]
     rest = 0 if is_inplace else head_dim - 2 * half
-    options = launch_options("rope", q, half=half)
-    blocks = sum(cdiv(n_batch * n_tokens * n, options["BLOCK_R"]) for n in (n_head, n_kv_head))
-    if blocks == 0:
+    if q.numel() == 0:
         return
+    options = launch_options("rope", q, half=half)
+    n_heads = math.gcd(n_head, n_kv_head)
+    n_heads = max(n for n in range(1, options.pop("MOST_HEADS") + 1) if n_heads % n == 0)
+    grid = (n_batch, cdiv(n_tokens, options["BLOCK_T"]), (n_head + n_kv_head) // n_heads)
     cos, sin = cos.contiguous(), sin.contiguous()
     with torch.cuda.device_of(q):
-        _rope[blocks,](
-            q, k, cos, sin, positions, q_out, k_out, n_batch, n_tokens,
+        _rope[grid](
+            q, k, cos, sin, positions, q_out, k_out, n_tokens,
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], position_stride(positions),
-            H=n_head, H_KV=n_kv_head, HALF=half, REST=rest, IS_INTERLEAVED=interleaved, CONJUGATE=conjugate,
-            ACC=accumulator(q, k, cos), BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(rest), **options,
+            H=n_head, HALF=half, REST=rest, IS_INTERLEAVED=interleaved, CONJUGATE=conjugate,
+            ACC=accumulator(q, k, cos), HEADS=n_heads, BLOCK_HALF=power_of_two(half), BLOCK_REST=power_of_two(rest), **options,
         )  # fmt: skip
 
 
@@ -108,28 +119,9 @@ def _launch(
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = (contiguous_like(t) for t in (q, k))
+    q_out, k_out = all_like(q, k)
     _launch(unit_stride(q), unit_stride(k), q_out, k_out, cos, sin, positions, interleaved, conjugate)
     return q_out, k_out
-
-
-@_rope_op.register_fake
-def _(q, k, cos, sin, positions, interleaved, conjugate):
-    return tuple(contiguous_like(t) for t in (q, k))
-
-
-@torch.library.custom_op("tritale::rope_backward", mutates_args=())
-def _rope_backward_op(
-    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, conjugate: bool
-) -> tuple[Tensor, Tensor]:
-    dq_in, dk_in = (contiguous_like(t) for t in (dq, dk))
-    _launch(unit_stride(dq), unit_stride(dk), dq_in, dk_in, cos, sin, positions, interleaved, not conjugate)
-    return dq_in, dk_in
-
-
-@_rope_backward_op.register_fake
-def _(dq, dk, cos, sin, positions, interleaved, conjugate):
-    return tuple(contiguous_like(t) for t in (dq, dk))
 
 
 @torch.library.custom_op("tritale::rope_", mutates_args=("q", "k"))
@@ -143,11 +135,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dq, dk):
-    return *_rope_backward_op(dq, dk, *ctx.saved_tensors, ctx.interleaved, ctx.conjugate), None, None, None, None, None
+    return *_rope_op(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate), None, None, None, None, None
 
 
+_rope_op.register_fake(lambda q, k, *_: all_like(q, k))
 _rope_op.register_autograd(_backward, setup_context=_save)
-_rope_backward_op.register_autograd(no_second_derivative("rope"))
 
 
 def _check_inplace(*tensors: Tensor) -> None:

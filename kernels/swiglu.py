@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .common import accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms
+from .common import LOG2E, accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options
 from .triton_compat import jit, tl
@@ -33,9 +33,9 @@ def _glu(
     b_g = tl.load(p_gate + o_m * stride_gate + o_n, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_N]
     b_u = tl.load(p_up + o_m * stride_up + o_n, mask=mask, other=0.0).to(ACC)
     if IS_GELU:
-        b_s = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (b_g + 0.044715 * b_g * b_g * b_g)))
+        b_s = 1.0 / (1.0 + tl.exp2((b_g + 0.044715 * b_g * b_g * b_g) * (-2.0 * 0.7978845608028654 * LOG2E)))
     else:
-        b_s = 1.0 / (1.0 + tl.exp(-b_g))
+        b_s = 1.0 / (1.0 + tl.exp2(b_g * -LOG2E))
     if IS_BACKWARD:
         b_dh = tl.load(p_dh + o_m * stride_dh + o_n, mask=mask, other=0.0).to(ACC)
         if IS_GELU:
@@ -60,6 +60,10 @@ def _empty_output(gate_up: Tensor, up: Tensor | None) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // (2 if up is None else 1)))
 
 
+def _empty_gradients(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return contiguous_like(gate_up), gate_up.new_empty(0) if up is None else contiguous_like(up)
+
+
 def _launch(
     gate: Tensor, up: Tensor, dh: Tensor | None, h: Tensor | None, dgate: Tensor | None, dup: Tensor | None, activation: str
 ) -> None:
@@ -82,25 +86,13 @@ def _glu_op(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return h
 
 
-@_glu_op.register_fake
-def _(gate_up, up, activation):
-    return _empty_output(gate_up, up)
-
-
 @torch.library.custom_op("tritale::glu_backward", mutates_args=())
 def _glu_backward_op(dh: Tensor, gate_up: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """(d gate_up, d up); the second is empty if gate and up are packed."""
-    d = contiguous_like(gate_up)
-    d_up = gate_up.new_empty(0) if up is None else contiguous_like(up)
+    d, d_up = _empty_gradients(gate_up, up)
     if dh.numel():
         _launch(*_halves(gate_up, up), as_rows(dh), None, *_halves(d, None if up is None else d_up), activation)
     return d, d_up
-
-
-@_glu_backward_op.register_fake
-def _(dh, gate_up, up, activation):
-    d = contiguous_like(gate_up)
-    return d, gate_up.new_empty(0) if up is None else contiguous_like(up)
 
 
 def _save(ctx, inputs, output):
@@ -114,6 +106,8 @@ def _backward(ctx, dh):
     return d, None if up is None else d_up, None
 
 
+_glu_op.register_fake(lambda gate_up, up, activation: _empty_output(gate_up, up))
+_glu_backward_op.register_fake(lambda dh, gate_up, up, activation: _empty_gradients(gate_up, up))
 _glu_op.register_autograd(_backward, setup_context=_save)
 _glu_backward_op.register_autograd(no_second_derivative("swiglu or geglu"))
 

@@ -23,9 +23,9 @@ else:
     except ImportError:
 
         class _Names:
-            """Stands for triton.language in the signatures of kernels that never run."""
+            """Stands for triton.language in the signatures and constants of kernels that never run."""
 
-            constexpr = dtype = object
+            constexpr, dtype = float, object
 
         triton, tl = None, _Names
         jit = lambda fn: fn

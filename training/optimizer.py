@@ -4,21 +4,27 @@
 # torch._foreach_* are the functions that torch.optim is built on.
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.newton_schulz import is_fused, newton_schulz
 from ..model.gpt import GPT
 from .config import OptimConfig
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with the Newton–Schulz iteration in a given dtype, batched over matrices of the same shape.
+    """torch.optim.Muon with the Newton–Schulz iteration in a given dtype, for many matrices at once.
 
     PyTorch's Muon iterates in bf16, one matrix at a time. A CPU without bf16 instructions multiplies bf16 about 100 times slower than
-    fp32 (docs/log.md), and small matrices do not fill a GPU. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
+    fp32 (docs/log.md), and small matrices do not fill a GPU. In bf16 on a GPU, kernels iterate all matrices of at most `FUSED` rows or
+    columns together; other matrices are batched by shape. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/. The update is scaled to the size of AdamW's: arXiv 2502.16982.
     """
+
+    FUSED = 2048  # of the smaller dimension; larger matrices fill a GPU one by one, and PyTorch's products are faster
 
     def __init__(self, params, *, dtype: torch.dtype, **options):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
@@ -27,19 +33,16 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append((p, p.grad))
-            for shape, pairs in by_shape.items():
-                params, grads = [p for p, _ in pairs], [grad for _, grad in pairs]
-                buffers = [self._momentum(p) for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-                directions = self.orthogonalize(updates, group)
-                changes = directions.to(params[0].dtype) * (group["lr"] * 0.2 * math.sqrt(max(shape)))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_sub_(params, list(changes.unbind()))
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads, buffers = [cast(Tensor, p.grad) for p in params], [self._momentum(p) for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
+            changes = self._directions(list(updates), group)
+            torch._foreach_mul_(changes, group["lr"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, changes)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -47,16 +50,24 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
 
-    def orthogonalize(self, g: Tensor, group: dict) -> Tensor:
-        """U Vᵀ of each matrix of g (n, rows, columns) by the quintic Newton–Schulz iteration. Singular values converge to 0.7 … 1.2."""
-        a, b, c = group["ns_coefficients"]
-        is_tall = g.shape[-2] > g.shape[-1]
-        x = (g.mT if is_tall else g).to(self.dtype)
-        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.mT if is_tall else x
+    def _directions(self, updates: list[Tensor], group: dict) -> list[Tensor]:
+        """The orthogonalized updates, each times 0.2 √(larger dimension), in their order and dtype."""
+        options = dict(coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"])
+        by_shape: dict[torch.Size | None, list[int]] = {}  # None: all matrices that one call of the kernels takes
+        for i, u in enumerate(updates):
+            fits = is_fused(u, self.dtype) and min(u.shape) <= self.FUSED
+            by_shape.setdefault(None if fits else u.shape, []).append(i)
+        directions = list(updates)
+        for shape, places in by_shape.items():
+            if shape is None:
+                factors = tuple(0.2 * math.sqrt(max(updates[i].shape)) for i in places)
+                results = newton_schulz([updates[i] for i in places], factors, **options)
+            else:
+                x = reference.newton_schulz(torch.stack([updates[i] for i in places]).to(self.dtype), **options)
+                results = (x.to(updates[0].dtype) * (0.2 * math.sqrt(max(shape)))).unbind()
+            for i, result in zip(places, results, strict=True):
+                directions[i] = result
+        return directions
 
 
 def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[torch.optim.Optimizer]:

@@ -193,7 +193,7 @@ def test_attention_is_its_definition_and_aligned_to_the_end(n_query, window, sof
 
 def test_custom_ops_pass_opcheck():
     q, k, v = randn(1, 9, 2, 8), randn(1, 9, 2, 8), randn(1, 9, 2, 8)
-    torch.library.opcheck(torch.ops.tritale.document_attention, (q, k, v, torch.tensor([0, 4, 9]), 0.3))
+    torch.library.opcheck(torch.ops.tritale.document_attention, (q, k, v, torch.tensor([0, 4, 9]), True, 0, 0.3))
     x, weight, targets, scale = randn(5, 4), randn(7, 4), torch.randint(7, (5,)), torch.rand(5, dtype=torch.float64)
     for needs in ((True, True), (False, False)):
         torch.library.opcheck(torch.ops.tritale.linear_cross_entropy, (x, weight, targets, scale, 0.1, 0.1, 2.0, 128, *needs))

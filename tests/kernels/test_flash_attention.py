@@ -343,11 +343,14 @@ def fake_tensor(architecture, monkeypatch, **attributes) -> Any:
 
 @pytest.mark.skipif(not dispatch.has_triton(), reason="needs Triton (Linux)")
 def test_auto_takes_no_kernel_that_the_architecture_cannot_run_well(monkeypatch):
-    choose = lambda architecture, **attributes: _choose(fake_tensor(architecture, monkeypatch, **attributes))
+    def choose(architecture, needs_scores=False, **attributes):
+        return _choose(fake_tensor(architecture, monkeypatch, **attributes), needs_scores)
+
     for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         assert choose(architecture) == "triton"
     assert choose("sm_75") == "sdpa"  # its tensor cores are out of Triton's reach
     assert choose("sm_90", dtype=torch.float32) == "sdpa"  # exact fp32 products have no tensor cores
+    assert choose("sm_90", needs_scores=True, dtype=torch.float32) == choose("sm_75", needs_scores=True) == "triton"
     assert choose("sm_90", shape=(1, 64, 2, 512)) == "sdpa"
     assert choose("sm_90", shape=(1, 1, 2, 64)) == "sdpa"  # decoding: one query leaves the GPU idle
     with attention_backend("triton"):

@@ -85,7 +85,7 @@ def test_touches_only_its_tensors_in_any_order(device, interleaved, half):
     positions = torch.randint(12, (2, 3), device=device)
     cos, sin = tables(half, device)
     strides = lambda t: (t.shape[1] * t.shape[2] * 24, t.shape[2] * 24, 24, 1)
-    with launch.launch_override("rope", BLOCK_R=4):
+    with launch.launch_override("rope", BLOCK_T=4):
         check_memory(rope, [q, k, cos, sin], interleaved=interleaved, positions=positions, pull_strides=strides)
         with torch.no_grad():
             plain = [t.detach() for t in (q, k)]
@@ -246,7 +246,7 @@ def test_ops_pass_opcheck(device):
     cos, sin = tables(2, device)
     torch.library.opcheck(torch.ops.tritale.rope, (q, k, cos, sin, torch.tensor([3, 1, 0], device=device), False, False))
     plain = (q.detach(), k.detach(), cos, sin)
-    torch.library.opcheck(torch.ops.tritale.rope_backward, (*plain, None, True, False))
+    torch.library.opcheck(torch.ops.tritale.rope, (*plain, None, True, True))
     torch.library.opcheck(torch.ops.tritale.rope_, (*(t.clone() for t in plain), None, False))
     qkv, weights = randn(1, 3, 24, device=device, dtype=torch.float32), pair(lambda: randn(6, device=device, dtype=torch.float32))
     torch.library.opcheck(torch.ops.tritale.qk_norm_rope, (qkv, *weights, cos, sin, None, 2, 1, 1e-6))
@@ -294,10 +294,12 @@ def test_wrong_arguments_say_what_is_expected(device):
     for name in ("auto", "torch"):  # the same errors whatever computes it
         with backend(name):
             check_wrong_places(device, cos, sin)
-    q = q[:, :3].clone().requires_grad_()
-    (dq,) = torch.autograd.grad(rope(q, q, cos, sin)[0].square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        dq.sum().backward()
+
+
+def test_rope_is_differentiable_twice(device):
+    q = randn(1, 3, 2, 8, device=device, dtype=torch.float64)
+    cos, sin = (t.double() for t in tables(4, device))
+    assert torch.autograd.gradgradcheck(lambda q: rope(q, q, cos, sin)[0].sin(), q)
 
 
 def check_wrong_places(device, cos, sin):
