@@ -47,7 +47,7 @@ def main(config: RunConfig) -> None:
     log = Log(config, is_main=here.is_main)
     try:
         lock = locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext()
-        with lock, log.recorded(), explain_errors(config):
+        with lock, explain_errors(config), log.recorded():
             run(config, here, log)
     finally:
         if log.has_started:

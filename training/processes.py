@@ -216,6 +216,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":  # ru_maxrss would include the memory of the process that started this one
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            return int(status.split("VmHWM:")[1].split()[0]) / 2**20
     if sys.platform == "win32":
         import psutil
 

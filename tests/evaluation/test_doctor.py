@@ -13,6 +13,7 @@ from made_runs import made_run, usual_loss
 from runs import run_here
 
 from tritale.cli.main import main as tritale
+from tritale.common.errors import UserError
 from tritale.data.built_in import write_built_in
 from tritale.data.shards import Split, write_split
 from tritale.data.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ def test_a_real_run_that_runs_out_of_memory(data, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.26 GiB. GPU 0 has a total capacity of 23.69 GiB")
 
     monkeypatch.setattr(TrainingStep, "backward", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match="out of memory with"):
         run_here(tmp_path / "run", **REAL, data__source=data)
     check(tmp_path / "run", "memory", "Tried to allocate 4.26 GiB", "train.micro_batch: 1")
 

@@ -349,3 +349,11 @@ def test_the_plan_of_a_model_that_does_not_fit_is_not_measured(tiny_run, tmp_pat
     tritale(["plan", *options])
     out = capsys.readouterr().out
     assert "largest micro-batch that fits: none" in out and "use a smaller model" in out and "tokens/s" not in out
+
+
+def test_the_peak_of_the_memory_is_this_process_s_own():
+    """ru_maxrss of a child begins with the size of the process that started it."""
+    large = torch.ones(300_000_000)  # 1.2 GB
+    code = "import torch; from tritale.training.processes import peak_memory_gib; print(peak_memory_gib(torch.device('cpu')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert 0.05 < float(found.stdout) < 0.9, large.sum()
