@@ -99,7 +99,7 @@ def _launch(
     n_batch, n_tokens, n_head, head_dim = q.shape
     half, n_kv_head = cos.shape[-1], k.shape[2]
     rest = 0 if is_inplace else head_dim - 2 * half
-    if q.numel() == 0:
+    if q.numel() + k.numel() == 0:
         return
     options = launch_options("rope", q, half=half)
     n_heads = math.gcd(n_head, n_kv_head)
