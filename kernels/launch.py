@@ -100,14 +100,18 @@ def _rope(elements: int) -> Row:
     return lambda half: {"BLOCK_T": max(1, elements // power_of_two(half)), "MOST_HEADS": 8, "num_warps": 4}
 
 
-def _cross_entropy(vocab_size: int, reads_twice: bool) -> Options:
+def _cross_entropy(*, widest: int) -> Row:
     """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
     64 KB in flight per SM; 20–25 KB saturate the memory. 32 logits a thread spilled on sm_90. Several rows a program if V is small. A row
-    that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache."""
-    most = 16384 if reads_twice else 4096
-    block = max(16, min(power_of_two(vocab_size), most))
-    rows = max(1, min(16, 4096 // block))
-    return {"BLOCK_N": rows, "BLOCK_V": block, "num_warps": max(4, min(rows * block, most) // 512), "num_stages": 1}
+    that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache: `widest` logits."""
+
+    def row(vocab_size: int, reads_twice: bool) -> Options:
+        most = widest if reads_twice else 4096
+        block = max(16, min(power_of_two(vocab_size), most))
+        rows = max(1, min(16, 4096 // block))
+        return {"BLOCK_N": rows, "BLOCK_V": block, "num_warps": max(4, min(rows * block, most) // 512), "num_stages": 1}
+
+    return row
 
 
 Tiles = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
@@ -144,8 +148,9 @@ TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_75": _ATTENTION_SCALAR,
         "sm_80": _attention(
-            {48: (64, 32, 4, 3), 64: (128, 64, 8, 3), 96: (128, 64, 8, 3), 128: (128, 32, 8, 3), 192: (128, 32, 8, 1), 256: (64, 32, 8, 2)}
+            {48: (64, 32, 4, 3), 64: (128, 64, 8, 3), 96: (128, 64, 8, 3), 128: (128, 32, 8, 3), 192: (128, 16, 8, 1), 256: (64, 32, 8, 2)}
         ),
+        "sm_120": _attention({48: (64, 32, 4, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 192: (128, 16, 8, 1), 256: (64, 32, 8, 2)}),
         "sm_90": _attention({48: (64, 32, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}),
         "gfx942": _attention({256: (128, 32, 4, 2)}),
         "interpreter": _ATTENTION_INTERPRETER,
@@ -154,17 +159,17 @@ TABLE: dict[str, dict[str, Row]] = {
         "sm_75": _ATTENTION_SCALAR,
         "sm_80": _attention({48: (64, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 192: (32, 32, 8, 1), 256: (64, 32, 8, 1)}),
         "sm_90": _attention({48: (64, 64, 4, 2), 128: (128, 64, 8, 2), 192: (128, 32, 8, 1), 256: (32, 32, 8, 1)}),
-        "gfx942": _attention({256: (128, 32, 4, 1)}),
+        "gfx942": _attention({192: (128, 32, 4, 1), 256: (64, 16, 4, 1)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "flash_attention_bwd_dkv": {
         "sm_75": _ATTENTION_SCALAR,
         # 64 queries at a time took 255 registers and spilled on sm_86 at a head of 64; 32 take 168, and three blocks are resident.
-        "sm_80": _attention({64: (32, 64, 4, 3), 80: (16, 128, 8, 2), 96: (16, 128, 8, 1), 128: (16, 128, 8, 2), 256: (16, 32, 8, 1)}),
+        "sm_80": _attention({64: (32, 64, 4, 3), 80: (16, 128, 8, 2), 128: (16, 128, 8, 1), 256: (16, 32, 8, 1)}),
         "sm_90": _attention({48: (64, 64, 4, 1), 64: (32, 64, 4, 3), 80: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 8, 1)}),
         # One stage: accumulators pass through tensor memory, and a pipeline on top spills.
-        "sm_100": _attention({48: (64, 64, 4, 1), 64: (32, 64, 4, 1), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)}),
-        "gfx942": _attention({256: (32, 128, 4, 1)}),
+        "sm_100": _attention({48: (64, 64, 4, 1), 64: (32, 128, 8, 1), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)}),
+        "gfx942": _attention({96: (32, 128, 4, 1), 128: (16, 128, 4, 1), 192: (16, 128, 8, 1), 256: (16, 64, 4, 1)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "rms_norm_fwd": {"sm_80": _norm(widest=16384, a_warp=1024)},
@@ -174,7 +179,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "rope": {"sm_80": _rope(1024), "gfx942": _rope(2048)},
     "qk_norm_rope_fwd": {"sm_80": _heads(1024), "gfx942": _heads(2048)},
     "qk_norm_rope_bwd": {"sm_80": _heads(1024, PER_SM=4), "gfx942": _heads(2048, PER_SM=2)},
-    "cross_entropy": {"sm_80": _cross_entropy},
+    "cross_entropy": {"sm_80": _cross_entropy(widest=16384), "gfx942": _cross_entropy(widest=8192)},  # 1,024 threads each
     "linear_cross_entropy_recompute_fwd": {
         "sm_80": _linear_recompute((128, 64, 64, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),
         "sm_86": _linear_recompute((128, 128, 32, 8, 3), (32, 32, 32, 4, 2), ("BLOCK_N", "BLOCK_V", "BLOCK_K")),

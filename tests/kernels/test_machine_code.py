@@ -85,9 +85,13 @@ def test_memory_bound_kernels_move_128_bits_at_a_time(rows):
 
 
 def test_products_of_blocks_use_tensor_cores(target, rows):
+    """The newest instruction of the architecture. In backward of heads of 192 and 256 an older one: every tile of sm_90 that uses HGMMA
+    spills there (docs/log.md)."""
     products = [r for r in rows if r["has_dot"]]
     assert bool(products) == (target in TENSOR_CORES)
-    assert not [f"{name(r)}: {r['tensor_core']}" for r in products if TENSOR_CORES[target] not in r["tensor_core"]]
+    older = lambda r: "HMMA" if r["model"] in ("d192", "d256") and r["pass"] == "backward" else TENSOR_CORES[target]
+    wanted = lambda r: (TENSOR_CORES[target], older(r)) if target in ("sm_90", "sm_100") else (TENSOR_CORES[target],)
+    assert not [f"{name(r)}: {r['tensor_core']}" for r in products if not {*wanted(r)} & {*r["tensor_core"]}]
 
 
 def test_no_product_is_computed_twice(rows):
