@@ -208,7 +208,8 @@ def cublas_workspace(device: torch.device) -> int:
 
 
 def has_fast_attention(device: torch.device, precision: str) -> bool:
-    """Whether attention's Triton kernels have tensor cores for this precision; otherwise PyTorch's attention runs."""
+    """Whether attention's Triton kernels have tensor cores for this precision. Otherwise PyTorch's attention runs, except for packed
+    documents and soft caps."""
     return precision != "fp32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
 
 

@@ -89,9 +89,12 @@ def test_products_of_blocks_use_tensor_cores(target, rows):
     spills there (docs/log.md)."""
     products = [r for r in rows if r["has_dot"]]
     assert bool(products) == (target in TENSOR_CORES)
-    older = lambda r: "HMMA" if r["model"] in ("d192", "d256") and r["pass"] == "backward" else TENSOR_CORES[target]
-    wanted = lambda r: (TENSOR_CORES[target], older(r)) if target in ("sm_90", "sm_100") else (TENSOR_CORES[target],)
-    assert not [f"{name(r)}: {r['tensor_core']}" for r in products if not {*wanted(r)} & {*r["tensor_core"]}]
+
+    def allowed(row):
+        has_older = target in ("sm_90", "sm_100") and row["model"] in ("d192", "d256") and row["pass"] == "backward"
+        return {TENSOR_CORES[target], "HMMA"} if has_older else {TENSOR_CORES[target]}
+
+    assert not [f"{name(r)}: {r['tensor_core']}" for r in products if not allowed(r) & {*r["tensor_core"]}]
 
 
 def test_no_product_is_computed_twice(rows):
