@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..common.files import read_json_object, sha256_of, write_json
+from ..common.run_folder import listing
 from ..common.sampling import Sampling
 from ..kernels.rotary import rotary_tables
 from .gpt import GPT, GPTConfig
-from .run_folder import listing
 
 FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -35,7 +35,7 @@ SIZES = {  # of config.json, and of GPTConfig
 }
 
 
-LARGEST = {  # of damaged values: larger ones would fill the memory or take for ever before anything else fails
+LARGEST = {  # of damaged values: larger ones would fill the memory or take forever before anything else fails
     "num_hidden_layers": 1000, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024, "hidden_size": 2**16,
     "max_position_embeddings": 2**20,
 }  # fmt: skip

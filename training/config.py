@@ -468,5 +468,5 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
             check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
         values = parser.instantiate(parser.parse_args(arguments))
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, UserError) as error:
         sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))
