@@ -101,9 +101,10 @@ def _rope(elements: int) -> Row:
 
 
 def _cross_entropy(*, widest: int) -> Row:
-    """16 logits per thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all warps resident:
-    64 KB in flight per SM; 20–25 KB saturate the memory. 32 logits per thread spilled on sm_90. Several rows per program if V is small.
-    A row that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache: `widest` logits."""
+    """16 logits per thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all warps resident: 64
+    KB in flight per SM; 20–25 KB saturate the memory. 32 logits per thread spilled on sm_90. Several rows per program if V is small. A
+    row that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache: `widest`
+    logits."""
 
     def row(vocab_size: int, reads_twice: bool) -> Options:
         most = widest if reads_twice else 4096
