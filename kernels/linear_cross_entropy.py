@@ -40,7 +40,7 @@ IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
-    """Rows of logits that fit the budget: a multiple of 128 of at least 128, and chunks of like size."""
+    """Rows of logits that fit the budget: a multiple of 128 of at least 128, and chunks of about equal size."""
     most = max(1, int(memory_budget_mb * 2**20 / (itemsize * vocab_size)) // 128)
     blocks = max(1, -(-n_rows // 128))
     n_chunks = -(-blocks // most)

@@ -16,7 +16,17 @@ from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
 from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import CHECKSUMS, check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
+from ..model.checkpoint import (
+    CHECKSUMS,
+    check_files,
+    load_tensors,
+    load_weights,
+    read_json,
+    read_shape,
+    save_model,
+    save_tensors,
+    write_checksums,
+)
 from ..model.gpt import GPT
 from .config import RunConfig, differences, flatten
 from .optimizer import state_shapes
@@ -150,6 +160,7 @@ def load(folder: Path, step: TrainingStep) -> Progress:
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
+    read_shape(folder)  # refuses a newer format
     load_weights(step.model, folder)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
     rng, rng_cuda = tensors.pop("rng.cpu", None), tensors.pop("rng.cuda", None)
