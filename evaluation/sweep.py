@@ -14,7 +14,7 @@ from ..common.sampling import Sampling
 from ..data.shards import Split, evenly
 from ..data.tokenizer import Tokenizer
 from ..inference.llm import LLM
-from ..model.checkpoint import gpt_config, load_weights, read_json
+from ..model.checkpoint import load_weights, read_shape
 from ..stories.facts import cast
 from .measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share
 from .trained_run import TrainedRun
@@ -90,7 +90,7 @@ class Sweep:
     def load(self, folder: Path) -> None:
         """Copy the weights of a checkpoint into the model. Raises FileNotFoundError or UserError if it is damaged, missing or of another
         shape."""
-        if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
+        if read_shape(folder) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
             raise UserError(f"{folder} has another tokenizer than the newest checkpoint")

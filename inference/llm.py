@@ -12,13 +12,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling, SamplingSettings
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
 from ..kernels.dispatch import launcher_missing
 from ..model.checkpoint import check_files, load_model, read_json
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import native, sequence
 from .decoder import Decoder
 from .detokenizer import Completion

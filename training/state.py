@@ -14,10 +14,20 @@ from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
+from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import CHECKSUMS, check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
+from ..model.checkpoint import (
+    CHECKSUMS,
+    check_files,
+    load_tensors,
+    load_weights,
+    read_json,
+    read_shape,
+    save_model,
+    save_tensors,
+    write_checksums,
+)
 from ..model.gpt import GPT
-from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
 from .optimizer import state_shapes
 from .plan import size
@@ -54,7 +64,7 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, UserError, SafetensorError) as error:
             warn(f"{folder} is damaged ({error}) and not used")
     if step_folders(out_dir):
         raise UserError(f"no checkpoint in {out_dir} is complete; restore one, or move the step-… folders elsewhere to start from step 0")
@@ -150,6 +160,7 @@ def load(folder: Path, step: TrainingStep) -> Progress:
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
+    read_shape(folder)  # refuses a newer format
     load_weights(step.model, folder)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
     rng, rng_cuda = tensors.pop("rng.cpu", None), tensors.pop("rng.cuda", None)

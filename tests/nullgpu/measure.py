@@ -48,9 +48,9 @@ MEMORY = {
     "44m, compiled, qk norm, untied": _step("microstories-44m", 16, "--model.qk_norm true --model.tie_embeddings false", CC=86, SMS=82),
 }  # fmt: skip
 DECODE = {
-    "44m, one text, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
-    "44m, one text, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
-    "44m, eight texts, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
+    "44m, one sequence, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
+    "44m, one sequence, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
+    "44m, eight sequences, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
 }
 CASES = STEPS | MEMORY | DECODE | {"ops": {"what": "ops", "card": {}}}
 
