@@ -35,18 +35,28 @@ STEPS = {
     "quickstart, compiled, muon": _step("quickstart", 8, "--optim.matrices muon"),
     "quickstart, eager, muon": _step("quickstart", 8, "--train.compile false --optim.matrices muon"),
 }
-GROUPED = "--model.n_head 8 --model.n_kv_head 2 --model.head_dim 64"
+GROUPED, ROWS = "--model.n_head 8 --model.n_kv_head 2 --model.head_dim 64", "--data.document_mask false"
+FP32, EAGER = "--train.precision fp32", "--train.compile false"
+SM_75, SM_80, SM_86, SM_120 = {"CC": 75, "SMS": 40}, {"CC": 80, "SMS": 108}, {"CC": 86, "SMS": 82}, {"CC": 120, "SMS": 170}
 MEMORY = {
     **{name: STEPS[name] for name in STEPS if name.startswith("44m") and "adamw" in name},
-    "44m, compiled, fp16": _step("microstories-44m", 32, "--train.precision fp16", CC=80, SMS=108),
-    "44m, compiled, fp32": _step("microstories-44m", 16, "--train.precision fp32"),
-    "44m, eager, fp32": _step("microstories-44m", 16, "--train.precision fp32 --train.compile false"),
+    "44m, compiled, fp32": _step("microstories-44m", 16, FP32),
+    "44m, eager, fp32": _step("microstories-44m", 16, f"{FP32} {EAGER}"),
     "44m, compiled, grouped heads": _step("microstories-44m", 32, GROUPED),
-    "44m, eager, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} --train.precision fp32 --train.compile false"),
-    "44m, compiled, sm_75": _step("microstories-44m", 16, "", CC=75, SMS=40),
-    "44m, compiled, sm_75, grouped heads": _step("microstories-44m", 16, GROUPED, CC=75, SMS=40),
-    "44m, compiled, qk norm, untied": _step("microstories-44m", 16, "--model.qk_norm true --model.tie_embeddings false", CC=86, SMS=82),
-}  # fmt: skip
+    "44m, compiled, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32}"),
+    "44m, eager, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER}"),
+    "44m, eager, grouped heads, fp32, no document mask": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER} {ROWS}"),
+    "44m, compiled, sm_75": _step("microstories-44m", 16, "", **SM_75),
+    "44m, compiled, sm_75, grouped heads": _step("microstories-44m", 16, GROUPED, **SM_75),
+    "44m, compiled, sm_75, no document mask": _step("microstories-44m", 16, ROWS, **SM_75),
+    "44m, compiled, sm_75, fp32": _step("microstories-44m", 16, FP32, **SM_75),
+    "44m, compiled, sm_80, fp16": _step("microstories-44m", 32, "--train.precision fp16", **SM_80),
+    "44m, compiled, sm_86, qk norm, untied": _step("microstories-44m", 16, "--model.qk_norm true --model.tie_embeddings false", **SM_86),
+    "44m, compiled, sm_86, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32}", **SM_86),
+    "44m, compiled, sm_120": _step("microstories-44m", 16, "", **SM_120),
+    "44m, compiled, sm_120, fp16, grouped heads": _step("microstories-44m", 16, f"{GROUPED} --train.precision fp16", **SM_120),
+    "44m, compiled, sm_120, fp32": _step("microstories-44m", 16, FP32, **SM_120),
+}
 DECODE = {
     "44m, one text, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
     "44m, one text, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
