@@ -102,4 +102,5 @@ def test_more_processes_than_gpus_are_refused_in_one_line(tmp_path):
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *train, check=False, DEVICES=2)
     assert done.returncode and "process 3 has no GPU: this machine has 2" in done.stderr
     done = run("-m", "tritale", "train", "--processes", 3, *train[1:], check=False, DEVICES=2)
-    assert done.returncode and done.stdout + done.stderr == "--processes is 3, and this machine has 2 GPUs; choose at most 2\n"
+    line = "tritale train: --processes is 3, and this machine has 2 GPUs; choose at most 2\n"
+    assert done.returncode and done.stdout + done.stderr == line
