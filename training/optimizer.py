@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedule."""
 
 # pyright: reportPrivateImportUsage=false
-# torch._foreach_* are the functions that torch.optim is built on.
+# torch._foreach_* and torch._fused_sgd_ are the functions that torch.optim is built on.
 
 import math
 from typing import cast
@@ -40,9 +40,10 @@ class Muon(torch.optim.Muon):
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
             changes = self._directions(list(updates), group)
-            torch._foreach_mul_(changes, group["lr"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(params, changes)
+            torch._fused_sgd_(  # params ← params − lr (changes + weight_decay · params) in one pass; lr may be a tensor on the device
+                params, changes, [], lr=group["lr"], weight_decay=group["weight_decay"],
+                momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

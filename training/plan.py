@@ -80,7 +80,7 @@ class DeviceFacts:
             flops=flops,
             flops_source=source,
             workspace=processes.cublas_workspace(device),
-            runs_flash_attention=processes.has_fast_attention(device, precision),
+            runs_flash_attention=config.data.document_mask or processes.has_fast_attention(device, precision),
         )
 
 
