@@ -196,7 +196,12 @@ TABLE: dict[str, dict[str, Row]] = {
     # 32 sums a thread; with one head four 128-bit loads of keys and four of values in bf16 are in flight.
     "decode_attention": {"sm_80": lambda entries: {"BLOCK_S": max(1, min(128, 4096 // entries)), "num_warps": 4}},
     "decode_attention_combine": {"sm_80": _fixed(num_warps=8)},
-    "sample": {"sm_80": _fixed(BLOCK=4096, num_warps=16), "gfx942": _fixed(BLOCK=4096, num_warps=8)},  # one program an SM
+    "sample_keys": {"sm_80": _fixed(BLOCK=1024, num_warps=4)},
+    "sample": {  # one program an SM
+        "sm_75": _fixed(BLOCK=2048, num_warps=8),
+        "sm_80": _fixed(BLOCK=4096, num_warps=16),
+        "gfx942": _fixed(BLOCK=4096, num_warps=8),
+    },
     "linear_cross_entropy_combine": {
         "sm_80": lambda n_slices: {"BLOCK_N": max(1, 4096 // n_slices) if n_slices > 32 else 128, "num_warps": 4, "num_stages": 1},
     },
