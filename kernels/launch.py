@@ -194,6 +194,15 @@ TABLE: dict[str, dict[str, Row]] = {
         "gfx942": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "interpreter": _fixed(BLOCK=16, BLOCK_K=16, num_warps=4, num_stages=1),
     },
+    # 32 sums a thread; with one head four 128-bit loads of keys and four of values in bf16 are in flight.
+    "decode_attention": {"sm_80": lambda entries: {"BLOCK_S": max(1, min(128, 4096 // entries)), "num_warps": 4}},
+    "decode_attention_combine": {"sm_80": _fixed(num_warps=8)},
+    "sample_keys": {"sm_80": _fixed(BLOCK=1024, num_warps=4)},
+    "sample": {  # one program an SM
+        "sm_75": _fixed(BLOCK=2048, num_warps=8),
+        "sm_80": _fixed(BLOCK=4096, num_warps=16),
+        "gfx942": _fixed(BLOCK=4096, num_warps=8),
+    },
     "linear_cross_entropy_combine": {
         "sm_80": lambda n_slices: {"BLOCK_N": max(1, 4096 // n_slices) if n_slices > 32 else 128, "num_warps": 4, "num_stages": 1},
     },

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..common.graphs import WARM_UP, Graphed
 from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
-from .graphs import WARM_UP, Graphed
 from .optimizer import Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 

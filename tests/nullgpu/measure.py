@@ -94,9 +94,9 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     import torch
 
     from tests.nullgpu.harness import host_ms, never_overflows, recorded
+    from tritale.common.graphs import WARM_UP
     from tritale.training import processes
     from tritale.training.config import parse
-    from tritale.training.graphs import WARM_UP
     from tritale.training.plan import DataFacts, DeviceFacts, plan
     from tritale.training.step import TrainingStep, random_batch
 

@@ -11,7 +11,7 @@ import json, torch
 from tests.nullgpu.harness import recorded
 from tritale.kernels import flash_attention, rms_norm
 from tritale.kernels.launch import launch_override
-from tritale.training.graphs import Graphed
+from tritale.common.graphs import Graphed
 on = lambda *shape: torch.zeros(shape, device="cuda")
 """
 
