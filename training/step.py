@@ -4,6 +4,7 @@
 # torch._foreach_add_ is the function that torch.optim is built on.
 
 import contextlib
+import copy
 import math
 import statistics
 import time
@@ -19,7 +20,8 @@ from ..data.batches import Batch
 from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
-from .optimizer import Together, build_optimizers, lr_factor, set_rates
+from .health import ROWS, Health, Recorder
+from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 
 MEASURE_SECONDS = 10  # after the compilation
@@ -48,7 +50,9 @@ def explain_errors(config: RunConfig) -> Iterator[None]:
 class TrainingStep:
     """A fresh model with its optimizers; `run` makes one optimizer step.
 
-    On a GPU, `train.compile` also captures a micro-batch and the update as CUDA graphs, each launched by one call."""
+    A bad step, whose loss or gradient norm is not finite, changes no weight and no state of the optimizers; `health` counts it. With
+    `train.ema`, `ema` is a model with the running mean of the weights. On a GPU, `train.compile` also captures a micro-batch and the update
+    as CUDA graphs, each launched by one call."""
 
     def __init__(self, planned: Plan, here: processes.Processes):
         config, precision = planned.config, planned.device.precision
@@ -63,14 +67,23 @@ class TrainingStep:
         self.model = GPT(planned.shape).to(here.device)
         self.parameters = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
-        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
-        views = self.gradients.split([p.numel() for p in self.parameters])
-        self.grads = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)]
+        # The gradients and the step's loss are views of one tensor, so that clearing and exchanging them is one operation each.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=here.device)
+        *views, loss = self.gradients.split([*(p.numel() for p in self.parameters), 1])
+        self.grads, self.loss = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)], loss[0]
         for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         self.optimizer = Together(self.optimizers)
+        self.recorder, self.health = Recorder(here.device), Health()
+        self.n_recorded = 0  # steps that `health` has not counted yet
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.is_good = self.recorder.is_good
+            else:
+                optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # AdamW's kernel skips if it is 1
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
+        self.ema_rate = torch.zeros((), device=here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
         self.autocast = processes.autocast(here.device, precision)
         self.module: nn.Module = self.model
@@ -83,18 +96,21 @@ class TrainingStep:
                     self.clip_and_step = Graphed(self._clip_and_step)
         # The loss of a micro-batch is its sum over the tokens of the step, divided by their number over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
-        self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a 0-based step, divided by its peak."""
         return lr_factor(step, self.config.train.max_steps, self.config.optim)
 
-    def run(self, batches: Iterable[Batch], lr_factor: float) -> Tensor:
-        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks.
+    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0) -> Tensor:
+        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The 0-based `step`
+        only concerns the EMA, in which the first steps weigh more.
 
-        Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16."""
+        Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16 and once in
+        `ROWS` steps."""
         set_rates(self.optimizers, lr_factor)
+        if self.ema:
+            self.ema_rate.fill_(1 - min(self.config.train.ema or 0.0, (1 + step) / (10 + step)))
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
@@ -111,19 +127,30 @@ class TrainingStep:
             loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
         # Not backward(), which would add the gradients one by one.
         torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
-        return self.loss_sum.add_(loss.detach())
+        return self.loss.add_(loss.detach())
 
     def update(self) -> Tensor:
         """Sum the gradients over the processes, clip them, step the optimizers, clear the gradients. Returns the norm before clipping."""
         processes.total(self.gradients)
-        self.n_steps += 1
-        return self.clip_and_step()
+        grad_norm = self.clip_and_step()
+        self.n_recorded += 1
+        if self.n_recorded == ROWS:
+            self.count()
+        return grad_norm
 
     def _clip_and_step(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
+        self.recorder.record(self.loss, grad_norm)
+        if len(self.optimizers) > 1:  # Muon computes with the gradients of a bad step, the kernel of AdamW does not
+            self.gradients.masked_fill_(self.recorder.is_bad.bool(), 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema:
+            averages: list[Tensor] = [*self.ema.parameters()]
+            changes = list(torch._foreach_sub([*self.parameters], averages))
+            torch._foreach_mul_(changes, self.ema_rate)
+            torch._foreach_add_(averages, changes)
         self.gradients.zero_()
         return grad_norm
 
@@ -133,28 +160,35 @@ class TrainingStep:
             if isinstance(call, Graphed):
                 call.release()
 
+    def count(self) -> None:
+        """Count the steps since the last call in `health`. Waits for the device."""
+        for loss, norm in self.recorder.take(self.n_recorded):
+            self.health.add(loss, norm, self.config.train.spike)
+        self.n_recorded = 0
+
     def mean_loss(self) -> float:
-        """The loss in nats per token, averaged over the processes and the steps since the last call."""
-        mean = processes.total(self.loss_sum).item() / self.n_steps
-        self.loss_sum.zero_()
-        self.n_steps = 0
-        return mean
+        """The loss in nats per token, averaged over the processes and the good steps since the last call; NaN if there was none."""
+        self.count()
+        return self.health.take_loss()
 
     def check_finite(self, step: int, **values: float) -> None:
         """Raises FloatingPointError if one of the values is not finite; without values, if a weight or the optimizers' state is not."""
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not values:
-            tensors = [*self.model.parameters(), *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
-            if not all(t.isfinite().all() for t in tensors):
+            tensors = [*self.parameters, *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
+            if not torch.stack(torch._foreach_norm([t.detach() for t in tensors], math.inf)).isfinite().all():
                 wrong = ["a weight or the optimizer's state is not finite"]
         if wrong:
-            optim = self.config.optim
-            rates = {"optim.lr": optim.lr, "optim.embedding_lr": optim.embedding_lr}
-            options = " ".join(f"--{key} {rate / 3:.1g}" for key, rate in rates.items() if rate)
-            raise FloatingPointError(
-                f"step {step}: {', '.join(wrong)}; nothing of it was saved. Lower the learning rate: add {options} --resume force, "
-                "which resumes from the last checkpoint if there is one"
-            )
+            raise self.diverged(step, f"{', '.join(wrong)}; nothing of it was saved")
+
+    def diverged(self, step: int, reason: str) -> FloatingPointError:
+        """The error that ends the run, with the remedy."""
+        rates = {"optim.lr": self.config.optim.lr, "optim.embedding_lr": self.config.optim.embedding_lr}
+        options = " ".join(f"--{key} {rate / 3:.1g}" for key, rate in rates.items() if rate)
+        return FloatingPointError(
+            f"step {step}: {reason}. Lower the learning rate: add {options} --resume force, "
+            "which resumes from the last checkpoint if there is one"
+        )
 
 
 def random_batch(planned: Plan, micro_batch: int) -> Batch:
