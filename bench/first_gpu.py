@@ -45,6 +45,8 @@ TUNED = {  # op: kernels that it launches
     "qk_norm_rope": ("qk_norm_rope_fwd", "qk_norm_rope_bwd"),
     "cross_entropy": ("cross_entropy",),
 }
+# SIGINT is ignored in the children of a job in the background, unless they ask for it.
+PYTEST = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
 LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "PER_SM": (1, 8)}  # of other options 1 to 8,192
 
 
@@ -64,7 +66,7 @@ def kernel_tests(seconds: float) -> dict:
     """What pytest prints. The tests of the compiled code, of the traffic and of the source need no GPU and are left out. At the end of its
     time pytest is interrupted, and still lists what has failed."""
     left_out = [f"--ignore=tests/kernels/test_{name}.py" for name in ("machine_code", "traffic", "source")]
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rf", "--tb=short", "--color=no", *left_out]
+    command = [sys.executable, "-c", PYTEST, "tests/kernels", "-q", "-rf", "--tb=short", "--color=no", *left_out]
     pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     is_late = False
     try:
