@@ -145,6 +145,11 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
     return lambda itemsize: dict(zip((*names, "num_warps", "num_stages"), half if itemsize == 2 else wide, strict=True))
 
 
+def _decode(sums: int) -> Row:
+    """`entries`: of a key, for all heads of a program."""
+    return lambda entries: {"BLOCK_S": max(1, min(128, sums // entries)), "num_warps": 4}
+
+
 TABLE: dict[str, dict[str, Row]] = {
     "flash_attention_fwd": {
         "sm_75": _ATTENTION_SCALAR,
@@ -194,8 +199,8 @@ TABLE: dict[str, dict[str, Row]] = {
         "gfx942": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "interpreter": _fixed(BLOCK=16, BLOCK_K=16, num_warps=4, num_stages=1),
     },
-    # 32 sums a thread; with one head four 128-bit loads of keys and four of values in bf16 are in flight.
-    "decode_attention": {"sm_80": lambda entries: {"BLOCK_S": max(1, min(128, 4096 // entries)), "num_warps": 4}},
+    # 32 sums a thread; with one head four 128-bit loads of keys and four of values in bf16 are in flight. On sm_120 that spilled.
+    "decode_attention": {"sm_80": _decode(4096), "sm_120": _decode(2048)},
     "decode_attention_combine": {"sm_80": _fixed(num_warps=8)},
     "sample_keys": {"sm_80": _fixed(BLOCK=1024, num_warps=4)},
     "sample": {  # one program an SM

@@ -149,9 +149,7 @@ def _sample(
             for o in range(0, n_token, BLOCK):
                 o_v = o + tl.arange(0, BLOCK)
                 is_equal = (tl.load(p_key + o_v, mask=o_v < n_token, other=LEAST) == key).to(tl.int32)
-                b_weight = (
-                    n_before + tl.cumsum(is_equal, 0)
-                ) * weight  # of the equal tokens up to each; they share `rest` in the order of ids
+                b_weight = (n_before + tl.cumsum(is_equal, 0)) * weight  # of the equal ones so far: they share `rest` in the order of ids
                 is_ours = (is_equal != 0) & (b_weight > rest) & (b_weight - weight <= rest)
                 token = tl.maximum(token, tl.max(tl.where(is_ours, o_v, -1), 0))
                 n_before += tl.sum(is_equal, 0)
