@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype), ema=args.ema)
     if not llm.model.embedding.is_cuda and (problem := native.problem()):
         print(problem, file=sys.stderr)
-    native.limit_threads(llm.model, args.samples)
 
     n_tokens, seconds = 0, 0.0
 
