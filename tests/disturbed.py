@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from runs import command, losses, metrics  # noqa: E402
 
-STEPS = 60  # of a run, for each signal
+STEPS = 20  # of a run, for each signal
 OPTIONS = {"train__validate_every": 50, "train__checkpoint_every": 5, "train__keep_last": 3, "log__every": 4, "train__ema": 0.9}
 
 
