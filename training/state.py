@@ -102,8 +102,13 @@ def check_trainer(folder: Path, trainer: dict) -> None:
         "config": dict,
         "grad_scaler": dict,
     }
-    types |= {key: kind for key, kind in (("passed", list), ("health", dict)) if key in trainer}
     wrong = [key for key, kind in types.items() if not isinstance(trainer.get(key, ...), kind)]
+    passed, health = trainer.get("passed", []), trainer.get("health", {})  # earlier versions wrote neither
+    if not isinstance(passed, list) or not all(isinstance(p, list) and list(map(type, p)) == [int, int] for p in passed):
+        wrong.append("passed")
+    lists = ("losses", "reports")
+    if not isinstance(health, dict) or not all(isinstance(v, list if key in lists else number) for key, v in health.items()):
+        wrong.append("health")
     if wrong and trainer.get("format", 1) == FORMAT:
         raise UserError(f"{folder}/trainer/trainer.json: {', '.join(wrong)} missing or of a wrong type")
 
