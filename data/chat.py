@@ -1,0 +1,11 @@
+"""The format of a conversation, ChatML: each message between `<|im_start|>` and `<|im_end|>`, which the tokenizer keeps as one id each."""
+
+from collections.abc import Iterable, Mapping
+
+
+def chat_prompt(messages: Iterable[Mapping[str, str]]) -> str:
+    """The text of a conversation up to the place where the assistant answers.
+
+    A message has a `role` ("system", "user" or "assistant") and its `content`."""
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
