@@ -116,9 +116,7 @@ def with_replay(split: Split, replay: Split, share: float) -> Split:
     """Conversations and, in memory, documents of `replay`, evenly spread over it, all of whose tokens are learnt: about `share` of all
     tokens, or all that `replay` has. Raises UserError if the tokenizers differ."""
     if replay.tokenizer_hash != split.tokenizer_hash:
-        raise UserError(
-            f"{replay.folder} was made with another tokenizer than {split.folder}; make one of them again"
-        )
+        raise UserError(f"{replay.folder} was made with another tokenizer than {split.folder}; make one of them again")
     wanted = round(share / (1 - share) * split.n_tokens / replay.n_tokens * replay.n_documents)
     documents = [replay.document(i) for i in evenly(replay.n_documents, wanted)]
     if not documents:
