@@ -74,8 +74,9 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     tokenizer, train_split, validation_split = open_data(config.data_folder)
     if config.data.replay:
         train_split = with_replay(train_split, open_data(Path(config.data.replay))[1], config.data.replay_share)
-    if config.init_from and Tokenizer.load(find_checkpoint(Path(config.init_from))).hash != tokenizer.hash:
-        raise UserError(f"{config.data_folder} has another tokenizer than {config.init_from}; make it with --tokenizer {config.init_from}")
+    base = find_checkpoint(Path(config.init_from)) if config.init_from else None
+    if base and Tokenizer.load(base).hash != tokenizer.hash:
+        raise UserError(f"{config.data_folder} has another tokenizer than {base}; make it with --tokenizer {base}")
 
     # ---- the plan of the run --------------------------------------------------------------------------------------------------------
     device = DeviceFacts.of(here, config)
@@ -95,8 +96,8 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     sizes = {"context": planned.sequence, "micro_batch": train.micro_batch}
     order = {"global_batch": train.global_batch, "seed": config.seed, "rank": here.rank, "world_size": here.world_size}
     shared = {"here": here, "autocast": step.autocast}
-    if config.objective == "dpo":
-        name = sha256_of(find_checkpoint(Path(config.init_from or "")) / "model.safetensors")[:16]
+    if config.objective == "dpo" and base:
+        name = sha256_of(base / "model.safetensors")[:16]
         references = [reference_log_probs(step.model, s, name, **sizes, **shared) for s in (train_split, validation_split)]
         batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
         evaluate = functools.partial(validate_pairs, step.model, validation_split, references[1], config.dpo, **sizes, **shared)

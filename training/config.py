@@ -358,11 +358,12 @@ class RunConfig:
         checkpoint."""
         if not self.init_from:
             return self.model.build(vocab_size)
-        shape = gpt_config(read_json(find_checkpoint(Path(self.init_from)), "config.json"))
+        folder = find_checkpoint(Path(self.init_from))
+        shape = gpt_config(read_json(folder, "config.json"))
         if vocab_size not in (None, shape.vocab_size):
             raise UserError(
-                f"init_from {self.init_from} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
-                f"tritale prepare --tokenizer {self.init_from}"
+                f"{folder} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
+                f"tritale prepare --tokenizer {folder}"
             )
         return shape
 

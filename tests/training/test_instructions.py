@@ -138,9 +138,7 @@ def test_gradients_of_prompts_are_exactly_zero(tiny_run, instructions, monkeypat
 def test_another_model_or_tokenizer_is_refused(tiny_run, instructions, tmp_path):
     with pytest.raises(SystemExit, match="leave out the keys of model"):
         run_here(tmp_path / "a", init_from=tiny_run, data__source=instructions["sft"])
-    with pytest.raises(UserError, match="make the data with tritale prepare --tokenizer"):
-        teach(tmp_path / "b", tiny_run, "built-in", data__stories=300, data__vocab_size=500)
-    with pytest.raises(UserError, match="another tokenizer than"):
+    with pytest.raises(UserError, match=r"another tokenizer than .*step-00000006; make it with --tokenizer"):
         teach(tmp_path / "c", tiny_run, "built-in", data__stories=300, seed=7)
     with pytest.raises(SystemExit, match="set init_from"):
         run_here(tmp_path / "d", objective="dpo")
