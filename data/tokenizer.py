@@ -77,6 +77,7 @@ class Tokenizer:
         self.vocab_size = len(self._bytes)
         self.eot_id = FIXED_TOKENS.index(END_OF_TEXT)
         self.pad_id = FIXED_TOKENS.index(PAD)
+        self.im_start_id, self.im_end_id = (FIXED_TOKENS.index(token) for token in SPECIAL_TOKENS[1:3])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
