@@ -84,7 +84,7 @@ def table(report: dict):
     from ..evaluation.instructions_page import figures
 
     result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), show_edge=False)
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     result.add_column("n", justify="right")
     for name in [*(row["model"] for row in report["models"]), "by chance", "held-out"]:
         result.add_column(name, justify="right", overflow="fold")

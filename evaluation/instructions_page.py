@@ -26,8 +26,8 @@ MEASURES = {  # key → name, format
     "repeated_4grams": ("repeated 4-grams", "{:.1%}"),
     "length": ("characters", "{:.0f}"),
     "distinct_3": ("distinct-3", "{:.2f}"),
-    "overlap": ("copied, characters", "{:.0f}"),
-    "bits_per_char": ("bits per character of plain stories", "{:.3f}"),
+    "overlap": ("copied characters", "{:.0f}"),
+    "bits_per_char": ("bits/char, plain text", "{:.3f}"),
 }
 
 
@@ -46,7 +46,7 @@ def figures(report: dict) -> list[tuple[str, list[tuple[str, str, list[Cell]]]]]
     for title, key, names in (("met", "kinds", KINDS), ("features met", "features", FEATURES), ("all met of", "together", by_number)):
         kept = [(name, [column[key][k] for column in columns]) for k, name in names.items() if report["reference"][key].get(k)]
         if kept:
-            groups.append((title, [(name, f"{rates[0]['of']:,}", [rate_cell(rate) for rate in rates]) for name, rates in kept]))
+            groups.append((title, [(name, f"{rates[0]['of']:,}", [*map(rate_cell, rates[:-1]), Cell(f"{rates[-1]['rate']:.0%}")]) for name, rates in kept]))
     measures = []
     for key, (name, form) in MEASURES.items():
         values = [column.get(key) for column in columns]
