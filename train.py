@@ -18,13 +18,14 @@ from tritale.common.errors import UserError
 from tritale.common.files import locked
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
+from tritale.data.shards import with_replay
 from tritale.data.tokenizer import Tokenizer
 from tritale.evaluation.compatibility import compatibility_warnings
 from tritale.evaluation.run_report import write_report
 from tritale.evaluation.validation import validate
 from tritale.inference import LLM
 from tritale.model import GPT
-from tritale.model.run_folder import step_folder
+from tritale.model.run_folder import find_checkpoint, step_folder
 from tritale.training import processes, record, state
 from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
@@ -36,7 +37,8 @@ from tritale.training.step import TrainingStep, explain_errors
 def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log, step: int) -> None:
     llm = LLM(model, tokenizer)
     for i, prompt in enumerate(config.log.prompts):
-        text = llm.generate(prompt, max_new_tokens=config.log.sample_tokens, seed=config.seed + i)
+        given = [{"role": "user", "content": prompt}] if tokenizer.is_chat and prompt else prompt
+        text = llm.complete([given], max_new_tokens=config.log.sample_tokens, seed=config.seed + i)[0].text
         log.print(f"\n{prompt}{text}", style="green", soft_wrap=True)
         log.sample(step=step, prompt=prompt, text=text, seed=config.seed + i)
     log.print()
@@ -69,6 +71,10 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
         write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
     processes.barrier()
     tokenizer, train_split, validation_split = open_data(config.data_folder)
+    if config.data.replay:
+        train_split = with_replay(train_split, open_data(Path(config.data.replay))[1], config.data.replay_share)
+    if config.init_from and Tokenizer.load(find_checkpoint(Path(config.init_from))).hash != tokenizer.hash:
+        raise UserError(f"{config.data_folder} has another tokenizer than {config.init_from}; make it with --tokenizer {config.init_from}")
 
     # ---- the plan of the run --------------------------------------------------------------------------------------------------------
     device = DeviceFacts.of(here, config)
@@ -114,7 +120,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     tracing = profiled(train.profile if here.is_main else 0, out_dir, progress.step, log.print)
     with tracing as trace_step, log.progress(train.max_steps, progress.step) as update:
         for i in range(progress.step, train.max_steps):
-            grad_norm = step.run(batches.step(i), step.lr_factor(i))
+            grad_norm = step.run(batches.step(i), step.lr_factor(i), batches.n_targets(i))
             trace_step()
 
             done = i + 1
@@ -177,7 +183,8 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
         print_samples(step.model, tokenizer, config, log, train.max_steps)
-        log.print(f"Next: tritale generate --model {last} --prompt 小兔", soft_wrap=True)  # a command is not broken
+        example = "--instruct --prompt 写一个小兔的故事。" if tokenizer.is_chat else "--prompt 小兔"
+        log.print(f"Next: tritale generate --model {last} {example}", soft_wrap=True)  # a command is not broken
     log.close()
 
 

@@ -7,6 +7,9 @@ them to the processes in turn, so the step is the same on any number of processe
 
 The target of a token is the token stored after it: the next one of the document, also at a cut. After the last token of a document it is
 the `<|endoftext|>` that begins the next one, so the model learns where a story ends.
+
+In a split of conversations only the answers are targets. One that a micro-batch's border cuts is learnt up to there: its rest would be
+without its question.
 """
 
 from collections.abc import Iterator
@@ -76,6 +79,13 @@ class Batches:
                 f"micro_batch ({micro_batch}) × processes ({world_size}) must divide global_batch ({global_batch}); "
                 f"try global_batch {tries}"
             )
+        if split.learnt is not None and not document_mask:
+            raise UserError(f"{split.folder} holds conversations, which must not see each other; set data.document_mask true")
+        if n_long := int((split.lengths > context)[~split.is_learnt(split.starts[:-1])].sum()):  # a replayed text may be longer
+            raise UserError(
+                f"{split.folder} has {n_long:,} conversations longer than the context of {context} tokens; make it again with "
+                f"tritale prepare --context {context}, which names them"
+            )
         self.tokens_per_step = global_batch * context  # over all processes
         if split.n_tokens < self.tokens_per_step:
             fits = split.n_tokens // (together * context) * together
@@ -102,7 +112,20 @@ class Batches:
         epoch, step = divmod(step, self.steps_per_epoch)
         return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._own)
 
+    def n_targets(self, step: int) -> int:
+        """How many targets of optimizer step `step` are not IGNORED, over all processes; at least 1."""
+        if self._split.learnt is None:
+            return self.tokens_per_step
+        epoch, step = divmod(step, self.steps_per_epoch)
+        parts = (self._parts(epoch, step * self._micro_batches + i) for i in range(self._micro_batches))
+        return max(1, sum(int(_learnt(self._split, *part).sum()) for part in parts))
+
     def _micro_batch(self, epoch: int, m: int) -> Batch:
+        parts = self._parts(epoch, m)
+        return _batch(self._split, *parts, self._shape, self._n_segments if self._document_mask else None)
+
+    def _parts(self, epoch: int, m: int) -> tuple[np.ndarray, np.ndarray, int]:
+        # The starts and lengths of the pieces in micro-batch m, and how many tokens of the first are in the one before.
         if epoch != self._epoch:
             # Sorted random words, not Generator.permutation: NumPy guarantees the same words in later versions.
             words = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(len(self._starts))
@@ -119,7 +142,7 @@ class Batches:
         starts[0] += cut
         lengths[0] -= cut
         lengths[-1] -= self._ends[last] - end  # tokens in the next one
-        return _batch(self._split, starts, lengths, self._shape, self._n_segments if self._document_mask else None)
+        return starts, lengths, int(cut)
 
 
 def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask: bool = True) -> Iterator[Batch]:
@@ -142,7 +165,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
         cuts.append(int(np.searchsorted(ends, starts[cuts[-1]] + n, side="right")))
     n_segments = int(np.diff(cuts).max()) + micro_batch if document_mask else None  # padding is at most micro_batch segments
     for i, j in pairwise(cuts):
-        yield _batch(split, starts[i:j], lengths[i:j], (micro_batch, context), n_segments)
+        yield _batch(split, starts[i:j], lengths[i:j], 0, (micro_batch, context), n_segments)
 
 
 def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,15 +191,31 @@ def _likely_segments(lengths: np.ndarray, n: int) -> int:
     return min(int(np.ceil(k)) + 2, n)
 
 
-def _batch(split: Split, starts, lengths, shape: tuple[int, int], n_segments: int | None) -> Batch:
-    # The parts of the split that begin at `starts`, one after another, then padding.
+def _positions(starts, lengths) -> np.ndarray:
+    # The positions of the parts of a split that begin at `starts`, one after another.
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]))
+
+
+def _learnt(split: Split, starts, lengths, cut: int) -> np.ndarray:
+    # Whether the target of each token of these parts is learnt.
+    learnt = split.is_learnt(_positions(starts, lengths) + 1)
+    if cut and split.learnt is not None:
+        learnt[: lengths[0]] = False
+    return learnt
+
+
+def _batch(split: Split, starts, lengths, cut: int, shape: tuple[int, int], n_segments: int | None) -> Batch:
+    # These parts of the split, then padding.
     n, context = shape[0] * shape[1], shape[1]
     ends = np.cumsum(lengths)
     filled = int(ends[-1])
     positions = np.full(n, split.n_tokens)
-    positions[:filled] = np.repeat(starts - (ends - lengths), lengths) + np.arange(filled)
+    positions[:filled] = _positions(starts, lengths)
     tokens, targets = split.take(positions), split.take(positions + 1)
     targets[filled:] = IGNORED
+    if split.learnt is not None:
+        targets[:filled][~_learnt(split, starts, lengths, cut)] = IGNORED
     if n_segments is None:
         return Batch(torch.from_numpy(tokens).view(shape), torch.from_numpy(targets).view(shape), None)
     borders = np.concatenate([[0], ends, np.arange(filled + context, n + context, context)]).clip(max=n)

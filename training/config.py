@@ -16,7 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.console import wrapped
 from ..common.errors import UserError
+from ..model.checkpoint import gpt_config, read_json
 from ..model.gpt import PRESETS, GPTConfig
+from ..model.run_folder import find_checkpoint
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 
@@ -116,6 +118,8 @@ class DataConfig:
         validation_stories: Number of built-in validation stories.
         vocab_size: Vocabulary size of the tokenizer trained on the built-in stories.
         document_mask: Whether attention is limited to one document when a sequence contains several.
+        replay: For conversations: a folder of plain text like source, made with the same tokenizer, which is mixed in; null for none.
+        replay_share: Share of the tokens that are replayed.
     """
 
     source: str = checked("built-in", is_source, f'"built-in" or {PATH}')
@@ -123,6 +127,8 @@ class DataConfig:
     validation_stories: int = between(500, 1, 100_000)
     vocab_size: int = between(2048, 262, 2**20)
     document_mask: bool = True
+    replay: str | None = checked(None, is_path, PATH)
+    replay_share: float = between(0.1, 0.0, 0.9)
 
     @property
     def built_in(self) -> dict[str, int]:
@@ -287,6 +293,7 @@ class RunConfig:
     Args:
         out_dir: Output folder.
         seed: Seed of the weights, the built-in stories and the order of the data.
+        init_from: A checkpoint or run whose weights and shape the model starts with, in place of random weights and `model`.
         resume: auto resumes from the newest complete checkpoint in out_dir and requires the same config. force also accepts
             changes that the weights do not depend on, for example a longer run.
         data: The training and validation data.
@@ -298,6 +305,7 @@ class RunConfig:
 
     out_dir: str = checked("out/run", is_path, PATH)
     seed: int = between(42, 0, 2**63 - 1)
+    init_from: str | None = checked(None, is_path, PATH)
     resume: str = one_of("auto", "force")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -318,6 +326,21 @@ class RunConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
                 f"try {self.train.max_steps // 10}"
             )
+        if self.init_from and self.model != ModelConfig():
+            raise UserError(f"init_from takes the model's shape from {self.init_from}; leave out the keys of model")
+
+    def shape(self, vocab_size: int | None) -> GPTConfig:
+        """The model's shape for the data's vocabulary size (None: not known). Raises UserError if they do not fit, or if init_from is no
+        checkpoint."""
+        if not self.init_from:
+            return self.model.build(vocab_size)
+        shape = gpt_config(read_json(find_checkpoint(Path(self.init_from)), "config.json"))
+        if vocab_size not in (None, shape.vocab_size):
+            raise UserError(
+                f"init_from {self.init_from} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
+                f"tritale prepare --tokenizer {self.init_from}"
+            )
+        return shape
 
     @property
     def data_folder(self) -> Path:
@@ -360,7 +383,7 @@ SYNONYMS = {
     "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
     "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
     "profile": "train.profile", "tensorboard": "log.tensorboard", "swanlab": "log.swanlab", "output_dir": "out_dir", "out": "out_dir",
-    "resume_from_checkpoint": "resume", "init_from": "resume",
+    "resume_from_checkpoint": "resume",
 }  # fmt: skip
 NO_KEYS = {
     "config": "a config file cannot name another; give --config twice",

@@ -98,7 +98,13 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
     trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
     try:
         with atomic_folder(folder) as temporary:
-            save_model(temporary, step.model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+            save_model(
+                temporary,
+                step.model,
+                eos_token_id=tokenizer.eot_id,
+                pad_token_id=tokenizer.pad_id,
+                im_end_id=tokenizer.im_end_id if tokenizer.is_chat else None,
+            )
             tokenizer.save(temporary, context=step.model.config.context)
             (temporary / "trainer").mkdir()
             save_tensors(temporary / "trainer" / "state.safetensors", tensors)
@@ -130,7 +136,7 @@ def check_config(folder: Path, config: RunConfig) -> None:
     compared that the weights and the optimizer state depend on."""
     trainer = read_trainer(folder)
     changed = differences(trainer["config"], config)
-    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "optim.matrices"))]
+    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "init_from", "optim.matrices"))]
     if needed and config.resume == "force":
         raise UserError(f"{folder.parent} cannot resume with {'; '.join(needed)}: choose another --out_dir, or restore the old values")
     if trainer["step"] > config.train.max_steps:

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..data.batches import Batch
+from ..model.checkpoint import load_weights
 from ..model.gpt import GPT
+from ..model.run_folder import find_checkpoint
 from . import processes
 from .config import RunConfig, divisors
 from .graphs import WARM_UP, Graphed
@@ -61,6 +64,8 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
+        if config.init_from:
+            load_weights(self.model, find_checkpoint(Path(config.init_from)))
         self.parameters = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
         # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
@@ -81,7 +86,7 @@ class TrainingStep:
                 self.forward_backward = Graphed(self._forward_backward)
                 if not self.scaler.is_enabled():  # whether an fp16 step is skipped is decided on the host
                     self.clip_and_step = Graphed(self._clip_and_step)
-        # The loss of a micro-batch is its sum over the tokens of the step, divided by their number over all processes.
+        # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
         self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
@@ -90,11 +95,14 @@ class TrainingStep:
         """The learning rate of a 0-based step, divided by its peak."""
         return lr_factor(step, self.config.train.max_steps, self.config.optim)
 
-    def run(self, batches: Iterable[Batch], lr_factor: float) -> Tensor:
-        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks.
+    def run(self, batches: Iterable[Batch], lr_factor: float, n_targets: int | None = None) -> Tensor:
+        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The loss is
+        divided by `n_targets`, their number over all processes; all tokens of a step if it is not given.
 
         Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16."""
         set_rates(self.optimizers, lr_factor)
+        if n_targets:
+            self.normalizer.fill_(n_targets)
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
