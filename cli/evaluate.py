@@ -86,7 +86,7 @@ def table(report: dict):
     result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), show_edge=False)
     result.add_column("", no_wrap=True)
     result.add_column("n", justify="right")
-    for name in [*(row["model"] for row in report["models"]), "by chance", "held-out"]:
+    for name in [*(row["model"] + ("" if row["is_asked"] else "\n(not asked)") for row in report["models"]), "by chance", "held-out"]:
         result.add_column(name, justify="right", overflow="fold")
     for title, group in figures(report):
         result.add_section()

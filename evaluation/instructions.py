@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling
-from ..data.chat import prompt_ids
 from ..data.shards import Split
 from ..data.tokenizer import Tokenizer
 from ..inference.llm import LLM
@@ -60,14 +59,12 @@ class Evaluation:
         self.by_chance = counts(samples, [*own[1:], own[0]])
 
     def measure(self, llm: LLM, advance: Callable[[], None] = lambda: None) -> dict:
-        """The figures of a model. `advance` is called after the validation and after each story.
+        """The figures of a model. `advance` is called after the validation and after each story. A model that was not trained on
+        conversations gets no instruction: it writes stories without a prompt, whose measures are what they were before such training.
 
         Raises UserError if an instruction fills the model's context."""
-        if llm.tokenizer.im_start_id < 0:
-            raise UserError("the tokenizer of an imported model has no <|im_start|> and <|im_end|>, so it cannot be asked for a story")
-        prompts, context = [prompt_ids(llm.tokenizer, sample.prompt) for sample in self.samples], llm.model.config.context
-        if (longest := max(map(len, prompts))) >= context:
-            raise UserError(f"an instruction has {longest} tokens and the model's context {context}; leave long ones out with --context")
+        ask = lambda sample: llm.encode_prompt(sample.prompt if llm.tokenizer.is_chat else "")
+        prompts = [ask(sample) for sample in self.samples]
         _, bits = loss_of_texts(llm, self.held_out)
         advance()
         texts, is_complete = [""] * len(prompts), [False] * len(prompts)
@@ -75,7 +72,7 @@ class Evaluation:
             if done:
                 texts[i], is_complete[i] = done.text, done.finish_reason == "end"
                 advance()
-        return {"bits_per_char": bits} | self._row(texts, is_complete)
+        return {"is_asked": llm.tokenizer.is_chat, "bits_per_char": bits} | self._row(texts, is_complete)
 
     def _row(self, texts: list[str], is_complete: list[bool]) -> dict:
         stories = []

@@ -44,9 +44,13 @@ def figures(report: dict) -> list[tuple[str, list[tuple[str, str, list[Cell]]]]]
     groups = []
     by_number = {n: f"{n} requirement{'s' if n != '1' else ''}" for n in report["reference"]["together"]}
     for title, key, names in (("met", "kinds", KINDS), ("features met", "features", FEATURES), ("all met of", "together", by_number)):
-        kept = [(name, [column[key][k] for column in columns]) for k, name in names.items() if report["reference"][key].get(k)]
-        if kept:
-            groups.append((title, [(name, f"{rates[0]['of']:,}", [*map(rate_cell, rates[:-1]), Cell(f"{rates[-1]['rate']:.0%}")]) for name, rates in kept]))
+        rows = []
+        for k, name in names.items():
+            if own := report["reference"][key].get(k):
+                cells = [rate_cell(column[key][k]) for column in columns[:-1]]
+                rows.append((name, f"{own['of']:,}", [*cells, Cell(f"{own['rate']:.0%}")]))
+        if rows:
+            groups.append((title, rows))
     measures = []
     for key, (name, form) in MEASURES.items():
         values = [column.get(key) for column in columns]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tritale.instructions.derive import SENTENCE, Vocabulary, length_range, of_built_in, of_text, split_sentences
+from tritale.instructions.derive import SENTENCE, Vocabulary, length_range, of_text, split_sentences
 from tritale.instructions.requirements import Requirement, judge
 from tritale.instructions.wording import CHINESE, ENGLISH, ENGLISH_WORDING, SIMPLIFIED, TRADITIONAL, instruction, language_of
 from tritale.stories.generator import story
