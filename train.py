@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tritale.common.console import replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
-from tritale.common.files import locked
-from tritale.data.batches import Batches
+from tritale.common.files import locked, sha256_of
+from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.shards import with_replay
 from tritale.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from tritale.training import processes, record, state
 from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
+from tritale.training.preference import reference_log_probs, validate_pairs
 from tritale.training.profiling import profiled
 from tritale.training.step import TrainingStep, explain_errors
 
@@ -73,8 +74,9 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     tokenizer, train_split, validation_split = open_data(config.data_folder)
     if config.data.replay:
         train_split = with_replay(train_split, open_data(Path(config.data.replay))[1], config.data.replay_share)
-    if config.init_from and Tokenizer.load(find_checkpoint(Path(config.init_from))).hash != tokenizer.hash:
-        raise UserError(f"{config.data_folder} has another tokenizer than {config.init_from}; make it with --tokenizer {config.init_from}")
+    base = find_checkpoint(Path(config.init_from)) if config.init_from else None
+    if base and Tokenizer.load(base).hash != tokenizer.hash:
+        raise UserError(f"{config.data_folder} has another tokenizer than {base}; make it with --tokenizer {base}")
 
     # ---- the plan of the run --------------------------------------------------------------------------------------------------------
     device = DeviceFacts.of(here, config)
@@ -92,17 +94,17 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
     # ---- model, optimizers, batches -------------------------------------------------------------------------------------------------
     step = TrainingStep(planned, here)
     sizes = {"context": planned.sequence, "micro_batch": train.micro_batch}
-    mask = config.data.document_mask
-    batches = Batches(
-        train_split,
-        **sizes,
-        global_batch=train.global_batch,
-        seed=config.seed,
-        document_mask=mask,
-        rank=here.rank,
-        world_size=here.world_size,
-    )
-    evaluate = functools.partial(validate, step.model, validation_split, **sizes, document_mask=mask, here=here, autocast=step.autocast)
+    order = {"global_batch": train.global_batch, "seed": config.seed, "rank": here.rank, "world_size": here.world_size}
+    shared = {"here": here, "autocast": step.autocast}
+    if config.objective == "dpo" and base:
+        name = sha256_of(base / "model.safetensors")[:16]
+        references = [reference_log_probs(step.model, s, name, **sizes, **shared) for s in (train_split, validation_split)]
+        batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
+        evaluate = functools.partial(validate_pairs, step.model, validation_split, references[1], config.dpo, **sizes, **shared)
+    else:
+        mask = config.data.document_mask
+        batches = Batches(train_split, **sizes, **order, document_mask=mask)
+        evaluate = functools.partial(validate, step.model, validation_split, **sizes, document_mask=mask, **shared)
 
     # ---- resume: weights, optimizer and random state; the order of the data is a function of the step -------------------------------
     progress = state.Progress()
@@ -127,6 +129,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
             is_last = done == train.max_steps
             if done % config.log.every == 0 or is_last or done % train.checkpoint_every == 0:
                 seconds = time.perf_counter() - logged_at - paused
+                preference = step.mean_preference()
                 loss = step.mean_loss()
                 norm = grad_norm.item()
                 step.check_finite(done, loss=loss, **({} if step.scaler.is_enabled() else {"gradient norm": norm}))
@@ -139,6 +142,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
                     loss=loss,
                     lr=config.optim.lr * step.lr_factor(i),
                     grad_norm=norm,
+                    **preference,
                     tokens_per_second=speed,
                     mfu=flops / peak_flops,
                     memory_gib=processes.peak_memory_gib(here.device),

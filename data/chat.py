@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant")
 START, END = "<|im_start|>", "<|im_end|>"
 ANSWER = f"{START}assistant\n"
+NEXT = "\x1e"  # between the two conversations of a pair in one text
 # The same text for Hugging Face's `apply_chat_template` and for llama.cpp.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -53,8 +54,8 @@ def problem(messages: object) -> str | None:
             return f"message {number} has no role and content, both text"
         if message.get("role") not in ROLES:
             return f"message {number} has the role {str(message.get('role'))[:40]!r}; the roles are {', '.join(ROLES)}"
-        if START in message["content"] or END in message["content"]:
-            return f"message {number} contains {START} or {END}, which separate messages"
+        if any(mark in message["content"] for mark in (START, END, NEXT)):
+            return f"message {number} contains {START}, {END} or U+001E, which separate messages"
     return None
 
 

@@ -82,6 +82,13 @@ class Split:
         """Tokens of each document, `<|endoftext|>` included: (n_documents,) int64."""
         return np.diff(self.starts)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each document is a pair for preference training: the conversation with the chosen answer, then that with the rejected
+        one, each after `<|endoftext|>`."""
+        first = self.document(0)
+        return self.learnt is not None and bool((first[1:] == first[0]).any())
+
     def document(self, i: int) -> np.ndarray:
         """The tokens of document `i`, `<|endoftext|>` included: (tokens,) int64."""
         return self.take(np.arange(self.starts[i], self.starts[i + 1]))

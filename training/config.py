@@ -262,6 +262,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig:
+    """Preference training, with objective dpo.
+
+    Args:
+        beta: How strongly the model is kept near the one that it starts with; a reward is beta · (log p − log p_ref).
+        length_normalised: Whether the log-probability of an answer is divided by its number of tokens.
+        sft_weight: Coefficient of the chosen answers' mean loss per token, which keeps their probability from falling.
+    """
+
+    beta: float = between(0.1, 1e-6, 1000.0)
+    length_normalised: bool = False
+    sft_weight: float = between(0.0, 0.0, 100.0)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Metrics and printed samples.
 
@@ -296,10 +311,12 @@ class RunConfig:
         init_from: A checkpoint or run whose weights and shape the model starts with, in place of random weights and `model`.
         resume: auto resumes from the newest complete checkpoint in out_dir and requires the same config. force also accepts
             changes that the weights do not depend on, for example a longer run.
+        objective: cross_entropy (the next token), or dpo (pairs of answers).
         data: The training and validation data.
         model: The model's shape.
         train: The training loop.
         optim: The optimizer.
+        dpo: Preference training.
         log: Metrics and printed samples.
     """
 
@@ -307,10 +324,12 @@ class RunConfig:
     seed: int = between(42, 0, 2**63 - 1)
     init_from: str | None = checked(None, is_path, PATH)
     resume: str = one_of("auto", "force")
+    objective: str = one_of("cross_entropy", "dpo")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
@@ -329,16 +348,22 @@ class RunConfig:
         if self.init_from and self.model != ModelConfig():
             raise UserError(f"init_from takes the model's shape from {self.init_from}; leave out the keys of model")
 
+        if self.objective == "dpo" and not self.init_from:
+            raise UserError("objective dpo starts with a model that follows instructions; set init_from to its run")
+        if self.objective == "dpo" and self.data.replay:
+            raise UserError("data.replay mixes text into conversations, not into pairs; leave it out, or set dpo.sft_weight")
+
     def shape(self, vocab_size: int | None) -> GPTConfig:
         """The model's shape for the data's vocabulary size (None: not known). Raises UserError if they do not fit, or if init_from is no
         checkpoint."""
         if not self.init_from:
             return self.model.build(vocab_size)
-        shape = gpt_config(read_json(find_checkpoint(Path(self.init_from)), "config.json"))
+        folder = find_checkpoint(Path(self.init_from))
+        shape = gpt_config(read_json(folder, "config.json"))
         if vocab_size not in (None, shape.vocab_size):
             raise UserError(
-                f"init_from {self.init_from} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
-                f"tritale prepare --tokenizer {self.init_from}"
+                f"{folder} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
+                f"tritale prepare --tokenizer {folder}"
             )
         return shape
 

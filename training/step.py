@@ -24,6 +24,7 @@ from .config import RunConfig, divisors
 from .graphs import WARM_UP, Graphed
 from .optimizer import Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
+from .preference import STATISTICS, answer_log_probs, dpo_loss
 
 MEASURE_SECONDS = 10  # after the compilation
 
@@ -89,6 +90,7 @@ class TrainingStep:
         # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
         self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
+        self.preference = torch.zeros(len(STATISTICS), device=here.device)  # since the last `mean_preference`
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
@@ -114,9 +116,20 @@ class TrainingStep:
         """Add the gradients and the loss of one micro-batch."""
         self.forward_backward(*batch.on(self.here.device))
 
-    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+        """The loss of a micro-batch: its sum over `normalizer`."""
         with self.autocast():
-            loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+            if reference is None:
+                return self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+            nll = self.module(tokens, targets, cu_seqlens=cu_seqlens, reduction="none")
+        assert cu_seqlens is not None
+        log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
+        loss, values = dpo_loss(log_probs, reference, counts, self.config.dpo)
+        self.preference += values / self.normalizer
+        return loss.sum() / self.normalizer
+
+    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+        loss = self.loss(tokens, targets, cu_seqlens, reference)
         # Not backward(), which would add the gradients one by one.
         torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
         return self.loss_sum.add_(loss.detach())
@@ -140,6 +153,14 @@ class TrainingStep:
         for call in (self.forward_backward, self.clip_and_step):
             if isinstance(call, Graphed):
                 call.release()
+
+    def mean_preference(self) -> dict[str, float]:
+        """STATISTICS of preference training, averaged as `mean_loss`, which must be called after it; {} without."""
+        if self.config.objective != "dpo":
+            return {}
+        means = (processes.total(self.preference) / self.n_steps).tolist()
+        self.preference.zero_()
+        return dict(zip(STATISTICS, means, strict=True))
 
     def mean_loss(self) -> float:
         """The loss in nats per token, averaged over the processes and the steps since the last call."""

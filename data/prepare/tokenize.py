@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import encode_chats, parse_chat
+from ..chat import NEXT, encode_chats, parse_chat
 from ..shards import DTYPES, dtype_name
 from ..tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from .deduplicate import RECORD, TRAIN, chunks, normalise
@@ -83,15 +83,16 @@ def _encoder(folder: str, tokenizer_hash: str) -> BulkEncoder:
 
 def encode(folder: str, tokenizer_hash: str, splits: Sequence[tuple[list[str], list[str]]], is_chat: bool) -> list[tuple[np.ndarray, ...]]:
     """Encode the (texts, places) of each split with the tokenizer in `folder`: (ids, tokens, characters, byte tokens, learnt), three of
-    them for each document. Of conversations only the characters of the answers count; otherwise `learnt` is empty."""
+    them for each document. Of conversations only the (chosen) answers' characters count; otherwise `learnt` is empty."""
     results, encoder = [], _encoder(folder, tokenizer_hash)
     for texts, places in splits:
         texts = [normalise(text) for text in texts]
         ids, lengths, learnt = np.empty(0, np.uint16), np.empty(0, np.int64), np.empty(0, np.uint8)
         if is_chat and texts:
-            chats = [parse_chat(text) for text in texts]
-            ids, lengths, learnt = encoder.encode_chats(chats)
-            texts = ["".join(m["content"] for m in chat if m["role"] == "assistant") for chat in chats]
+            parts = [text.split(NEXT) for text in texts]  # two of a pair
+            ids, lengths, learnt = encoder.encode_chats([parse_chat(part) for part in chain.from_iterable(parts)])
+            lengths = lengths.reshape(len(texts), -1).sum(1)
+            texts = ["".join(m["content"] for m in parse_chat(part[0]) if m["role"] == "assistant") for part in parts]
         elif texts:
             ids, lengths = at_place(encoder.encode, texts, places)
         is_byte = (ids >= len(SPECIAL_TOKENS)) & (ids < len(FIXED_TOKENS))
