@@ -112,6 +112,8 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
 
     Built-in stories are told again from the folder's recipe, since their facts are not on disk, and held-out ones are as many as needed.
     Raises FileNotFoundError or UserError if the folder is incomplete or damaged."""
+    if not (folder / "train").is_dir():
+        raise FileNotFoundError(f"{folder} is not a data folder; give that of a run (out/quickstart/data) or the --out of tritale prepare")
     if (folder / RECIPE).is_file():
         recipe = read_json_object(folder / RECIPE, remedy=REMEDY)
         seed, n = recipe["seed"], recipe["stories"]

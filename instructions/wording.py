@@ -37,7 +37,7 @@ CHINESE = Wording(
         "place": ("地点", "地方"),
         "summary": ("摘要", "大意"),
         "sentence": ("随机句子", "句子", "要有的一句话"),
-        "length": ("长度", "字数"),
+        "length": ("字数", "多长"),
         "beginning": ("开头",),
     },
     clauses={

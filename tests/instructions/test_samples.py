@@ -1,7 +1,6 @@
 """Samples are a function of the seed, fit into the context, meet their own requirements, and share no story between the splits."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -91,7 +90,7 @@ def test_the_command_writes_samples_that_are_read_as_they_were(built_in, tmp_pat
     assert "40 samples" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="must be at least 1"):
         main(["instruct", str(built_in), "--out", str(tmp_path), "--samples", "0"])
-    with pytest.raises(SystemExit, match=re.escape("tokenizer.json is missing")):
+    with pytest.raises(SystemExit, match="is not a data folder"):
         main(["instruct", str(tmp_path), "--out", str(tmp_path)])
 
 
