@@ -92,9 +92,10 @@ class LLM:
         Raises UserError if the list of prompts is empty or a prompt fills the context."""
         if not prompts:
             raise UserError("there are no prompts; give at least one ('' generates without a prompt)")
-        return self._write([self.encode_prompt(prompt) for prompt in prompts], samplings)
+        return self.write_ids([self.encode_prompt(prompt) for prompt in prompts], samplings)
 
-    def _write(self, prompts: list[list[int]], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
+    def write_ids(self, prompts: list[list[int]], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
+        """`write` for prompts of token ids, each shorter than the context."""
         longest = max(len(ids) + s.max_new_tokens for ids, s in zip(prompts, samplings, strict=True))
         decoder = self.decoder(slots=min(len(prompts), MAX_SLOTS), capacity=min(self.model.config.context, longest))
         scheduler = Scheduler(decoder, self.tokenizer)

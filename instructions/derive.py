@@ -66,7 +66,7 @@ def length_range(n: int) -> tuple[int, int]:
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text with their marks and closing quotes. One with an unpaired quote is left out."""
-    sentences = re.findall(r"[^。！？!?.…\n]+(?:[。！？!?…]+|\.+(?!\w))[”’」』\"]*|[^。！？!?…\n]+$", text)
+    sentences = re.findall(r"(?:[^。！？!?.…\n]|\.(?=\w))+(?:[。！？!?…]+|\.+(?!\w))[”’」』\"]*|[^。！？!?…\n]+$", text)
     pairs = (("“", "”"), ("「", "」"), ("『", "』"))
     is_whole = lambda s: all(s.count(a) == s.count(b) for a, b in pairs) and s.count('"') % 2 == 0
     return [s.strip() for s in sentences if is_whole(s)]
@@ -118,7 +118,7 @@ class Vocabulary:
 LONGEST, LEAST_TEXTS, MOST_TEXTS = 4, 4, 0.1  # characters of a word; texts with it, at least, and their share, at most
 COHESION, FREEDOM = 4.0, 1.2  # nats: pointwise mutual information of its parts; entropy of the character before it and behind it
 _CHINESE, _LATIN = re.compile("[\u3400-\u9fff]+"), re.compile(r"[A-Za-z][a-z]{3,}")
-_JOINS = re.compile("[的了和與与]")
+_JOINS = re.compile("[的了和與与這这]|(?<=.)[着著](?=.)")
 _FUNCTION = frozenset(  # characters that do not begin or end a word worth asking for, in both scripts
     "的了是在着著和也就不都很把被给給让讓对對向从從到这這那哪你我他她它们們个個只一二三两兩有没沒又还還会會能要想说說道问問看去来來上下里裡中后後前与與及而且但因为為所以如何什么麼么吗嗎呢吧啊呀地得之其于於更最再太真每各已正当當时時候过過起出成可样樣些几幾"
 )

@@ -46,7 +46,7 @@ class Requirement:
     characters: tuple[int, ...] = ()  # shortest and longest, both allowed
 
     def __post_init__(self):
-        if self.kind not in FIELDS:
+        if not isinstance(self.kind, str) or self.kind not in FIELDS:
             raise ValueError(f"kind is {self.kind!r}; choose one of {', '.join(FIELDS)}")
         for name in ("text", "words", "characters"):
             if bool(getattr(self, name)) != (name in FIELDS[self.kind]):

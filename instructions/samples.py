@@ -18,6 +18,7 @@ from random import Random
 from ..common.errors import UserError
 from ..common.files import atomic_file, read_json_object
 from ..data.built_in import RECIPE
+from ..data.chat import encode_chats, problem
 from ..data.shards import REMEDY, Split
 from ..data.tokenizer import Tokenizer
 from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
@@ -27,7 +28,6 @@ from .wording import instruction, language_of
 
 MOST = 3  # requirements of an instruction
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
-ROLES = ("system", "user", "assistant")
 AT_ONCE = 512  # samples whose tokens are counted in one call
 
 Track = Callable[[Iterable, str], Iterable]
@@ -61,15 +61,13 @@ class Sample:
     @classmethod
     def from_json(cls, value: object) -> "Sample":
         """Raises ValueError, which says what is wrong, for an object that is not such a sample."""
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(value, dict) or not isinstance(messages, list) or len(messages) < 2:
-            raise ValueError("it is not an object with messages, a list of at least two")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
-                raise ValueError(f"a message needs a role ({', '.join(ROLES)}) and its content, not {str(message)[:80]}")
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-            raise ValueError("the last message is not an answer of the assistant with some text")
-        requirements = value.get("requirements", [])
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object with messages")
+        messages, requirements = value.get("messages") or [], value.get("requirements", [])
+        if what := problem(messages):
+            raise ValueError(what)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise ValueError("the last message is not an answer of the assistant with some text, behind an instruction")
         if not isinstance(requirements, list):
             raise ValueError("requirements is not a list")
         kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
@@ -114,6 +112,8 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
 
     Built-in stories are told again from the folder's recipe, since their facts are not on disk, and held-out ones are as many as needed.
     Raises FileNotFoundError or UserError if the folder is incomplete or damaged."""
+    if not (folder / "train").is_dir():
+        raise FileNotFoundError(f"{folder} is not a data folder; give that of a run (out/quickstart/data) or the --out of tritale prepare")
     if (folder / RECIPE).is_file():
         recipe = read_json_object(folder / RECIPE, remedy=REMEDY)
         seed, n = recipe["seed"], recipe["stories"]
@@ -161,7 +161,8 @@ def make_samples(
         tried += len(batch)
         samples = [sample for sample in batch if sample]
         if tokenizer and context:
-            samples = [s for s, n_tokens in zip(samples, _tokens(samples, tokenizer), strict=True) if n_tokens <= context]
+            encoded = encode_chats(tokenizer, [sample.messages for sample in samples])
+            samples = [sample for sample, (ids, _) in zip(samples, encoded, strict=True) if len(ids) <= context]
         yield from samples[: n - made]
         made += len(samples)
         if tried > 2000 and made < tried / 50:
@@ -169,13 +170,6 @@ def make_samples(
                 f"only {made} of {tried} stories gave a sample: the others are longer than the context of {context} tokens with their "
                 "instruction, or empty; give shorter stories, or a model with a longer context"
             )
-
-
-def _tokens(samples: list[Sample], tokenizer: Tokenizer) -> list[int]:
-    # The tokens of each conversation. Each message has three more than its text: <|im_start|>, <|im_end|> and a line end.
-    texts = [f"{message['role']}\n{message['content']}" for sample in samples for message in sample.messages]
-    lengths = iter([len(ids) + 3 for ids in tokenizer.encode_batch(texts)])
-    return [1 + sum(islice(lengths, len(sample.messages))) for sample in samples]
 
 
 def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample | None]:
