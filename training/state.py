@@ -98,13 +98,7 @@ def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Prog
     trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
     try:
         with atomic_folder(folder) as temporary:
-            save_model(
-                temporary,
-                step.model,
-                eos_token_id=tokenizer.eot_id,
-                pad_token_id=tokenizer.pad_id,
-                im_end_id=tokenizer.im_end_id if tokenizer.is_chat else None,
-            )
+            save_model(temporary, step.model, **tokenizer.special_ids)
             tokenizer.save(temporary, context=step.model.config.context)
             (temporary / "trainer").mkdir()
             save_tensors(temporary / "trainer" / "state.safetensors", tensors)
