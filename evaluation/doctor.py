@@ -74,7 +74,7 @@ def diagnose(facts: RunFacts) -> list[Diagnosis]:
 
 def not_finite(f: RunFacts) -> Diagnosis | None:
     """The loss, the gradient or a weight became NaN or infinite."""
-    bad = f.last("bad_steps") or 0
+    bad = f.counted("bad_steps")
     logged = [line for line in f.lines if not (is_finite(line["loss"]) and is_finite(line.get("grad_norm", 0.0)))]
     if f.end and f.end.startswith("FloatingPointError"):
         evidence = f.end.partition(": ")[2].partition(";")[0]

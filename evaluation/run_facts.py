@@ -33,6 +33,7 @@ class RunFacts:
     starts: list[dict[str, Any]] = field(default_factory=list)
     lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, with the training loss
     validations: list[dict[str, float]] = field(default_factory=list)
+    counts: list[dict[str, float]] = field(default_factory=list)  # the lines with bad steps or spikes, also those without a loss
     samples: list[dict[str, Any]] = field(default_factory=list)  # step, prompt, text
     checkpoints: dict[int, Path] = field(default_factory=dict)
     is_running: bool = False
@@ -59,6 +60,7 @@ class RunFacts:
             starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
             lines=[line for line in lines if "loss" in line],
             validations=[line for line in lines if "val_loss" in line and "val_bits_per_char" in line],
+            counts=[line for line in lines if "bad_steps" in line or "spikes" in line],
             samples=[s for s in read_lines(folder / SAMPLES) if isinstance(s.get("step"), int) and isinstance(s.get("text"), str)],
             checkpoints=checkpoints,
             is_running=is_locked(folder),
@@ -135,6 +137,10 @@ class RunFacts:
     def last(self, name: str) -> float | None:
         """The last finite value of a key of the training lines."""
         return next((line[name] for line in reversed(self.lines) if is_finite(line.get(name))), None)
+
+    def counted(self, name: str) -> int:
+        """A count of the run's last line that has it: bad_steps or spikes; 0 if there were none."""
+        return next((int(line[name]) for line in reversed(self.counts) if is_finite(line.get(name))), 0)
 
     def newest_samples(self) -> list[dict]:
         """The samples of the newest step that has any."""

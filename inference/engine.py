@@ -90,10 +90,12 @@ class Engine:
 
     Raises UserError or FileNotFoundError if there is no checkpoint, or the newest cannot be loaded."""
 
-    def __init__(self, folder: Path, *, slots: int, queue: int, device: str | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, folder: Path, *, slots: int, queue: int, device: str | None = None, dtype: torch.dtype = torch.float32, ema: bool = False
+    ):
         self.folder, self.slots, self.queue = folder, slots, queue
         self.n_steps = 0  # forward passes so far, each for all running sequences of a checkpoint
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._ema = device, dtype, ema
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # the most recently used last
         self._is_loading = False
         self._changed = threading.Condition()  # guards the fields below
@@ -248,7 +250,7 @@ class Engine:
     def _load(self, folder: Path) -> LoadedModel:
         version = self._version(folder)
         try:
-            return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype), version, self.slots)
+            return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype, ema=self._ema), version, self.slots)
         except Exception as error:  # a damaged file can raise anything
             raise EngineError(f"{folder.name} cannot be loaded: {error}") from error
 

@@ -22,6 +22,7 @@ from .run_folder import listing
 FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DAMAGED = "the checkpoint is damaged, use another step"
+WEIGHTS, EMA = "model.safetensors", "ema.safetensors"  # the second, of `train.ema`, holds the running mean of the weights
 CHECKSUMS = "checksums.json"  # {file name: sha256} of the files in the same folder
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = {  # of config.json, and of GPTConfig
@@ -145,17 +146,24 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int, im_end_id: int | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last.
-
-    `im_end_id` of a model for conversations also ends a text."""
+def save_model(
+    folder: Path,
+    model: GPT,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    im_end_id: int | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last. `state` is a
+    copy of `hf_state(model)`, if the model may change meanwhile. `im_end_id` of a model for conversations also ends a text."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     write_json(folder / "config.json", hf_config(model.config, **tokens))
     sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
     if im_end_id is not None:
         sampling |= {"eos_token_id": [eos_token_id, im_end_id]}
     write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
-    save_tensors(folder / "model.safetensors", hf_state(model))
+    save_tensors(folder / WEIGHTS, hf_state(model) if state is None else state)
 
 
 def write_checksums(folder: Path) -> None:
@@ -213,9 +221,12 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); {DAMAGED}") from None
 
 
-def load_weights(model: GPT, folder: Path) -> None:
-    """Copy the weights of a checkpoint into a model of the same shape. Raises UserError if the tensors do not match."""
-    copy_weights(model, load_tensors(folder, "model.safetensors"), folder / "model.safetensors")
+def load_weights(model: GPT, folder: Path, *, name: str = WEIGHTS) -> None:
+    """Copy the weights of a checkpoint, or with `name` EMA their running mean, into a model of the same shape. Raises UserError if the
+    tensors do not match, or if the checkpoint has no running mean."""
+    if name == EMA and not (folder / EMA).is_file():
+        raise UserError(f"{folder} has no {EMA}; train with --train.ema 0.999, or leave out --ema")
+    copy_weights(model, load_tensors(folder, name), folder / name)
 
 
 @torch.no_grad()
@@ -236,8 +247,8 @@ def copy_weights(model: GPT, state: dict[str, Tensor], where: Path) -> None:
         tensor.copy_(state[name])
 
 
-def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of a checkpoint folder, on `device` and in `dtype`; the rotary tables stay fp32.
+def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, name: str = WEIGHTS) -> GPT:
+    """The model of a checkpoint folder, on `device` and in `dtype`; the rotary tables stay fp32. `name` as in `load_weights`.
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged or of another architecture."""
     folder = Path(folder)
@@ -248,5 +259,5 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
         model.head = model.embedding
     c = model.config
     model.cos, model.sin = (table.to(device) for table in rotary_tables(c.context, c.head_dim, c.rope_theta))
-    load_weights(model, folder)
+    load_weights(model, folder, name=name)
     return model

@@ -349,7 +349,7 @@ def test_an_average_is_no_checkpoint_to_resume_from(tiny_run, tmp_path):
     before = step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)
     main(["average", str(run_dir), "--last", "2"])
     state.remove_leftovers(run_dir)
-    state.remove_old(run_dir, keep_last=2, best_step=None)
+    state.remove_old(run_dir, newest=10**8, keep_last=2, best_step=None)
     assert (step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)) == before
     assert list(TrainedRun.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):
