@@ -16,6 +16,7 @@ import torch
 from ..common.errors import UserError
 from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
+from ..data.chat import Messages
 from .detokenizer import Completion
 from .llm import LLM
 from .scheduler import Scheduler
@@ -55,7 +56,7 @@ class Request:
     """Sequences of one checkpoint, requested together."""
 
     folder: Path  # of the checkpoint, from `find_checkpoints`
-    prompts: list[str]  # one for each sequence
+    prompts: list[str | Messages]  # one for each sequence
     samplings: list[Sampling]
     deliver: Callable[[Started | Piece | EngineError], None]  # called in the engine's thread; must not block
     is_over: bool = False  # finished, cancelled or failed
@@ -206,11 +207,13 @@ class Engine:
 
     def _start(self, request: Request, model: LoadedModel) -> None:
         try:
-            ids = {prompt: model.llm.encode_prompt(prompt) for prompt in set(request.prompts)}
+            ids: list[list[int]] = []
+            for i, prompt in enumerate(request.prompts):  # the n sequences of a prompt are neighbours
+                ids.append(ids[-1] if i and prompt == request.prompts[i - 1] else model.llm.encode_prompt(prompt))
         except UserError as error:
             raise EngineError(str(error), "prompt") from None
-        pairs = zip(request.prompts, request.samplings, strict=True)
-        request.sequences = [Sequence(list(ids[prompt]), sampling, request, i) for i, (prompt, sampling) in enumerate(pairs)]
+        pairs = zip(ids, request.samplings, strict=True)
+        request.sequences = [Sequence(list(prompt), sampling, request, i) for i, (prompt, sampling) in enumerate(pairs)]
         request.model = model
         request.deliver(Started([len(s.ids) for s in request.sequences]))
         for sequence in request.sequences:

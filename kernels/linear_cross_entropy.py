@@ -539,3 +539,25 @@ def linear_cross_entropy(
     if not return_stats:
         return result
     return result, statistics(nll, lse, torch.zeros_like(lse), correct, z_loss, shape)
+
+
+def token_log_probs(
+    x: Tensor,  # (…, K)
+    weight: Tensor,  # (V, K)
+    targets: Tensor,  # (…) int
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,  # (…)
+    strategy: str = "chunk",
+    memory_budget_mb: float | None = None,
+) -> Tensor:
+    """log p of each target, p = softmax(x Wᵀ), times its `token_weight`: (…), at least fp32; 0 where the target is ignored.
+
+    For losses of whole answers, such as preference losses: their sums are the log-probabilities of the answers. Differentiable in x, weight
+    and token_weight. Holds the logits of some rows at a time, in backward too: 8 · N · K · V FLOPs. Options and errors are those of
+    `linear_cross_entropy`."""
+    return -linear_cross_entropy(
+        x, weight, targets, ignore_index=ignore_index, softcap=softcap, token_weight=token_weight, reduction="none",
+        strategy=strategy, memory_budget_mb=memory_budget_mb,
+    )  # fmt: skip

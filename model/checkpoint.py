@@ -151,12 +151,22 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int, state: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    folder: Path,
+    model: GPT,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    im_end_id: int | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last. `state` is a
-    copy of `hf_state(model)`, if the model may change meanwhile."""
+    copy of `hf_state(model)`, if the model may change meanwhile. `im_end_id` of a model for conversations also ends a text."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     write_json(folder / "config.json", hf_config(model.config, **tokens))
     sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
+    if im_end_id is not None:
+        sampling |= {"eos_token_id": [eos_token_id, im_end_id]}
     write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
     save_tensors(folder / WEIGHTS, hf_state(model) if state is None else state)
 

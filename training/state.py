@@ -175,9 +175,7 @@ class Saver:
         needed = sum(t.nbytes for tensors in (*weights.values(), state) for t in tensors.values())
         try:
             with atomic_folder(folder) as temporary:
-                checkpoint.save_model(
-                    temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id, state=weights[WEIGHTS]
-                )
+                checkpoint.save_model(temporary, model, **tokenizer.special_ids, state=weights[WEIGHTS])
                 if EMA in weights:
                     save_tensors(temporary / EMA, weights[EMA])
                 tokenizer.save(temporary, context=model.config.context)
@@ -217,7 +215,7 @@ def check_config(folder: Path, config: RunConfig) -> None:
     compared that the weights and the optimizer state depend on."""
     trainer = read_trainer(folder)
     changed = differences(trainer["config"], config)
-    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "optim.matrices"))]
+    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "init_from", "optim.matrices"))]
     if needed and config.resume == "force":
         raise UserError(f"{folder.parent} cannot resume with {'; '.join(needed)}: choose another --out_dir, or restore the old values")
     if trainer["step"] > config.train.max_steps:

@@ -14,6 +14,7 @@ from ...common.files import LOCK, atomic_file, read_json_object, sha256_of, temp
 from ..built_in import open_data
 from ..shards import REMEDY, checksum
 from ..tokenizer import FIXED_TOKENS, Tokenizer
+from .conversations import ChatFields
 from .documents import Fields, Reader
 from .workers import Workers
 
@@ -35,6 +36,10 @@ class Options:
     near_threshold: float = 0.8  # Jaccard similarity
     skip_errors: bool = False
     max_shard_tokens: int = 2**27
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.fields, ChatFields)
 
     def __post_init__(self):
         if self.dedup not in ("exact", "near", "off"):

@@ -293,7 +293,7 @@ def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
         with pytest.raises(SystemExit, match=re.escape(said)):
             main(["sweep", str(run_dir), *options])
     (run_dir / "sweep.html").write_text("my own notes", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not the result of a sweep"):
+    with pytest.raises(SystemExit, match="not the result of tritale sweep"):
         main(["sweep", str(run_dir)])
     assert (run_dir / "sweep.html").read_text(encoding="utf-8") == "my own notes" and not (run_dir / "sweep.json").exists()
 
