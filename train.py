@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritale.common.console import replace_unencodable_output, wrapped
+from tritale.common.console import end_with, replace_unencodable_output
 from tritale.common.errors import UserError
 from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
@@ -227,9 +227,7 @@ if __name__ == "__main__":
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # the launcher ends this process in the meantime if the main process fails too: one message is enough
-        sys.exit(wrapped(f"train.py: {error}"))
+        end_with(f"train.py: {error}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         if os.environ.get("RANK", "0") == "0":

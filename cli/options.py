@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -46,17 +47,18 @@ def add_device(p: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts in a file, or in standard input if `source` is "-": one per line, without blank lines and duplicates.
+    """The prompts in a file or pipe, or in standard input if `source` is "-": one per line, without blank lines and duplicates.
 
     Raises FileNotFoundError, or UserError if there is none or the text is not UTF-8."""
-    if source != "-" and not Path(source).is_file():
-        raise FileNotFoundError(f"--prompts {source} is not a file; write one prompt per line into it, or give - for standard input")
+    path, name = Path(source), "standard input" if source == "-" else f"--prompts {source}"
+    if source != "-" and (path.is_dir() or not path.exists()):
+        raise FileNotFoundError(f"{name} is not a file; write one prompt per line into it, or give - for standard input")
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+        lines = re.split(r"[\r\n]+", data.decode("utf-8-sig"))  # not splitlines: U+2028 is part of a prompt
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {source} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8") from None
+        raise UserError(f"{name} is not UTF-8 ({error}); convert it, for example: iconv -f GB18030 -t UTF-8") from None
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise UserError(f"--prompts {source} has no prompts; write one per line into it")
+        raise UserError(f"{name} has no prompts; write one per line into it")
     return prompts

@@ -1,7 +1,10 @@
 """Output to a terminal or pipe of any encoding, and durations as text."""
 
 import io
+import os
 import sys
+import time
+from typing import NoReturn
 
 
 def replace_unencodable_output() -> None:
@@ -30,3 +33,11 @@ def wrapped(text: str) -> str:
 
     console = Console(stderr=True)
     return "\n".join(line.plain.rstrip() for line in Text(text).wrap(console, console.width))
+
+
+def end_with(message: str) -> NoReturn:
+    """End this process with status 1 and a message. The other processes of a run wait before it: the launcher ends them in the meantime if
+    the main process fails too, and one message is enough."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    sys.exit(wrapped(message))

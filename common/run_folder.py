@@ -84,12 +84,12 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def check_is_not_foreign(folder: Path) -> None:
-    """Raises UserError if the folder is a checkpoint of litgpt, or a run with such checkpoints."""
-    for path in (folder / "lit_model.pth", *sorted(folder.glob("*/lit_model.pth"))[:1]):
-        if path.is_file():
-            raise UserError(
-                f"{path.parent} is a litgpt checkpoint; convert it first: tritale import {folder} --from litgpt --out NEW_FOLDER"
-            )
+    """Raises UserError if the folder is a checkpoint of litgpt or one of Hugging Face in several files, or a run with such checkpoints."""
+    for kind, program, name in (("litgpt", "litgpt", "lit_model.pth"), ("hf", "Hugging Face", "model.safetensors.index.json")):
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))[:1]):
+            if path.is_file():
+                command = f"tritale import {folder} --from {kind} --out NEW_FOLDER"
+                raise UserError(f"{path.parent} is a {program} checkpoint; convert it first: {command}")
 
 
 def listing(folder: Path, limit: int = 10) -> str:

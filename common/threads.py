@@ -1,4 +1,4 @@
-"""OpenMP threads that do not waste a busy machine's cores. Importing this module before torch sets GOMP_SPINCOUNT.
+"""OpenMP threads that do not waste a busy machine's cores. `import tritale` before torch sets GOMP_SPINCOUNT.
 
 At the end of each parallel region a thread waits for the others. By default libgomp, which PyTorch's wheels carry and native.c uses, spins
 for milliseconds. If another process has the core of the other thread, that is lost time at each of a step's fifty regions

@@ -37,6 +37,7 @@ FIXED_TOKENS = SPECIAL_TOKENS + BYTE_TOKENS
 # line ends, other white space. `<`, digits and letters are never in one piece, so no merge can spell a byte token.
 PIECES = r" ?[\p{L}\p{M}]+|\p{N}|([^\p{L}\p{M}\p{N}\s])\1*|[\r\n]+|[^\S\r\n]+"
 MAX_ENTRY_CHARACTERS = 8  # without a limit 0.2 % fewer tokens at 16 k entries, but entries are clauses of the training text
+MAX_VOCAB = 2**20  # at 10⁹ the tokenizers library cannot allocate its tables, and ends the process
 CHARACTER_COVERAGE = 0.9995  # share of the text whose characters get an entry,
 CHARACTER_SHARE = 2 / 3  # in at most this share of the entries: at 4,096, entries for all characters give 9 % more tokens
 
@@ -88,9 +89,11 @@ class Tokenizer:
         """Learn `vocab_size` entries from `texts`, which are held in memory; give a sample of at most about 100 MB of a large corpus.
 
         The same texts in the same order give the same tokenizer on any machine. Pairs that occur once are not merged, so a small text may
-        give fewer entries. Raises UserError if `vocab_size` leaves no room for entries, or if there is no text."""
+        give fewer entries. Raises UserError if `vocab_size` leaves no room for entries or is above MAX_VOCAB, or if there is no text."""
         texts = list(texts)
         room = vocab_size - len(FIXED_TOKENS)
+        if vocab_size > MAX_VOCAB:
+            raise UserError(f"vocab_size ({vocab_size}) must be at most {MAX_VOCAB}; for Chinese stories try 8192")
         if room < 2:
             raise UserError(
                 f"vocab_size ({vocab_size}) must be at least {len(FIXED_TOKENS) + 2}: {len(FIXED_TOKENS)} ids are special tokens "
@@ -137,7 +140,7 @@ class Tokenizer:
             if backend.id_to_token(i) != token:
                 raise UserError(
                     f"{path} has {backend.id_to_token(i)!r} at id {i} instead of {token!r}: not one that Tokenizer.train made; "
-                    "train one on your text"
+                    "train one on your text; a Hugging Face checkpoint is converted by tritale import FOLDER --from hf --out NEW_FOLDER"
                 )
         backend.no_padding()
         backend.no_truncation()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import no_second_derivative
+from .common import no_second_derivative, refuse_transforms
 
 
 @torch.library.custom_op("tritale::embedding_backward", mutates_args=())
@@ -34,5 +34,8 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """weight[ids]: (…, K) for ids (…) int64 and weight (V, K). The gradient of the weight is deterministic."""
+    """weight[ids]: (…, K) for ids (…) int64 and weight (V, K). The gradient of the weight is deterministic.
+
+    Raises RuntimeError inside forward-mode AD or a transform of torch.func."""
+    refuse_transforms("embedding", ids, weight)
     return _Embedding.apply(ids, weight)  # pyright: ignore[reportReturnType]  (apply is untyped)

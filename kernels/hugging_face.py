@@ -76,11 +76,14 @@ def _plan(mask_of: Callable, **options) -> Any:
     return Plan(window, _documents(F.pad(change, (1, 0), value=True)))
 
 
-def _check_call(options: dict, config) -> None:
-    if options.get("output_attentions", getattr(config, "output_attentions", False)):
+def _check_call(options: dict, module: Any) -> None:
+    if options.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError("output_attentions: the fused attention does not compute the attention matrix; call unpatch(model) first")
-    if options.get("is_causal") is False:
-        raise ValueError("is_causal=False: the patched attention is causal; call unpatch(model) first")
+    is_causal = options.get("is_causal")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:  # as transformers' sdpa reads it
+        raise ValueError("is_causal is False: the patched attention is causal; call unpatch(model) first")
+    if given := [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]:
+        raise ValueError(f"{given[0]} was given: the patched attention does not compute it; call unpatch(model) first")
     if options.get("dropout"):
         raise ValueError(
             f"attention dropout is {options['dropout']}; the kernels have no dropout, set it to 0 or call unpatch(model) first"
@@ -89,7 +92,7 @@ def _check_call(options: dict, config) -> None:
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None, plan: Plan, options: dict) -> Tensor:
     """(B, T, H, D), (B, S, H_kv, D) → (B, T, H, D)."""
-    _check_call(options, module.config)
+    _check_call(options, module)
     cu_seqlens = options.get("cu_seq_lens_q")  # padding-free batches, in the form of transformers' flash-attention
     cu_seqlens = plan.cu_seqlens if cu_seqlens is None else cu_seqlens.int()
     shape = q.shape

@@ -20,6 +20,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """weight[ids]: (…, K) for ids (…) int64 and weight (V, K)."""
+    return F.embedding(ids, weight)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · (offset + weight), over the last dimension (arXiv 1910.07467; offset 1 is Gemma's form)."""
     h = _wide(x)

@@ -6,6 +6,7 @@ safetensors and JSON are read, so a checkpoint from an untrusted source cannot r
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,9 +38,9 @@ SIZES = {  # of config.json, and of GPTConfig
 
 
 LARGEST = {  # of damaged values: larger ones would fill the memory or take forever before anything else fails
-    "num_hidden_layers": 1000, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024, "hidden_size": 2**16,
-    "max_position_embeddings": 2**20,
+    "n_layer": 1000, "n_head": 1024, "n_kv_head": 1024, "head_dim": 1024, "width": 2**16, "context": 2**20,
 }  # fmt: skip
+NUMBERS = {"rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "init_std": "initializer_range"}  # of GPTConfig, and of config.json
 
 
 def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dict:
@@ -78,11 +79,25 @@ def check_format(found: object, known: int, where: Path | str) -> None:
         raise UserError(f"{where} has format {found}; this version of tritale reads formats up to {known}: install a newer version")
 
 
+def wrong_values(values: dict[str, Any], names: dict[str, str]) -> str:
+    """What is wrong with the values of a config file, in words. `values` has GPTConfig's names, which `names` maps to those of the file."""
+    wrong = []
+    for ours, value in values.items():
+        largest = LARGEST.get(ours, 2**24)
+        if ours in NUMBERS:
+            if type(value) not in (int, float) or not 0 <= value < float("inf") or (ours == "rope_theta" and value == 0):
+                wrong.append(f"{names[ours]} is {value!r}, not a number of at least 0" + (" (0 excluded)" if ours == "rope_theta" else ""))
+        elif type(value) is not int or not 1 <= value <= largest:
+            wrong.append(f"{names[ours]} is {value!r}, not an integer from 1 to {largest}")
+    return "; ".join(wrong)
+
+
 def gpt_config(hf: dict, where: Path | str = "config.json") -> GPTConfig:
     """The model's shape from a config.json. Raises UserError, which names `where`, for another architecture or format or a wrong value."""
     kind = hf.get("model_type")
     if kind not in tuple(ARCHITECTURES):
-        raise UserError(f"{where}: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+        llama = "; convert a Llama first: tritale import FOLDER --from hf --out NEW_FOLDER" if kind == "llama" else ""
+        raise UserError(f"{where}: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}{llama}")
     check_format(hf.get("tritale_format", 1), FORMAT, where)
     if missing := [name for name in (*SIZES, "rms_norm_eps") if name not in hf]:
         raise UserError(f"{where} lacks {', '.join(missing)}; {DAMAGED}")
@@ -99,15 +114,11 @@ def gpt_config(hf: dict, where: Path | str = "config.json") -> GPTConfig:
         raise UserError(f"{where}: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
-    sizes = {name: hf[name] for name in SIZES} | {"head_dim": head_dim or 1, "sliding_window": 1 if window is None else window}
-    numbers = {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": hf["rms_norm_eps"], "initializer_range": init_std}
-    is_size = lambda name, value: type(value) is int and 1 <= value <= LARGEST.get(name, 2**24)
-    wrong = [f"{n} is {v!r}, not an integer from 1 to {LARGEST.get(n, 2**24)}" for n, v in sizes.items() if not is_size(n, v)]
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 <= value < float("inf") or (name == "rope_theta" and value == 0):
-            wrong.append(f"{name} is {value!r}, not a number of at least 0" + (" (0 excluded)" if name == "rope_theta" else ""))
-    if wrong:
-        raise UserError(f"{where}: {'; '.join(wrong)}; {DAMAGED}")
+    values = {ours: hf[name] for name, ours in SIZES.items()} | {"head_dim": head_dim or 1, "window": 1 if window is None else window}
+    values |= {"rope_theta": rope.get("rope_theta"), "norm_eps": hf["rms_norm_eps"], "init_std": init_std}
+    names = {ours: name for name, ours in SIZES.items()} | NUMBERS | {"head_dim": "head_dim", "window": "sliding_window"}
+    if wrong := wrong_values(values, names):
+        raise UserError(f"{where}: {wrong}; {DAMAGED}")
     return GPTConfig(
         **{ours: hf[name] for name, ours in SIZES.items()},
         head_dim=head_dim or hf["hidden_size"] // hf["num_attention_heads"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..common.files import atomic_folder, read_json_object, write_json
 from ..data.foreign_tokenizer import ForeignTokenizer
-from .checkpoint import copy_weights, gpt_config, save_model, write_checksums
+from .checkpoint import copy_weights, gpt_config, save_model, write_checksums, wrong_values
 from .export import LAYER_NAMES, LITGPT_NEEDS, LITGPT_SIZES, OUTER_NAMES, refuse_existing
 from .gpt import GPT, GPTConfig
 
@@ -91,7 +91,11 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
             "sliding_window_size": None,
         }  # fmt: skip
         c = defaults | {name: value for name, value in c.items() if value is not None}
-        config = GPTConfig(**{ours: c[theirs] for theirs, ours in LITGPT_SIZES.items()})
+        values = {ours: c[theirs] for theirs, ours in LITGPT_SIZES.items()}
+        numbers = {ours: value for ours, value in values.items() if ours != "qk_norm" and not (ours == "window" and value is None)}
+        if wrong := wrong_values(numbers, {ours: theirs for theirs, ours in LITGPT_SIZES.items()}):
+            raise UserError(f"{path}: {wrong}")
+        config = GPTConfig(**values)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError, yaml.YAMLError) as error:

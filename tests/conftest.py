@@ -15,8 +15,8 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-if "torch" not in sys.modules:  # tritale.common limits the spinning of OpenMP's threads; it must be imported before torch
-    importlib.import_module("tritale.common")
+if "torch" not in sys.modules:  # tritale limits the spinning of OpenMP's threads; it must be imported before torch
+    importlib.import_module("tritale")
 
 import pytest
 import torch

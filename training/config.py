@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ..common.console import wrapped
+from ..common.console import end_with
 from ..common.errors import UserError
 from ..common.run_folder import find_checkpoint
 from ..model.checkpoint import gpt_config, read_json
@@ -424,6 +424,7 @@ NO_KEYS = {
     "dropout": "there is no dropout",
     **dict.fromkeys(("nproc", "nproc_per_node", "processes"), "tritale train --processes N starts several processes"),
     "wandb": "set log.wandb to online or offline",
+    "<<": "YAML's merge keys are not supported; write the keys out",
 }
 
 
@@ -529,4 +530,4 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
         values = parser.instantiate(parsed)
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
     except (ArgumentError, UserError) as error:
-        sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))
+        end_with(f"{prog}: {explain_error(str(error))}")

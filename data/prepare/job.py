@@ -13,7 +13,7 @@ from ...common.errors import UserError
 from ...common.files import LOCK, atomic_file, read_json_object, sha256_of, temporary_of, write_json
 from ..built_in import open_data
 from ..shards import REMEDY, checksum
-from ..tokenizer import FIXED_TOKENS, Tokenizer
+from ..tokenizer import FIXED_TOKENS, MAX_VOCAB, Tokenizer
 from .conversations import ChatFields
 from .documents import Fields, Reader
 from .workers import Workers
@@ -50,8 +50,9 @@ class Options:
             raise UserError(f"--val-documents {self.val_documents} must be at least 1")
         if not 0.5 <= self.near_threshold <= 1:
             raise UserError(f"--near-threshold {self.near_threshold} must lie between 0.5 and 1; 0.8 is usual")
-        if self.tokenizer is None and self.vocab_size < len(FIXED_TOKENS) + 2:
-            raise UserError(f"--vocab-size {self.vocab_size} must be at least {len(FIXED_TOKENS) + 2}; for Chinese stories try 6400")
+        least = len(FIXED_TOKENS) + 2
+        if self.tokenizer is None and not least <= self.vocab_size <= MAX_VOCAB:
+            raise UserError(f"--vocab-size {self.vocab_size} must be from {least} to {MAX_VOCAB}; for Chinese stories try 6400")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ def test_generate_reads_prompts_from_standard_input(tiny_run, monkeypatch, capsy
     main(["generate", str(tiny_run), "--prompt", "-", "--max-new-tokens", "3", "--temperature", "0"])
     printed = capsys.readouterr().out
     assert printed.startswith("小") and "\n大" in printed
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(SystemExit, match="standard input is not UTF-8"):
+        main(["generate", str(tiny_run), "--prompt", "-"])
 
 
 def test_train_passes_its_options_to_train_py():

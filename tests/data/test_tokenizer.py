@@ -168,6 +168,8 @@ def test_stats():
 
 
 def test_errors_name_the_value_and_the_next_step(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_size \(1000000000\) must be at most 1048576"):
+        Tokenizer.train(["小兔"], 10**9)
     with pytest.raises(ValueError, match=r"vocab_size \(200\) must be at least 262.*try 8192"):
         Tokenizer.train(["小熊"], 200)
     with pytest.raises(ValueError, match="2 texts, 0 characters"):

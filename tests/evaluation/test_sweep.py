@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -281,6 +283,17 @@ def test_prompts_that_cannot_be_used_are_said(tiny_run, tmp_path):
     good = tmp_path / "good.txt"
     good.write_text("﻿小兔\r\n\r\n汤姆和杰瑞是好朋友，\n小兔\n", encoding="utf-8")
     assert read_prompts(str(good)) == ["小兔", "汤姆和杰瑞是好朋友，"]
+    good.write_bytes("小\u2028兔\r大\n".encode())  # a prompt may contain other line separators
+    assert read_prompts(str(good)) == ["小\u2028兔", "大"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_prompts_come_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("小兔\n",), kwargs={"encoding": "utf-8"})
+    writer.start()
+    assert read_prompts(str(tmp_path / "pipe")) == ["小兔"]  # as bash's <(…)
+    writer.join()
 
 
 def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):

@@ -655,7 +655,7 @@ def test_a_litgpt_checkpoint_is_named_with_the_command_that_converts_it(folder, 
 
 
 @pytest.mark.parametrize("given, expected", [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
-@pytest.mark.parametrize("entry", ["tritale.cli.main", "tritale.inference", "train", "tests.conftest"])
+@pytest.mark.parametrize("entry", ["tritale", "tritale.cli.main", "tritale.kernels", "train", "tests.conftest"])
 def test_every_entry_point_limits_spinning_before_torch_is_imported(entry, given, expected):
     code = f"""
 import importlib.abc, os, sys

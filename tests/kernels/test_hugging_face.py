@@ -359,6 +359,12 @@ def test_what_cannot_be_patched_says_why():
         patch_transformers(model)
     with pytest.raises(ValueError, match="attention matrix"):
         model(torch.ones(1, 2, dtype=torch.long), output_attentions=True)
+    for option in ("softcap", "position_bias", "s_aux"):
+        with pytest.raises(ValueError, match=option):
+            model(torch.ones(1, 2, dtype=torch.long), **{option: 1.0})
+    model.model.layers[1].self_attn.is_causal = False  # as for embeddings of sentences; transformers' sdpa attends to all tokens then
+    with pytest.raises(ValueError, match="is_causal is False"):
+        model(torch.ones(1, 2, dtype=torch.long))
     model = make("llama", "cpu")
     with mock.patch.object(model.model.norm, "forward", lambda x: x), pytest.raises(ValueError, match="something else"):
         patch_transformers(model)

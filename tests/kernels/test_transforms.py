@@ -16,6 +16,7 @@ def cases():
     q, k, angle = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.rand(5, 4)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
     calls = {
+        "embedding": (lambda ops, a: ops.embedding(t, a), head),
         "rms_norm": (lambda ops, a: ops.rms_norm(a, w), x),
         "add_rms_norm": (lambda ops, a: ops.add_rms_norm(x, a, w)[0], x),
         "rope": (lambda ops, a: ops.rope(a, k, angle, angle)[0], q),

@@ -68,6 +68,10 @@ def test_a_hugging_face_model_gives_the_same_completions(family, kind, texts, tm
         torch.nn.init.normal_(p, std=0.3)
     theirs.bfloat16().save_pretrained(source, max_shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 1
+    theirs.save_pretrained(shutil.copytree(source, tmp_path / "one", ignore=shutil.ignore_patterns("model*")))
+    for folder in (source, tmp_path / "one"):
+        with pytest.raises(ValueError, match=r"tritale import .* --from hf --out"):
+            LLM.load(folder)
     main(["import", str(source), "--from", "hf", "--out", str(tmp_path / "out")])
     llm, theirs = LLM.load(tmp_path / "out", device="cpu"), transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     ids = llm.encode_prompt(TEXT)
@@ -126,6 +130,10 @@ def test_the_lines_of_a_litgpt_user_run_on_an_imported_run(form, lit, tmp_path, 
         ({"sliding_window_size": 8, "sliding_window_indices": [0, 1]}, "only some layers"),
         ({"n_head": None}, "not a litgpt config"),
         ({"n_embd": 64}, "which this architecture does not have"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, not an integer from 1 to 1000"),  # would take for ever
+        ({"block_size": 10**12}, "block_size is 1000000000000, not an integer from 1 to 1048576"),
+        ({"norm_eps": -1.0}, r"norm_eps is -1\.0, not a number of at least 0"),
+        ({"rope_base": float("nan")}, "rope_base is nan, not a number"),
     ],
 )
 def test_another_litgpt_architecture_is_refused(change, message, lit, tmp_path):

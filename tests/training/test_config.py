@@ -105,6 +105,7 @@ def test_every_number_has_limits_and_every_default_is_within_them():
         ("train:\n  max_steps: 0100\n", "0100 is not a decimal number"),
         ("config: other.yaml\n", "a config file cannot name another"),
         ("d: &d {max_steps: 3}\ntrain:\n  <<: *d\n", "unknown config key"),
+        ("train:\n  <<: {max_steps: 3}\n", "line 2: unknown config key 'train.<<': YAML's merge keys are not supported"),
         ("train:\n  __path__: x\n", "line 2: unknown config key 'train.__path__'"),
         ("train:\n  class_path: os.system\n", "unknown config key 'train.class_path'"),
         ("yes: 1\n", "unknown config key 'yes'"),

@@ -95,10 +95,11 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     assert "the launcher has ended, so this process ends" in torchrun.communicate()[1]
 
 
-def test_several_processes_report_an_error_in_one_line(copy):
-    result = train(copy, processes=2, check=False, train__max_steps=9)
+@pytest.mark.parametrize("steps, message", [(9, "train.max_steps: 6 → 9"), (-1, "train.max_steps is -1")])
+def test_several_processes_report_an_error_in_one_line(copy, steps, message):
+    result = train(copy, processes=2, check=False, train__max_steps=steps)
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 1 and "train.max_steps: 6 → 9" in line
+    assert result.returncode == 1 and message in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

@@ -715,7 +715,8 @@ def test_the_page_fits_its_window_with_long_names(tmp_path, tokenizer_folder, se
         ({"val_fraction": 0.0}, "--val-fraction 0.0 must lie between"),
         ({"val_documents": 0}, "--val-documents 0 must be at least 1"),
         ({"near_threshold": 0.2}, "--near-threshold 0.2 must lie between"),
-        ({"vocab_size": 100}, "--vocab-size 100 must be at least 262"),
+        ({"vocab_size": 100}, "--vocab-size 100 must be from 262 to 1048576"),
+        ({"vocab_size": 10**9}, "--vocab-size 1000000000 must be from 262 to 1048576"),
     ],
 )
 def test_options_that_cannot_work_are_named(options, message):
