@@ -15,7 +15,7 @@ else:
     from .embedding import embedding
     from .flash_attention import attention_backend, flash_attention
     from .hugging_face import patch_transformers, unpatch
-    from .linear_cross_entropy import linear_cross_entropy
+    from .linear_cross_entropy import linear_cross_entropy, token_log_probs
     from .modules import LinearCrossEntropy, RMSNorm, RotaryEmbedding, SwiGLU
     from .qk_norm_rope import qk_norm_rope
     from .reference import document_positions
@@ -47,5 +47,6 @@ else:
         "rotary_tables",
         "sample",
         "swiglu",
+        "token_log_probs",
         "unpatch",
     ]
