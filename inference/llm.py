@@ -32,8 +32,8 @@ class LLM:
     """A model and its tokenizer.
 
     On a CPU `native.c` runs the forward passes (fp32 or bf16 weights, fp32 arithmetic): a sequence is the same, bit for bit, alone and in
-    any batch. PyTorch runs them on a GPU, and on a CPU without a C compiler; there a batch may round differently. Nothing is compiled per
-    shape: `torch.compile` of a step takes half a minute, as long as a hundred stories."""
+    any batch. On a GPU a step is a CUDA graph, and on a CPU without a C compiler PyTorch runs it; there a batch may round differently.
+    Nothing is compiled per shape: `torch.compile` of a step takes half a minute, as long as a hundred stories."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer

@@ -23,6 +23,11 @@ def test_each_input_is_read_once_and_each_output_written_once(rows, op, which):
     assert 1 <= row["ratio"] <= AT_MOST, row
 
 
+def test_a_step_of_generation_reads_the_cache_once(rows):
+    row = rows["decode_attention", "forward"]
+    assert 1 <= row["ratio"] <= AT_MOST, row
+
+
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy chunk"])
 def test_losses_read_the_logits_twice_and_write_their_gradient_once(rows, op):
     row = rows[op, "both"]
