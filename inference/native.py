@@ -9,18 +9,21 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from ..model.gpt import GPT, GPTConfig
+from ..model.gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
 # -ffp-contract=off: GCC fuses a · b + c in some loops only, and a sequence would depend on the others in the batch.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
-THREAD_WORK = 1 << 23  # multiply-adds of a pass that are worth a thread: with fewer, waiting for each other takes longer than the work
+TRY = 5  # passes
 
 
 class _Layer(ctypes.Structure):
@@ -146,16 +149,30 @@ def can_run(model: GPT) -> bool:
     return p.device.type == "cpu" and p.dtype in DTYPES and problem() is None
 
 
-def count_threads(config: GPTConfig, n: int, n_last: int) -> int:
-    """Threads for a pass over n tokens with the logits of n_last."""
-    head = config.vocab_size * config.width
-    return max(1, min(torch.get_num_threads(), (n * (config.n_matrix - head) + n_last * head) // THREAD_WORK))
+class ThreadChoice:
+    """One thread or all for passes of about one size, whichever is faster at present.
 
+    On an idle machine that is usually all threads. If other processes use its processors, a pass waits for the thread that does not run. So
+    the other number is tried for a few passes as soon as the present one has run 30 times as long as the last try took. Medians count: most
+    passes of one thread are not interrupted, most passes of several are."""
 
-def limit_threads(model: GPT, n: int) -> None:
-    """Let PyTorch use one thread too if a step of n sequences is too small for two. It applies to the process: for commands only."""
-    if can_run(model) and count_threads(model.config, n, n) == 1:
-        torch.set_num_threads(1)
+    def __init__(self, n_thread: int):
+        self.n_thread = n_thread
+        self._seconds = {1: deque[float](maxlen=TRY), n_thread: deque[float](maxlen=TRY)}
+        self._left, self._wait = 0, 0.0  # passes left of a try; seconds until the next
+
+    def record(self, seconds: float) -> None:
+        """Choose the number of threads of the next pass. The last one took `seconds`."""
+        self._seconds[self.n_thread].append(seconds)
+        self._wait += 30 * seconds if self._left else -seconds
+        if self._left > 1:
+            self._left -= 1
+        elif self._left:
+            self._left = 0
+            self.n_thread = min(self._seconds, key=lambda n: median(self._seconds[n]))
+        elif self._wait <= 0 and len(self._seconds) > 1:
+            self._left, self._wait = TRY, 0.0
+            self.n_thread = next(n for n in self._seconds if n != self.n_thread)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -163,9 +180,10 @@ def argmax(logits: Tensor) -> Tensor:
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.ndim != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {_describe(logits)}; they must be 2-d fp32 on the CPU with stride 1 along the last axis")
     index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
+    n_thread = max(1, min(torch.get_num_threads(), logits.numel() >> 18))  # 0.1 ms of work for each
     library().argmax(
         ctypes.c_void_p(logits.data_ptr()), *map(integer, (*logits.shape, logits.stride(0))),
-        ctypes.c_void_p(index.data_ptr()), integer(torch.get_num_threads()),
+        ctypes.c_void_p(index.data_ptr()), integer(n_thread),
     )  # fmt: skip
     return index
 
@@ -197,7 +215,7 @@ class NativeForward:
         tables = [self._pointer(t, fp32, c.context, c.head_dim // 2) for t in (model.cos, model.sin)]
         tables = [self._pointer(model.norm, fp32, c.width), *tables]
         self._model = _Model(*sizes, dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
-        self._config = c
+        self._threads: dict[int, ThreadChoice] = {}  # by the number of bits of the number of tokens
         self._cache_shape = (c.n_layer, 2, c.n_kv_head, c.head_dim)
         self._vocab_size, self._scratch, self._logits = c.vocab_size, torch.empty(0), torch.empty(0)
 
@@ -215,7 +233,8 @@ class NativeForward:
 
         The index tensors are int64 on the CPU. Raises ValueError if one is out of range or a tensor has another form."""
         n, n_last = len(tokens), len(last)
-        n_thread = count_threads(self._config, n, n_last)
+        threads = self._threads.setdefault(n.bit_length(), ThreadChoice(torch.get_num_threads()))
+        n_thread = threads.n_thread
         for name, t in {"tokens": tokens, "rows": rows, "positions": positions, "last": last}.items():
             if t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (n_last if name == "last" else n,) or not t.is_contiguous():
                 raise ValueError(f"{name} is {_describe(t)}; it must be contiguous int64 on the CPU, one number per token")
@@ -233,6 +252,7 @@ class NativeForward:
         if self._logits.numel() < n_last * self._vocab_size:
             self._logits = torch.empty(n_last * self._vocab_size)
         pointer, integer = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int64
+        began = time.perf_counter()
         problem = self._lib.forward(
             ctypes.byref(self._model), integer(n), pointer(tokens), pointer(rows), pointer(positions), pointer(cache), integer(slots),
             integer(capacity), integer(n_last), pointer(last), pointer(self._logits), pointer(self._scratch), integer(n_thread),
@@ -240,4 +260,5 @@ class NativeForward:
         if problem:
             limits = f"vocab_size {self._vocab_size}, {slots} rows of {capacity} positions, {n} tokens"
             raise ValueError(f"native.c: {problem.decode()} out of range ({limits})")
+        threads.record(time.perf_counter() - began)
         return self._logits[: n_last * self._vocab_size].view(n_last, self._vocab_size)

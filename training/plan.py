@@ -87,7 +87,7 @@ class DeviceFacts:
 class Memory(NamedTuple):
     """Bytes of one process at the peak of a step."""
 
-    weights: int
+    weights: int  # and their EMA
     gradients: int
     optimizer: int
     activations: int
@@ -207,7 +207,7 @@ def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int 
         source = f"built-in stories, not written yet, estimated from {size.sample:,} of them"
         return DataFacts(source, size.vocab_size, size.tokens, stories, size.characters)
     place = f"instead of {folder}" if (folder / "train").exists() else f"no data at {folder} yet"
-    entries = vocab_size or config.model.vocab_size or config.model.build(None).vocab_size
+    entries = vocab_size or config.model.vocab_size or config.shape(None).vocab_size
     origin = "as given" if vocab_size else ("model.vocab_size" if config.model.vocab_size else f"that of the preset {config.model.preset}")
     return DataFacts(f"{place}, vocabulary {entries:,} ({origin})", entries, tokens)
 
@@ -217,7 +217,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
 
     Raises UserError if the config's shape, context or vocabulary do not fit each other or the data, or if the micro-batches of all
     processes do not divide the global batch."""
-    t, shape = config.train, config.model.build(data.vocab_size)
+    t, shape = config.train, config.shape(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
         raise UserError(
@@ -242,7 +242,8 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     needs = {n: memory(config, shape, device, n, parameters, optimizer) for n in divisors(per_process)}
     largest = max((n for n, m in needs.items() if m.total <= FILL * device.free_memory), default=0)
 
-    checkpoint = 4 * parameters + optimizer  # fp32 weights and optimizer state; the other files are small
+    # fp32 weights, their EMA and optimizer state; the other files are small.
+    checkpoint = 4 * parameters * (2 if t.ema else 1) + optimizer
     checkpoints = -(-t.max_steps // t.checkpoint_every)
     if t.keep_last:
         checkpoints = min(checkpoints, t.keep_last + t.keep_best)
@@ -315,7 +316,7 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)
     return Memory(
-        weights=4 * parameters,
+        weights=4 * parameters * (2 if config.train.ema else 1),
         gradients=4 * parameters,
         optimizer=optimizer,
         activations=activations,

@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,64 @@ def start() -> Processes:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     return Processes(rank, world_size, device)
+
+
+class Stop:
+    """Ends a run on SIGTERM or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
+
+    Outside of `deferred` a signal raises KeyboardInterrupt or SystemExit at once, since there is nothing to save. A second Ctrl-C always
+    ends the process at once, by the operating system; what is being written then is left under a temporary name."""
+
+    def __init__(self):
+        self.is_training = False
+        self._signal, self._agreed = 0, 0
+        self._exchange: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> "Stop":
+        is_main = threading.current_thread() is threading.main_thread()  # only there Python handles signals
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # of the main memory
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self.is_training:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
+        if number == signal.SIGINT and sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\nfinishing the step and writing a checkpoint; Ctrl-C again ends at once\n")  # and shows the cursor
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Training: a signal only makes `is_due` true."""
+        self.is_training = True
+        try:
+            yield
+        finally:
+            self.is_training = False
+
+    def is_due(self) -> bool:
+        """Whether the run ends after this step. All processes call it once a step. They exchange what they know in the background of the
+        next step, so with several processes it is true a step later."""
+        if self._group is None:
+            self._agreed = self._signal
+        else:
+            if self._exchange:
+                self._exchange[0].wait()
+                self._agreed = int(self._exchange[1])
+            known = torch.tensor(self._signal)
+            self._exchange = cast(dist.Work, dist.all_reduce(known, dist.ReduceOp.MAX, group=self._group, async_op=True)), known
+        return bool(self._agreed)
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 after SIGTERM, 130 after Ctrl-C."""
+        return 130 if self._agreed == signal.SIGINT else 0
 
 
 def end_with_parent() -> None:

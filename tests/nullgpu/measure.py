@@ -61,9 +61,9 @@ MEMORY = {
     "44m, eager, sm_120, fp32": _step("microstories-44m", 16, f"{FP32} {EAGER}", **SM_120),
 }
 DECODE = {
-    "44m, one text, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
-    "44m, one text, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
-    "44m, eight texts, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
+    "44m, one sequence, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
+    "44m, one sequence, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
+    "44m, eight sequences, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
 }
 CASES = STEPS | MEMORY | DECODE | {"ops": {"what": "ops", "card": {}}}
 
@@ -96,9 +96,9 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     import torch
 
     from tests.nullgpu.harness import host_ms, never_overflows, recorded
+    from tritale.common.graphs import WARM_UP
     from tritale.training import processes
     from tritale.training.config import parse
-    from tritale.training.graphs import WARM_UP
     from tritale.training.plan import DataFacts, DeviceFacts, plan
     from tritale.training.step import TrainingStep, random_batch
 

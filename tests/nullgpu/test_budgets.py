@@ -71,6 +71,12 @@ def test_a_decode_step_keeps_to_its_budget(case):
     assert not over(kept(case), budget(found, kept("unit_us")))
 
 
+@pytest.mark.parametrize("case", DECODE)
+def test_a_decode_step_is_one_graph_and_one_copy(case):
+    found = result(case)
+    assert found["kinds"] == {"graph": 1, "copy": 1} and sum(found["waits"].values()) == 1 and found["host_ms"] <= 0.6
+
+
 def test_each_op_keeps_to_its_budget():
     found = result("ops")
     now = budget(found, kept("unit_us"))

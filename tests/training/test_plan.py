@@ -10,13 +10,13 @@ import torch
 from runs import REPOSITORY, TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tritale.common.run_folder import step_folders
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
 from tritale.data.shards import Split
 from tritale.evaluation.compatibility import compatibility_warnings
 from tritale.kernels import dispatch
 from tritale.model import GPT
-from tritale.model.run_folder import step_folders
 from tritale.training import plan as planning
 from tritale.training.config import RunConfig, parse
 from tritale.training.plan import DataFacts, DeviceFacts, known_data, plan
