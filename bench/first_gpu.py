@@ -66,7 +66,7 @@ def kernel_tests(seconds: float) -> dict:
     """What pytest prints. The tests of the compiled code, of the traffic and of the source need no GPU and are left out. At the end of its
     time pytest is interrupted, and still lists what has failed."""
     left_out = [f"--ignore=tests/kernels/test_{name}.py" for name in ("machine_code", "traffic", "source")]
-    command = [sys.executable, "-c", PYTEST, "tests/kernels", "-q", "-rf", "--tb=short", "--color=no", *left_out]
+    command = [sys.executable, "-c", PYTEST, "tests/kernels", "-rf", "--tb=short", "--color=no", *left_out]
     pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     is_late = False
     try:

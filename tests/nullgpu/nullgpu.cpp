@@ -508,6 +508,13 @@ BLAS cublasSgemmStridedBatched(H, Op, Op, int m, int n, int k, const float*, con
 BLAS cublasSgemv_v2(H, Op, int m, int n, const float*, const float*, int, const float*, int, const float*, float*, int) {
     return product(m, n, 1, CUDA_R_32F, CUDA_R_32F);
 }
+BLAS cublasDgemmStridedBatched(H, Op, Op, int m, int n, int k, const double*, const double*, int, long long, const double*, int, long long,
+    const double*, double*, int, long long, int batch) { return product(m, n, k, CUDA_R_64F, CUDA_R_64F, batch); }
+BLAS cublasDgemv_v2(H, Op, int m, int n, const double*, const double*, int, const double*, int, const double*, double*, int) {
+    return product(m, n, 1, CUDA_R_64F, CUDA_R_64F);
+}
+BLAS cublasSdot_v2(H, int n, const float*, int, const float*, int, float*) { return product(1, 1, n, CUDA_R_32F, CUDA_R_32F); }
+BLAS cublasDdot_v2(H, int n, const double*, int, const double*, int, double*) { return product(1, 1, n, CUDA_R_64F, CUDA_R_64F); }
 BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void*, const void*, cublasLtMatrixLayout_t, const void*,
     cublasLtMatrixLayout_t, const void*, const void*, cublasLtMatrixLayout_t, void*, cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t*,
     void*, size_t, cudaStream_t stream) {

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def over(kept: dict, now: dict) -> list[str]:
     return [f"{key} {now[key]:.3f}, budget {kept[key]}" for key in kept if now[key] > limits[key]]
 
 
-def kept(case: str) -> dict:
+def kept(case: str) -> Any:
     return json.loads(BUDGETS.read_text(encoding="utf-8"))[case]
 
 

@@ -36,11 +36,11 @@ def test_every_part_has_results(card):
     assert found["generation"]["1"] > 0 and found["generation"]["32"] > 0
 
 
-def test_the_kernel_tests_run_natively_and_end_in_time_with_a_list_of_what_failed(monkeypatch):
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-k errors")  # the message of another test would print a tensor, whose size is invented
-    found = results(CARDS[90], 2, "kernel_tests")["kernel_tests"]
-    assert found["status"] == "out of time" and found["failed"] > 0  # kernels do nothing, so their values are wrong
-    assert "FAILED tests/kernels/test_cross_entropy.py::" in found["output"] + found["end"]
+def test_the_kernel_tests_run_natively(monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k test_large_vocabularies")  # the message of some others prints a tensor, whose size is invented
+    found = results(CARDS[90], 15, "kernel_tests")["kernel_tests"]
+    assert found["status"] == "failed" and found["failed"] == 3  # kernels do nothing, so their values are wrong
+    assert found["output"].count("FAILED tests/kernels/test_cross_entropy.py::test_large_vocabularies") == 3
 
 
 def test_launches_are_never_timed_nor_waited_for_once_they_are_compiled():
