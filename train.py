@@ -52,9 +52,6 @@ def main(config: RunConfig) -> None:
         lock = locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext()
         with processes.Stop() as stop, lock, explain_errors(config), log.recorded():
             run(config, here, log, stop)
-    except SystemExit:  # a signal has ended the run
-        processes.stop()
-        raise
     finally:
         if log.has_started:
             write_report(Path(config.out_dir), warn=log.print)
@@ -168,6 +165,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
                 done = logged_step = progress.step
                 log.keep_until(done)
                 continue
+            saves = saves and (is_last or not step.health.bad_in_row)  # else the run may have to go back to before the bad steps
             if validates:
                 step.release_memory()
             if validates or saves:
@@ -185,7 +183,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
             if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_last:
                 log.print(f"step {done}: samples")
                 print_samples(step.model, tokenizer, config, log, done)
-            if saves and (is_last or not step.health.bad_in_row):  # else the run may have to go back to before the bad steps
+            if saves:
                 progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
                 if here.is_main:
                     saver.save(progress)
@@ -204,6 +202,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         if here.is_main:
             text = f"train.py: stopped, {step_folder(out_dir, done)} is written; run the same command again to go on"
             print(wrapped(text), file=sys.stderr)
+        processes.stop()
         sys.exit(stop.status)
 
     # ---- the end ----------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from runs import command, losses, metrics  # noqa: E402
 
 STEPS = 20  # of a run, for each signal
-OPTIONS = {"train__validate_every": 50, "train__checkpoint_every": 5, "train__keep_last": 3, "log__every": 4, "train__ema": 0.9}
+OPTIONS = {"train__validate_every": 50, "train__checkpoint_every": 5, "train__keep_last": 3, "log__every": 2, "train__ema": 0.9}
 
 
 def start(out_dir: Path, processes: int, **options) -> subprocess.Popen:
@@ -36,22 +36,23 @@ def start(out_dir: Path, processes: int, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def logged(out_dir: Path) -> int:
-    """Bytes of metrics.jsonl."""
+def logged(out_dir: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl."""
     path = out_dir / "metrics.jsonl"
-    return path.stat().st_size if path.exists() else 0
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def wait_for_moment(run: subprocess.Popen, out_dir: Path, in_save: bool) -> None:
-    """Wait until the run has begun its steps, then for a random time, or until it writes a checkpoint and for a part of that."""
-    before, deadline = out_dir / "run.json", time.time() + 120
-    started = before.stat().st_mtime_ns if before.exists() else 0
-    while run.poll() is None and not (before.exists() and before.stat().st_mtime_ns > started) and time.time() < deadline:
-        time.sleep(0.005)  # run.json is written before the first step
-    if in_save:
-        while run.poll() is None and not list(out_dir.glob(".step-*.tmp")) and time.time() < deadline:
-            time.sleep(0.0005)
-    time.sleep(random.uniform(0, 0.03 if in_save else 0.5))
+    """Wait until the run has made some steps more than its newest checkpoint has, and for a random time; or then until it writes a
+    checkpoint, and for a part of that."""
+    newest = max((int(path.name[5:]) for path in out_dir.glob("step-*")), default=0)
+    target, deadline = newest + random.randint(1, STEPS), time.time() + 200
+    while run.poll() is None and max((line["step"] for line in logged(out_dir)), default=0) < target and time.time() < deadline:
+        time.sleep(0.01)
+    while in_save and run.poll() is None and not list(out_dir.glob(".step-*.tmp")) and time.time() < deadline:
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, 0.05))
 
 
 def check_files(out_dir: Path) -> None:
@@ -62,10 +63,8 @@ def check_files(out_dir: Path) -> None:
         for path in (folder, folder / "trainer"):
             assert (path / "checksums.json").is_file(), path
             check_files(path)
-    if logged(out_dir):
-        *lines, _ = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")  # the last may be incomplete
-        steps = Counter((line["step"], "loss" in line) for line in map(json.loads, lines))
-        assert max(steps.values(), default=1) == 1, steps.most_common(3)
+    steps = Counter((line["step"], "loss" in line) for line in logged(out_dir))
+    assert max(steps.values(), default=1) == 1, steps.most_common(3)
 
 
 def state(out_dir: Path, step: int) -> dict:
