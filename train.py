@@ -16,6 +16,7 @@ from pathlib import Path
 from tritale.common.console import replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
 from tritale.common.files import locked, sha256_of
+from tritale.common.run_folder import find_checkpoint, step_folder
 from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.shards import with_replay
@@ -25,7 +26,6 @@ from tritale.evaluation.run_report import write_report
 from tritale.evaluation.validation import validate
 from tritale.inference import LLM
 from tritale.model import GPT
-from tritale.model.run_folder import find_checkpoint, step_folder
 from tritale.training import processes, record, state
 from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
@@ -50,15 +50,18 @@ def main(config: RunConfig) -> None:
     log = Log(config, is_main=here.is_main)
     try:
         lock = locked(Path(config.out_dir), "another training process") if here.is_main else contextlib.nullcontext()
-        with lock, explain_errors(config), log.recorded():
-            run(config, here, log)
+        with processes.Stop() as stop, lock, explain_errors(config), log.recorded():
+            run(config, here, log, stop)
+    except SystemExit:  # a signal has ended the run
+        processes.stop()
+        raise
     finally:
         if log.has_started:
             write_report(Path(config.out_dir), warn=log.print)
     processes.stop()
 
 
-def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
+def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.Stop) -> None:
     start = time.perf_counter()
     train, out_dir = config.train, Path(config.out_dir)
     newest = state.newest_complete(out_dir, warn=log.print)
@@ -100,11 +103,11 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
         name = sha256_of(base / "model.safetensors")[:16]
         references = [reference_log_probs(step.model, s, name, **sizes, **shared) for s in (train_split, validation_split)]
         batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
-        evaluate = functools.partial(validate_pairs, step.model, validation_split, references[1], config.dpo, **sizes, **shared)
+        evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)
     else:
         mask = config.data.document_mask
         batches = Batches(train_split, **sizes, **order, document_mask=mask)
-        evaluate = functools.partial(validate, step.model, validation_split, **sizes, document_mask=mask, **shared)
+        evaluate = functools.partial(validate, split=validation_split, **sizes, document_mask=mask, **shared)
 
     # ---- resume: weights, optimizer and random state; the order of the data is a function of the step -------------------------------
     progress = state.Progress()
@@ -112,36 +115,38 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
         progress = state.load(newest, step)
         log.print(f"resuming from {newest}")
     log.open(out_dir, progress.step, record.facts(planned, train_split, flatten(config)))
+    saver = state.Saver(step, tokenizer, report=log.print, after=lambda: write_report(out_dir, warn=log.print))
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------------
     seconds_before = progress.seconds
-    logged_step, logged_at = progress.step, time.perf_counter()
+    done = logged_step = progress.step
+    logged_at = time.perf_counter()
     paused = 0.0  # seconds of validation, samples and checkpoints since the last log line
     val_bits = math.nan
     peak_flops = device.flops  # per process; raised if training is faster than the measurement
+    went_back_to: Path | None = None
     tracing = profiled(train.profile if here.is_main else 0, out_dir, progress.step, log.print)
-    with tracing as trace_step, log.progress(train.max_steps, progress.step) as update:
-        for i in range(progress.step, train.max_steps):
-            grad_norm = step.run(batches.step(i), step.lr_factor(i), batches.n_targets(i))
+    with contextlib.closing(saver), tracing as trace_step, log.progress(train.max_steps, done) as update, stop.deferred():
+        while done < train.max_steps and not stop.is_due():
+            number = progress.batch(done)
+            step.run(batches.step(number), step.lr_factor(done), done, n_targets=batches.n_targets(number))
+            done += 1
             trace_step()
 
-            done = i + 1
             is_last = done == train.max_steps
-            if done % config.log.every == 0 or is_last or done % train.checkpoint_every == 0:
-                seconds = time.perf_counter() - logged_at - paused
+            validates, saves = (done % every == 0 or is_last for every in (train.validate_every, train.checkpoint_every))
+            if done % config.log.every == 0 or is_last or saves:
                 preference = step.mean_preference()
                 loss = step.mean_loss()
-                norm = grad_norm.item()
-                step.check_finite(done, loss=loss, **({} if step.scaler.is_enabled() else {"gradient norm": norm}))
+                seconds = time.perf_counter() - logged_at - paused
                 speed = (done - logged_step) * planned.tokens_per_step / seconds
                 flops = speed * planned.flops_per_token / here.world_size
                 peak_flops = max(peak_flops, flops)
                 log.metrics(
                     step=done,
                     tokens=done * planned.tokens_per_step,
-                    loss=loss,
-                    lr=config.optim.lr * step.lr_factor(i),
-                    grad_norm=norm,
+                    **step.health.values(loss),
+                    lr=config.optim.lr * step.lr_factor(done - 1),
                     **preference,
                     tokens_per_second=speed,
                     mfu=flops / peak_flops,
@@ -149,36 +154,61 @@ def run(config: RunConfig, here: processes.Processes, log: Log) -> None:
                     data_share=step.data_seconds / seconds,
                     seconds=seconds_before + time.perf_counter() - start,
                 )
+                for text in step.health.take_reports():
+                    log.print(text, style="yellow")
                 update(done, loss=loss, speed=speed)
                 logged_step, logged_at, paused, step.data_seconds = done, time.perf_counter(), 0.0, 0.0
             update(done)
 
             pause = time.perf_counter()
-            validates, saves = (done % every == 0 or is_last for every in (train.validate_every, train.checkpoint_every))
-            if validates or saves:
+            if step.health.bad_in_row >= train.max_bad_steps:
+                saver.close()
+                processes.barrier()
+                went_back_to = state.go_back(out_dir, step, progress, done, went_back_to, warn=log.print)
+                done = logged_step = progress.step
+                log.keep_until(done)
+                continue
+            if validates:
                 step.release_memory()
+            if validates or saves:
                 step.check_finite(done)
             if validates:
-                val_loss, val_bits = evaluate()
+                val_loss, val_bits = evaluate(step.model)
                 step.check_finite(done, **{"validation loss": val_loss})
-                log.metrics(step=done, val_loss=val_loss, val_bits_per_char=val_bits, seconds=seconds_before + time.perf_counter() - start)
+                values = {"val_loss": val_loss, "val_bits_per_char": val_bits}
+                if step.ema:
+                    values |= dict(zip(("ema_val_loss", "ema_val_bits_per_char"), evaluate(step.ema), strict=True))
+                log.metrics(step=done, **values, seconds=seconds_before + time.perf_counter() - start)
                 log.print(f"step {done}: validation {val_bits:.3f} bits per character, loss {val_loss:.3f}")
                 if saves and (progress.best_loss is None or val_loss < progress.best_loss):
                     progress.best_step, progress.best_loss = done, val_loss
             if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_last:
                 log.print(f"step {done}: samples")
                 print_samples(step.model, tokenizer, config, log, done)
-            if saves:
+            if saves and (is_last or not step.health.bad_in_row):  # else the run may have to go back to before the bad steps
                 progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
                 if here.is_main:
-                    state.save(out_dir, step, tokenizer, progress)
-                    state.remove_old(out_dir, keep_last=train.keep_last, best_step=progress.best_step if train.keep_best else None)
-                    write_report(out_dir, warn=log.print)
+                    saver.save(progress)
             paused += time.perf_counter() - pause
+
+        is_stopped = done < train.max_steps  # by a signal
+        if is_stopped and done != progress.step:
+            step.check_finite(done)
+            progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
+            if here.is_main:
+                saver.save(progress)
+        saver.finish()
+        processes.barrier()
+    if is_stopped:
+        log.close()
+        if here.is_main:
+            text = f"train.py: stopped, {step_folder(out_dir, done)} is written; run the same command again to go on"
+            print(wrapped(text), file=sys.stderr)
+        sys.exit(stop.status)
 
     # ---- the end ----------------------------------------------------------------------------------------------------------------------
     if math.isnan(val_bits):  # the run had already reached max_steps
-        _, val_bits = evaluate()
+        _, val_bits = evaluate(step.model)
     if here.is_main:
         entropy = (validation_split.entropy_bits or 0) / validation_split.characters  # of the built-in stories
         above = f" ({val_bits / entropy:.2f} × the {entropy:.3f} bits of entropy of the built-in stories)" if entropy else ""
@@ -202,5 +232,6 @@ if __name__ == "__main__":
         sys.exit(wrapped(f"train.py: {error}"))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
-        message = "\ntrain.py: stopped; run the same command again to resume from the last checkpoint"
-        sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+        if os.environ.get("RANK", "0") == "0":
+            print("\ntrain.py: stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -20,19 +20,20 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--to", required=True, choices=("hf", "litgpt", "gguf"),
         help="hf: a folder for transformers, without the training's state; litgpt: a folder for litgpt.LLM.load; gguf: for llama.cpp",
     )  # fmt: skip
+    options.add_ema(p)
     p.add_argument("--out", required=True, metavar="PATH", type=Path, help="folder or file to write; it must not exist")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..common.run_folder import find_checkpoint
     from ..inference import LLM
     from ..model import consumers, export
-    from ..model.run_folder import find_checkpoint
 
     source, out = find_checkpoint(args.model), args.out
-    llm = LLM.load(source, device="cpu")
+    llm = LLM.load(source, device="cpu", ema=args.ema)
     model, tokenizer = llm.model, llm.tokenizer
     if args.to == "hf":
-        export.export_hf(source, out)
+        export.export_hf(source, out, ema=args.ema)
         check, use = consumers.check_hf, f'in Python: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     elif args.to == "litgpt":
         export.export_litgpt(model, tokenizer, out)

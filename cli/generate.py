@@ -31,6 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="the prompt is an instruction, such as 写一个有对话的故事。",
     )
     p.add_argument("--samples", type=int, default=1, help="how many stories, in one batch")
+    options.add_ema(p)
     options.add_sampling(p)
     p.add_argument("--seed", type=int, default=None, help="repeats the same stories")
     options.add_device(p)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = options.sampling(args)  # before the model is loaded
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it must be at least 1")
-    llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype), ema=args.ema)
     if not llm.model.embedding.is_cuda and (problem := native.problem()):
         print(problem, file=sys.stderr)
 

@@ -17,6 +17,10 @@ def add_model(p: argparse.ArgumentParser, name: str, help: str) -> None:
     p.set_defaults(model_argument=name)
 
 
+def add_ema(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--ema", action="store_true", help="the running mean of the weights, of a run with train.ema")
+
+
 def add_sampling(p: argparse.ArgumentParser) -> None:
     """Add an option for each setting of `Sampling` but the seed."""
     p.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest continuation")

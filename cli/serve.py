@@ -24,6 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--slots", type=int, default=16, help="sequences of a checkpoint in one batch; also the limit per request")
     p.add_argument("--queue", type=int, default=64, help="sequences that may wait; more are refused (429)")
     p.add_argument("--max-tokens", type=int, default=2048, help="limit of max_tokens in a request")
+    options.add_ema(p)
     options.add_device(p)
 
 
@@ -60,14 +61,14 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
 
+    from ..common.run_folder import find_checkpoints
     from ..inference import native
     from ..inference.engine import Engine
-    from ..model.run_folder import find_checkpoints
     from ..serve.app import make_app
     from ..serve.connections import make_server
 
     found = find_checkpoints(args.dir)
-    engine = Engine(args.dir, slots=args.slots, queue=args.queue, device=args.device, dtype=getattr(torch, args.dtype))
+    engine = Engine(args.dir, slots=args.slots, queue=args.queue, device=args.device, dtype=getattr(torch, args.dtype), ema=args.ema)
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     newest = next(iter(found))

@@ -51,7 +51,9 @@ def as_json(f: RunFacts) -> dict:
         "val_step": validation.get("step"),
         "val_loss": validation.get("val_loss"),
         "val_bits_per_char": validation.get("val_bits_per_char"),
-        **{name: f.last(name) for name in ("lr", "grad_norm", "tokens_per_second", "memory_gib", "bad_steps")},
+        **{name: f.last(name) for name in ("lr", "grad_norm", "tokens_per_second", "memory_gib")},
+        "bad_steps": f.counted("bad_steps"),
+        "spikes": f.counted("spikes"),
         "checkpoint": str(f.checkpoints[newest]) if newest is not None else None,
         "checkpoint_step": newest,
         "silent_for": round(f.silent_for, 1),
@@ -81,8 +83,8 @@ def as_text(f: RunFacts) -> str:
         rows["validation"] = f"{s['val_bits_per_char']:.3f} bits per character, loss {s['val_loss']:.3f}, at step {s['val_step']:,}"
     if s["lr"] is not None:
         rows["rate"] = f"{s['lr']:.2e}" + (f", gradient norm {s['grad_norm']:.3g}" if s["grad_norm"] is not None else "")
-    if s["bad_steps"] is not None:
-        rows["bad steps"] = f"{s['bad_steps']:,.0f}"
+    if s["bad_steps"] or s["spikes"]:
+        rows["bad steps"] = f"{s['bad_steps']:,} skipped, {s['spikes']:,} spikes of the loss"
     if s["tokens_per_second"] is not None:
         rows["speed"] = f"{s['tokens_per_second']:,.0f} tokens/s"
     if s["memory_gib"] is not None:

@@ -16,6 +16,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--every", type=int, default=1, metavar="N", help="measure each N-th checkpoint and the last")
     p.add_argument("--prompts", metavar="FILE", help="UTF-8 file with one prompt per line, or - for standard input (default: the run's)")
     p.add_argument("--samples", type=int, default=8, help="stories per prompt")
+    options.add_ema(p)
     options.add_sampling(p)
     p.add_argument("--seed", type=int, default=0, help="story n of each checkpoint is sampled with seed + n")
     p.add_argument("--validation-documents", type=int, default=200, metavar="N", help="held-out documents, evenly spread, to validate on")
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         task = bar.add_task("indexing the training text", total=None)
         sweep = Sweep(
             trained, prompts=prompts, samples=args.samples, sampling=sampling, seed=args.seed,
-            validation_documents=args.validation_documents, data=args.data, device=args.device,
+            validation_documents=args.validation_documents, data=args.data, device=args.device, ema=args.ema,
         )  # fmt: skip
         bar.update(task, total=len(chosen) * (1 + len(sweep.prompts)))
         for n, (step, folder) in enumerate(chosen.items()):
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 sweep.load(folder)
                 rows.append(sweep.measure(step, lambda: bar.advance(task)))
-            except (OSError, ValueError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
+            except (OSError, UserError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
                 left_out[folder.name] = str(error)
                 bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:

@@ -4,7 +4,9 @@ import argparse
 import logging
 import os
 import runpy
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..common.errors import UserError
@@ -31,18 +33,36 @@ def run(args: argparse.Namespace) -> None:
 
 def launch(processes: int, overrides: list[str]) -> None:
     """Start the processes as torchrun does, but print nothing: a process that fails has printed its own message. torchrun adds its
-    traceback to that."""
+    traceback to that. SIGTERM and Ctrl-C are passed on, and the processes end by themselves; torchrun would kill them after 30 seconds.
+
+    Raises UserError if the machine has GPUs, but fewer than processes."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and (count := torch.cuda.device_count()) < processes:
+        raise UserError(f"--processes is {processes}, and this machine has {count} GPU{'s' * (count > 1)}; choose at most {count}")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable()  # torchrun's warnings and errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    options = ["--standalone", f"--nproc-per-node={processes}", "--module", "tritale", "train"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds
+
+    def pass_on(number: int, frame: object) -> None:
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGHUP", "--module", "tritale", "train"]
     try:
         run.run(run.parse_args([*options, *overrides]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == -signal.SIGINT:  # a second Ctrl-C
+            sys.exit(130)
         if failure.exitcode < 0:
             raise UserError(
                 f"process {rank} was ended by signal {-failure.exitcode} (9 is often a lack of memory); "

@@ -174,6 +174,12 @@ class Tokenizer:
         with atomic_file(folder / "tokenizer.json") as temporary:  # last and complete: a folder with this file is complete
             temporary.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids that `save_model` writes."""
+        ids = {"eos_token_id": self.eot_id, "pad_token_id": self.pad_id}
+        return ids | ({"im_end_id": self.im_end_id} if self.is_chat else {})
+
     def to_json(self) -> str:
         """`tokenizer.json` without white space."""
         return self._backend.to_str()

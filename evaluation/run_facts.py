@@ -16,6 +16,7 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import is_locked, read_json_object
+from ..common.run_folder import step_folders
 from ..training.record import FINISHED, METRICS, RECORD, SAMPLES, read_record
 
 TAIL = 20  # lines of metrics.jsonl from which the present speed is computed
@@ -33,6 +34,7 @@ class RunFacts:
     starts: list[dict[str, Any]] = field(default_factory=list)
     lines: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl, with the training loss
     validations: list[dict[str, float]] = field(default_factory=list)
+    counts: list[dict[str, float]] = field(default_factory=list)  # the lines with bad steps or spikes, also those without a loss
     samples: list[dict[str, Any]] = field(default_factory=list)  # step, prompt, text
     checkpoints: dict[int, Path] = field(default_factory=dict)
     is_running: bool = False
@@ -49,7 +51,7 @@ class RunFacts:
             raise UserError(f"{folder} has no {METRICS} and no {RECORD}; give the out_dir of a run, such as out/quickstart")
         record = read_record(folder)
         parts = {key: value for key in ("config", "plan", "device", "data") if isinstance(value := record.get(key), dict)}
-        checkpoints = _checkpoints(folder)
+        checkpoints = step_folders(folder)
         parts.setdefault("config", _checkpoint_config(checkpoints))  # a run of a version that wrote no run.json
         lines = [line for line in read_lines(metrics) if isinstance(line.get("step"), int)]
         starts = record.get("starts")
@@ -59,6 +61,7 @@ class RunFacts:
             starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
             lines=[line for line in lines if "loss" in line],
             validations=[line for line in lines if "val_loss" in line and "val_bits_per_char" in line],
+            counts=[line for line in lines if "bad_steps" in line or "spikes" in line],
             samples=[s for s in read_lines(folder / SAMPLES) if isinstance(s.get("step"), int) and isinstance(s.get("text"), str)],
             checkpoints=checkpoints,
             is_running=is_locked(folder),
@@ -136,6 +139,10 @@ class RunFacts:
         """The last finite value of a key of the training lines."""
         return next((line[name] for line in reversed(self.lines) if is_finite(line.get(name))), None)
 
+    def counted(self, name: str) -> int:
+        """A count of the run's last line that has it: bad_steps or spikes; 0 if there were none."""
+        return next((int(line[name]) for line in reversed(self.counts) if is_finite(line.get(name))), 0)
+
     def newest_samples(self) -> list[dict]:
         """The samples of the newest step that has any."""
         return [s for s in self.samples if s["step"] == self.samples[-1]["step"]] if self.samples else []
@@ -157,12 +164,6 @@ def read_lines(path: Path) -> list[dict]:
             if isinstance(value, dict):
                 found.append(value)
     return found
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    # {step: folder} in ascending order. model.run_folder does the same, but the package `model` imports torch.
-    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()}
-    return dict(sorted(found.items()))
 
 
 def _checkpoint_config(checkpoints: dict[int, Path]) -> dict[str, Any]:

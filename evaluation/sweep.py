@@ -12,7 +12,7 @@ from ..common.errors import UserError
 from ..common.sampling import Sampling
 from ..data.shards import evenly
 from ..inference.llm import LLM
-from ..model.checkpoint import gpt_config, load_weights, read_json
+from ..model.checkpoint import EMA, WEIGHTS, load_weights, read_shape
 from .story_measures import REPEATS, StoryMeasures, decode, distinct_n, part_of_text
 from .trained_run import TrainedRun
 from .validation import part, validate
@@ -45,13 +45,14 @@ class Sweep:
         validation_documents: int = 200,
         data: Path | None = None,
         device: str | None = None,
+        ema: bool = False,
     ):
         if samples < 1 or validation_documents < 1:
             raise UserError(f"--samples ({samples}) and --validation-documents ({validation_documents}) must be at least 1")
         self.run = run
         self.prompts = [prompt for prompt in prompts for _ in range(samples)]
         self.samplings = [replace(sampling, seed=seed + i) for i in range(len(self.prompts))]
-        self.llm = LLM.load(run.newest, device=device)
+        self.llm, self.weights = LLM.load(run.newest, device=device, ema=ema), EMA if ema else WEIGHTS
         self._tokenizer_json = (run.newest / "tokenizer.json").read_text(encoding="utf-8")
         for prompt in prompts:
             self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
@@ -83,11 +84,11 @@ class Sweep:
     def load(self, folder: Path) -> None:
         """Copy the weights of a checkpoint into the model. Raises FileNotFoundError or UserError if it is damaged, missing or of another
         shape."""
-        if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
+        if read_shape(folder) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
             raise UserError(f"{folder} has another tokenizer than the newest checkpoint")
-        load_weights(self.llm.model, folder)
+        load_weights(self.llm.model, folder, name=self.weights)
 
     def measure(self, step: int, advance: Callable[[], None] = lambda: None) -> dict:
         """Measure the loaded weights. `advance` is called after the validation and after each story.

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
 from ..data.chat import Messages
-from ..model.run_folder import find_checkpoints
 from .detokenizer import Completion
 from .llm import LLM
 from .scheduler import Scheduler
@@ -90,10 +90,12 @@ class Engine:
 
     Raises UserError or FileNotFoundError if there is no checkpoint, or the newest cannot be loaded."""
 
-    def __init__(self, folder: Path, *, slots: int, queue: int, device: str | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, folder: Path, *, slots: int, queue: int, device: str | None = None, dtype: torch.dtype = torch.float32, ema: bool = False
+    ):
         self.folder, self.slots, self.queue = folder, slots, queue
         self.n_steps = 0  # forward passes so far, each for all running sequences of a checkpoint
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._ema = device, dtype, ema
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # the most recently used last
         self._is_loading = False
         self._changed = threading.Condition()  # guards the fields below
@@ -166,7 +168,7 @@ class Engine:
                 for name, model in list(self._models.items()):
                     if model.scheduler.is_busy:
                         self._step(name, model)
-        finally:  # also after a bug in the engine: no client waits for ever
+        finally:  # also after a bug in the engine: no client waits forever
             with self._changed:
                 self._is_stopping = True
             for request in list(self._requests):
@@ -248,8 +250,10 @@ class Engine:
     def _load(self, folder: Path) -> LoadedModel:
         version = self._version(folder)
         try:
-            return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype), version, self.slots)
+            return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype, ema=self._ema), version, self.slots)
         except Exception as error:  # a damaged file can raise anything
+            if not isinstance(error, (UserError, OSError)):
+                LOG.exception("%s cannot be loaded", folder.name)
             raise EngineError(f"{folder.name} cannot be loaded: {error}") from error
 
     def _load_for_requests(self, folder: Path) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling, SamplingSettings
 from ..data.chat import Messages, problem, prompt_ids
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
 from ..kernels.dispatch import launcher_missing
-from ..model.checkpoint import check_files, load_model, read_json
+from ..model.checkpoint import EMA, WEIGHTS, check_files, load_model, read_json
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import native, sequence
 from .decoder import Decoder
 from .detokenizer import Completion
@@ -39,9 +39,9 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
-    def load(cls, model: Path | str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> "LLM":
+    def load(cls, model: Path | str, *, device: str | None = None, dtype: torch.dtype = torch.float32, ema: bool = False) -> "LLM":
         """Load a checkpoint folder, or the newest checkpoint of a run, by default onto the GPU if there is one. `dtype` of the weights:
-        float32, bfloat16 or float16.
+        float32, bfloat16 or float16. `ema`: the running mean of the weights, of a run with `train.ema`.
 
         Raises FileNotFoundError or UserError if the folder is not a complete checkpoint or is being written, or if the device or dtype is
         not available."""
@@ -53,7 +53,7 @@ class LLM:
             raise UserError(reason)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
-        gpt = load_model(folder, device=device, dtype=dtype)
+        gpt = load_model(folder, device=device, dtype=dtype, name=EMA if ema else WEIGHTS)
         check_files(folder, ["tokenizer.json"])
         is_imported = "tritale_import" in read_json(folder, "config.json")
         tokenizer = ForeignTokenizer.load(folder) if is_imported else Tokenizer.load(folder)

@@ -13,9 +13,10 @@ import yaml
 
 from ..common.errors import UserError
 from ..common.files import atomic_file, atomic_folder, write_json
+from ..data.chat import CHAT_TEMPLATE
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from .checkpoint import CHECKSUMS, check_files, hf_config, hf_state
+from .checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_config, hf_state
 from .gpt import GPT, GPTConfig
 
 # The names of the tensors in Hugging Face's files, in litgpt's, and in GGUF files. litgpt packs q, k and v.
@@ -63,14 +64,15 @@ def _renamed(model: GPT, program: int, layers: str) -> Iterator[tuple[str, str, 
             yield f"{prefix}{theirs}.weight", part, tensor
 
 
-def export_hf(source: Path, out: Path) -> None:
-    """Copy the files of a checkpoint that Hugging Face reads, without the state of the training. Raises UserError if `out` exists."""
+def export_hf(source: Path, out: Path, *, ema: bool = False) -> None:
+    """Copy the files of a checkpoint that Hugging Face reads, without the state of the training; with `ema` the running mean of the weights
+    in place of the weights. Raises UserError if `out` exists."""
     refuse_existing(out)
     check_files(source)
     with atomic_folder(out) as folder:
         for path in source.iterdir():
-            if path.is_file() and path.name != CHECKSUMS:
-                shutil.copyfile(path, folder / path.name)
+            if path.is_file() and path.name not in (CHECKSUMS, WEIGHTS if ema else EMA):
+                shutil.copyfile(path, folder / (WEIGHTS if path.name == EMA else path.name))
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
         # Without a template llama.cpp's chat front ends use ChatML, which a base model has never seen.
-        writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+        plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        writer.add_chat_template(CHAT_TEMPLATE if tokenizer.is_chat else plain)
 
         for tensor_name, array in gguf_tensors(model).items():
             writer.add_tensor(tensor_name, array)

@@ -16,9 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.console import wrapped
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..model.checkpoint import gpt_config, read_json
 from ..model.gpt import PRESETS, GPTConfig
-from ..model.run_folder import find_checkpoint
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 
@@ -200,6 +200,10 @@ class TrainConfig:
         compile: Whether to use torch.compile.
         grad_clip: Maximum norm of the gradient.
         z_loss: Coefficient of lse² in the loss, which keeps the logits small; 0 for none.
+        ema: Decay of the running mean of the weights that is saved beside them; null for none.
+        max_bad_steps: After this many steps in a row whose loss or gradient is not finite, the run goes back to the last checkpoint and
+            passes over their batches. Each of them is skipped in any case.
+        spike: A loss that is above its running mean by more than this many times its spread is reported; 0 for none.
         validate_every: Steps between validations.
         sample_every: Steps between printed samples; 0 for none.
         checkpoint_every: Steps between checkpoints. The last step is always saved.
@@ -216,6 +220,9 @@ class TrainConfig:
     compile: bool = True
     grad_clip: float = between(1.0, 1e-6, float("inf"))
     z_loss: float = between(0.0, 0.0, 1.0)
+    ema: float | None = between(None, 0.5, 0.999999)
+    max_bad_steps: int = between(10, 1, 10**9)
+    spike: float = between(6.0, 0.0, 1e6)
     validate_every: int = between(250, 1, 10**9)
     sample_every: int = between(250, 0, 10**9)
     checkpoint_every: int = between(250, 1, 10**9)
@@ -387,8 +394,8 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     """The keys in which a saved flat config and this one differ, as "key: before → now", without keys that may change at any time."""
     after = flatten(config)
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
-    free = ("out_dir", "resume", "log.", "train.micro_batch", "train.compile", "train.keep_", "train.profile", *events)
-    keys = [k for k in {**before, **after} if not k.startswith(free)]
+    free = ("out_dir", "resume", "log.", *(f"train.{key}" for key in ("micro_batch", "compile", "keep_", "profile", "max_bad_", "spike")))
+    keys = [k for k in {**before, **after} if not k.startswith((*free, *events))]
     return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
@@ -403,7 +410,8 @@ SYNONYMS = {
     "dtype": "train.precision", "fp16": "train.precision", "bf16": "train.precision", "eval_interval": "train.validate_every",
     "eval_steps": "train.validate_every", "save_steps": "train.checkpoint_every", "save_interval": "train.checkpoint_every",
     "save_total_limit": "train.keep_last", "max_grad_norm": "train.grad_clip", "clip": "train.grad_clip", "log_interval": "log.every",
-    "logging_steps": "log.every", "prompt": "log.prompts", "n_embd": "model.width", "hidden_size": "model.width", "d_model": "model.width",
+    "ema_decay": "train.ema", "logging_steps": "log.every", "prompt": "log.prompts", "n_embd": "model.width", "d_model": "model.width",
+    "hidden_size": "model.width",
     "layers": "model.n_layer", "num_layers": "model.n_layer", "num_hidden_layers": "model.n_layer", "heads": "model.n_head",
     "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
     "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
@@ -514,7 +522,11 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
             check_file(path)
         for argument in arguments:
             check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-        values = parser.instantiate(parser.parse_args(arguments))
+        try:
+            parsed = parser.parse_args(arguments)
+        except (ValueError, TypeError) as error:  # of a value that YAML cannot hold, for example
+            raise UserError(str(error)) from None
+        values = parser.instantiate(parsed)
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, UserError) as error:
         sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))

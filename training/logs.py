@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
@@ -27,7 +28,8 @@ class Log:
         self.console.soft_wrap = not self.console.is_terminal  # a terminal's lines are wrapped at spaces
         self.has_bar = self.console.is_terminal and not self.console.is_jupyter
         self.has_started = False  # whether `open` was called in the main process
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""  # lines that did not fit on the disk
         self._trackers: Trackers | None = None
 
     def open(self, out_dir: Path, start_step: int, facts: dict) -> None:
@@ -36,14 +38,23 @@ class Log:
         if not self.is_main:
             return
         self._path, self._samples_path = out_dir / record.METRICS, out_dir / record.SAMPLES
-        logged = _keep_until(self._path, start_step)
-        _keep_until(self._samples_path, min(start_step, self.config.train.max_steps - 1))  # the last samples are printed again
+        logged = self.keep_until(start_step)
         before = record.read_record(out_dir).get("config")
         changed = differences(before, self.config) if isinstance(before, dict) else []
         record.write_start(out_dir, facts, step=start_step, logged=logged, changed=changed)
         self.has_started = True
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._trackers = Trackers(self.config, out_dir, start_step, lambda text: self.print(text, style="yellow"))
+
+    def keep_until(self, step: int) -> int:
+        """Remove the lines of later steps, which the run will make again. Returns the last step that metrics.jsonl had."""
+        if not self.is_main:
+            return 0
+        if self._file:
+            self._file.close()
+        logged = _keep_until(self._path, step)
+        _keep_until(self._samples_path, min(step, self.config.train.max_steps - 1))  # the last samples are printed again
+        self._file, self._unwritten = self._path.open("ab", buffering=0), b""
+        return logged
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -62,19 +73,26 @@ class Log:
                 self._trackers.close()
 
     def metrics(self, **values: float) -> None:
-        """Append a line to metrics.jsonl. Raises OSError if the output folder was removed, or if the disk is full."""
+        """Append a line to metrics.jsonl. On a full disk it is kept, and written with a later one. Raises OSError if the output folder was
+        removed."""
         if not self._file:
             return
         self.check_folder()
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        try:
-            self._file.write(json.dumps(rounded) + "\n")
-        except OSError as error:
-            raise OSError(
-                f"{self._path} could not be written ({error}); free some space and run the same command again to resume"
-            ) from None
+        was_full = bool(self._unwritten)
+        self._unwritten += (json.dumps(rounded) + "\n").encode()
+        if (error := self._write()) and not was_full:
+            text = f"{self._path} could not be written ({error}); free some space. The run goes on and keeps the lines in memory"
+            self.print(text, style="yellow")
         if self._trackers:
             self._trackers.log(rounded, int(values["step"]))
+
+    def _write(self) -> OSError | None:
+        try:
+            while self._file and self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            return error
 
     def sample(self, **values: object) -> None:
         """Append a generated text to samples.jsonl: step, prompt, text, seed. Does nothing if that is not possible."""
@@ -90,6 +108,8 @@ class Log:
     def close(self) -> None:
         if self._file:
             self.check_folder()
+            if error := self._write():
+                raise error
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None

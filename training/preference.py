@@ -35,8 +35,8 @@ def answer_log_probs(nll: Tensor, targets: Tensor, cu_seqlens: Tensor, n_pairs: 
 
 
 def dpo_loss(log_probs: Tensor, reference: Tensor, counts: Tensor, config: DPOConfig) -> tuple[Tensor, Tensor]:
-    """The loss of each pair, (n_pairs,), and the sums of STATISTICS over the pairs. The arguments are (n_pairs, 2); a pair without answers
-    (counts 0) is padding and has the loss 0."""
+    """The loss of each pair, (n_pairs,); and the sums of STATISTICS over the pairs, at the end the number of pairs. The arguments are
+    (n_pairs, 2). A pair without answers (counts 0) is padding and has the loss 0."""
     is_pair = counts[:, 0] > 0
     per_token = 1 / counts.clamp(min=1)
     scale = per_token if config.length_normalised else torch.ones_like(counts)
@@ -46,7 +46,7 @@ def dpo_loss(log_probs: Tensor, reference: Tensor, counts: Tensor, config: DPOCo
     loss = dpo
     if config.sft_weight:
         loss = dpo - config.sft_weight * log_probs[:, 0] * per_token[:, 0]
-    values = torch.stack([dpo, *rewards.T, margins, (margins > 0) * is_pair, *log_probs.T])
+    values = torch.stack([dpo, *rewards.T, margins, (margins > 0) * is_pair, *log_probs.T, is_pair.to(dpo.dtype)])
     return loss, values.detach().sum(1)
 
 

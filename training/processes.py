@@ -3,12 +3,15 @@
 import contextlib
 import ctypes
 import os
+import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +19,9 @@ import torch.distributed as dist
 from ..common.errors import UserError
 from ..kernels.dispatch import launcher_missing
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is part of a GPU's name counts.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first whose words are in a GPU's name counts.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
     "B200": 2250, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
 }  # fmt: skip
 
@@ -58,6 +61,64 @@ def start() -> Processes:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     return Processes(rank, world_size, device)
+
+
+class Stop:
+    """Ends a run on SIGTERM or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
+
+    Outside of `deferred` a signal raises KeyboardInterrupt or SystemExit at once, since there is nothing to save. A second Ctrl-C always
+    ends the process at once, by the operating system; what is being written then is left under a temporary name."""
+
+    def __init__(self):
+        self.is_training = False
+        self._signal, self._agreed = 0, 0
+        self._exchange: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> "Stop":
+        is_main = threading.current_thread() is threading.main_thread()  # only there Python handles signals
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # of the main memory
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self.is_training:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
+        if number == signal.SIGINT and sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\nfinishing the step and writing a checkpoint; Ctrl-C again ends at once\n")  # and shows the cursor
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Training: a signal only makes `is_due` true."""
+        self.is_training = True
+        try:
+            yield
+        finally:
+            self.is_training = False
+
+    def is_due(self) -> bool:
+        """Whether the run ends after this step. All processes call it once a step. They exchange what they know in the background of the
+        next step, so with several processes it is true a step later."""
+        if self._group is None:
+            self._agreed = self._signal
+        else:
+            if self._exchange:
+                self._exchange[0].wait()
+                self._agreed = int(self._exchange[1])
+            known = torch.tensor(self._signal)
+            self._exchange = cast(dist.Work, dist.all_reduce(known, dist.ReduceOp.MAX, group=self._group, async_op=True)), known
+        return bool(self._agreed)
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 after SIGTERM, 130 after Ctrl-C."""
+        return 130 if self._agreed == signal.SIGINT else 0
 
 
 def end_with_parent() -> None:
@@ -159,8 +220,11 @@ def cpp_compiler_missing() -> str | None:
 
 
 def data_sheet_tflops(name: str) -> int | None:
-    """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions share a name with a faster GPU, and have none."""
-    return next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name and "Laptop" not in name), None)
+    """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions and parts of a GPU (MIG) share a name with a faster one, and have
+    none."""
+    if "Laptop" in name or "MIG" in name:
+        return None
+    return next((tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:

@@ -4,25 +4,42 @@ Only safetensors and JSON. The data needs no state: its order is a function of t
 """
 
 import shutil
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
+from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
-from ..model.checkpoint import CHECKSUMS, check_files, load_tensors, load_weights, read_json, save_model, save_tensors, write_checksums
+from ..model import checkpoint
+from ..model.checkpoint import (
+    CHECKSUMS,
+    EMA,
+    WEIGHTS,
+    check_files,
+    hf_state,
+    load_tensors,
+    load_weights,
+    read_json,
+    read_shape,
+    save_tensors,
+)
 from ..model.gpt import GPT
-from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
+from .health import Health
 from .optimizer import state_shapes
 from .plan import size
 from .step import TrainingStep
 
+T = TypeVar("T")
 FORMAT = 1  # of trainer/; files without a number have format 1
 
 
@@ -34,6 +51,19 @@ class Progress:
     best_step: int | None = None  # the checkpoint with the lowest validation loss
     best_loss: float | None = None  # its validation loss
     seconds: float = 0.0  # of training, over all starts of the run
+    passed: list[list[int]] = field(default_factory=list)  # [first, number] of the steps of the data that bad steps made the run pass over
+
+    def batch(self, step: int) -> int:
+        """The step of the data that a 0-based optimizer step trains on."""
+        for first, n in self.passed:
+            step += n if step >= first else 0
+        return step
+
+    def pass_over(self, first: int, last: int) -> None:
+        """Leave out the batches of the optimizer steps first … last."""
+        first, last = self.batch(first), self.batch(last)
+        outside = [part for part in self.passed if not first <= part[0] <= last]
+        self.passed = sorted([*outside, [first, last - first + 1]])
 
 
 def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -50,11 +80,11 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
             for path in (folder / CHECKSUMS, folder / "trainer" / CHECKSUMS):
                 if "format" in trainer and not path.is_file():  # only earlier versions wrote none
                     raise FileNotFoundError(f"{path} is missing")
-            for name in ("model.safetensors", "trainer/state.safetensors"):
+            for name in (WEIGHTS, "trainer/state.safetensors"):
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, UserError, SafetensorError) as error:
             warn(f"{folder} is damaged ({error}) and not used")
     if step_folders(out_dir):
         raise UserError(f"no checkpoint in {out_dir} is complete; restore one, or move the step-… folders elsewhere to start from step 0")
@@ -73,6 +103,12 @@ def check_trainer(folder: Path, trainer: dict) -> None:
         "grad_scaler": dict,
     }
     wrong = [key for key, kind in types.items() if not isinstance(trainer.get(key, ...), kind)]
+    passed, health = trainer.get("passed", []), trainer.get("health", {})  # earlier versions wrote neither
+    if not isinstance(passed, list) or not all(isinstance(p, list) and list(map(type, p)) == [int, int] for p in passed):
+        wrong.append("passed")
+    lists = ("losses", "reports")
+    if not isinstance(health, dict) or not all(isinstance(v, list if key in lists else number) for key, v in health.items()):
+        wrong.append("health")
     if wrong and trainer.get("format", 1) == FORMAT:
         raise UserError(f"{folder}/trainer/trainer.json: {', '.join(wrong)} missing or of a wrong type")
 
@@ -83,41 +119,84 @@ def remove_leftovers(out_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save(out_dir: Path, step: TrainingStep, tokenizer: Tokenizer, progress: Progress) -> Path:
-    """Write the checkpoint out_dir/step-…: the model, its tokenizer, the optimizers' state, the random state, the config and `progress`.
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the main memory, which a training step does not change."""
+    return {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
-    Raises OSError that names the folder if it cannot be written, for example on a full disk. Earlier checkpoints stay complete."""
-    folder = step_folder(out_dir, progress.step)
-    names = parameter_names(step.model)
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for optimizer in step.optimizers:
-        for p, state in optimizer.state.items():
-            tensors |= {f"{names[p]}/{key}": value for key, value in state.items()}
-    trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
-    try:
-        with atomic_folder(folder) as temporary:
-            save_model(
-                temporary,
-                step.model,
-                eos_token_id=tokenizer.eot_id,
-                pad_token_id=tokenizer.pad_id,
-                im_end_id=tokenizer.im_end_id if tokenizer.is_chat else None,
+
+class Saver:
+    """Writes checkpoints out_dir/step-… in a background thread: the model, its tokenizer, the optimizers' state, the random state, the
+    config and the progress. Only the main process has one.
+
+    A checkpoint that cannot be written (a full disk) is reported, and earlier ones stay complete. The next `save` tries again."""
+
+    def __init__(self, step: TrainingStep, tokenizer: Tokenizer, *, report: Callable[[str], None], after: Callable[[], object]):
+        """`after` is called in the background after each checkpoint that was written."""
+        self._step, self._tokenizer, self._report, self._after = step, tokenizer, report, after
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None  # of the last checkpoint
+
+    def save(self, progress: Progress) -> None:
+        """Copy the state to the main memory and start writing it, after the checkpoint before is written."""
+        self.close()
+        if self._error and not isinstance(self._error, OSError):
+            raise self._error
+        step, folder = self._step, step_folder(Path(self._step.config.out_dir), progress.step)
+        names = parameter_names(step.model)
+        tensors = {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        for optimizer in step.optimizers:
+            for p, state in optimizer.state.items():
+                tensors |= {f"{names[p]}/{key}": value for key, value in state.items()}
+        step.count()
+        trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
+        trainer["health"] = asdict(step.health)
+        weights = {WEIGHTS: copied(hf_state(step.model))} | ({EMA: copied(hf_state(step.ema))} if step.ema else {})
+        arguments = folder, weights, copied(tensors), trainer
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is written, or has failed."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises OSError that names the folder if it could not be written."""
+        self.close()
+        if self._error:
+            raise self._error
+
+    def _write(self, folder: Path, weights: dict[str, dict[str, torch.Tensor]], state: dict[str, torch.Tensor], trainer: dict) -> None:
+        self._error = None
+        tokenizer, model, config = self._tokenizer, self._step.model, self._step.config.train
+        needed = sum(t.nbytes for tensors in (*weights.values(), state) for t in tensors.values())
+        try:
+            with atomic_folder(folder) as temporary:
+                checkpoint.save_model(temporary, model, **tokenizer.special_ids, state=weights[WEIGHTS])
+                if EMA in weights:
+                    save_tensors(temporary / EMA, weights[EMA])
+                tokenizer.save(temporary, context=model.config.context)
+                (temporary / "trainer").mkdir()
+                save_tensors(temporary / "trainer" / "state.safetensors", state)
+                write_json(temporary / "trainer" / "trainer.json", trainer)
+                for path in (temporary, temporary / "trainer"):
+                    checkpoint.write_checksums(path)
+        except (OSError, SafetensorError) as error:
+            text = (
+                f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete. It needs about {size(needed)}"
             )
-            tokenizer.save(temporary, context=step.model.config.context)
-            (temporary / "trainer").mkdir()
-            save_tensors(temporary / "trainer" / "state.safetensors", tensors)
-            write_json(temporary / "trainer" / "trainer.json", trainer)
-            for path in (temporary, temporary / "trainer"):
-                write_checksums(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete. It needs about "
-            f"{size(sum(t.nbytes for t in (*step.model.parameters(), *tensors.values())))}: free some space, "
-            "and run the same command again to resume"
-        ) from error
-    return folder
+            self._error = OSError(f"{text}: free some space, and run the same command again to resume")
+            self._report(f"{text}: free some space. The run goes on, and the next checkpoint tries again")
+        except Exception as error:
+            self._error = error
+        else:
+            best_step = trainer["best_step"] if config.keep_best else None
+            with suppress(OSError):
+                remove_old(folder.parent, newest=trainer["step"], keep_last=config.keep_last, best_step=best_step)
+            self._after()
 
 
 def read_trainer(folder: Path) -> dict:
@@ -156,7 +235,10 @@ def load(folder: Path, step: TrainingStep) -> Progress:
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
+    read_shape(folder)  # refuses a newer format
     load_weights(step.model, folder)
+    if step.ema:  # an earlier part of the run may have had none
+        load_weights(step.ema, folder, name=EMA if (folder / EMA).is_file() else WEIGHTS)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
     rng, rng_cuda = tensors.pop("rng.cpu", None), tensors.pop("rng.cuda", None)
     shapes = state_shapes(step.optimizers, parameter_names(step.model))
@@ -179,10 +261,37 @@ def load(folder: Path, step: TrainingStep) -> Progress:
     for name, tensor in tensors.items():
         parameter_name, key = name.split("/")
         p = parameters[parameter_name]
-        owner[id(p)].state[p][key] = tensor.to(p.device)
+        state = owner[id(p)].state[p]
+        if key in state:  # in place, since a CUDA graph of the step uses this memory
+            state[key].copy_(tensor)
+        else:
+            state[key] = tensor.to(p.device)
     if trainer["grad_scaler"]:  # empty if the earlier part of the run was not fp16
         step.scaler.load_state_dict(trainer["grad_scaler"])
-    return Progress(**{f.name: trainer[f.name] for f in fields(Progress)})
+    step.health = known(Health, {"steps": trainer["step"], **trainer.get("health", {})})
+    return known(Progress, trainer)
+
+
+def known(kind: type[T], values: dict) -> T:
+    """A dataclass from the values that it has; the others keep their defaults. Earlier versions wrote fewer."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # pyright: ignore[reportArgumentType]
+
+
+def go_back(out_dir: Path, step: TrainingStep, progress: Progress, done: int, tried: Path | None, warn: Callable[[str], None]) -> Path:
+    """Load the newest checkpoint into `step` and `progress` after bad steps, the last of which is `done`, and pass over their batches.
+
+    Returns the checkpoint. Raises FloatingPointError if there is none, or if it is `tried`, to which the run has already gone back."""
+    bad, newest = step.health.bad_in_row, newest_complete(out_dir, warn)
+    reason = f"the loss or the gradient was not finite in the last {bad} steps, none of which changed the weights"
+    if newest is None or newest == tried:
+        more = "there is no checkpoint to go back to" if newest is None else f"{newest} was already gone back to"
+        raise step.diverged(done, f"{reason}; {more}")
+    progress.pass_over(done - bad, done - 1)
+    loaded = load(newest, step)
+    step.health.bad_steps += bad
+    warn(f"step {done}: {reason}. Back to {newest}; the run passes over their batches")
+    progress.step, progress.best_step, progress.best_loss = loaded.step, loaded.best_step, loaded.best_loss
+    return newest
 
 
 def is_valid(tensor: torch.Tensor | None, shape: torch.Size | None) -> bool:
@@ -193,9 +302,11 @@ def parameter_names(model: GPT) -> dict[torch.Tensor, str]:
     return {p: name for name, p in model.named_parameters()}
 
 
-def remove_old(out_dir: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one. 0 removes none."""
-    folders = step_folders(out_dir)
+def remove_old(out_dir: Path, *, newest: int, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints up to step `newest`, which is complete, and the best one. 0 removes none.
+
+    Later steps are those of a damaged checkpoint that the run did not resume from."""
+    folders = {step: folder for step, folder in step_folders(out_dir).items() if step <= newest}
     for step in list(folders)[:-keep_last] if keep_last else []:
         if step != best_step:
             remove_folder(folders[step])

@@ -4,6 +4,7 @@
 # torch._foreach_add_ is the function that torch.optim is built on.
 
 import contextlib
+import copy
 import math
 import statistics
 import time
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..common.graphs import WARM_UP, Graphed
+from ..common.run_folder import find_checkpoint
 from ..data.batches import Batch
 from ..model.checkpoint import load_weights
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import processes
 from .config import RunConfig, divisors
-from .graphs import WARM_UP, Graphed
-from .optimizer import Together, build_optimizers, lr_factor, set_rates
+from .health import ROWS, Health, Recorder
+from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 from .preference import STATISTICS, answer_log_probs, dpo_loss
 
@@ -52,7 +54,9 @@ def explain_errors(config: RunConfig) -> Iterator[None]:
 class TrainingStep:
     """A fresh model with its optimizers; `run` makes one optimizer step.
 
-    On a GPU, `train.compile` also captures a micro-batch and the update as CUDA graphs, each launched by one call."""
+    A bad step, whose loss or gradient norm is not finite, changes no weight and no state of the optimizers; `health` counts it. With
+    `train.ema`, `ema` is a model with the running mean of the weights. On a GPU, `train.compile` also captures a micro-batch and the update
+    as CUDA graphs, each launched by one call."""
 
     def __init__(self, planned: Plan, here: processes.Processes):
         config, precision = planned.config, planned.device.precision
@@ -69,14 +73,23 @@ class TrainingStep:
             load_weights(self.model, find_checkpoint(Path(config.init_from)))
         self.parameters = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
-        # The gradients are views of one tensor, so that clearing and exchanging them is one operation each.
-        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters), device=here.device)
-        views = self.gradients.split([p.numel() for p in self.parameters])
-        self.grads = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)]
+        # The gradients and the step's loss are views of one tensor, so that clearing and exchanging them is one operation each.
+        self.gradients = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=here.device)
+        *views, loss = self.gradients.split([*(p.numel() for p in self.parameters), 1])
+        self.grads, self.loss = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)], loss[0]
         for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         self.optimizer = Together(self.optimizers)
+        self.recorder, self.health = Recorder(here.device), Health()
+        self.n_recorded = 0  # steps that `health` has not counted yet
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.is_good = self.recorder.is_good
+            else:
+                optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # AdamW's kernel skips if it is 1
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
+        self.ema_rate = torch.zeros((), device=here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
         self.autocast = processes.autocast(here.device, precision)
         self.module: nn.Module = self.model
@@ -89,22 +102,25 @@ class TrainingStep:
                     self.clip_and_step = Graphed(self._clip_and_step)
         # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
-        self.loss_sum, self.n_steps = torch.zeros((), device=here.device), 0  # since the last `mean_loss`
-        self.preference = torch.zeros(len(STATISTICS), device=here.device)  # since the last `mean_preference`
+        self.preference = torch.zeros(len(STATISTICS) + 1, device=here.device)  # sums since the last `mean_preference`, number of pairs
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a 0-based step, divided by its peak."""
         return lr_factor(step, self.config.train.max_steps, self.config.optim)
 
-    def run(self, batches: Iterable[Batch], lr_factor: float, n_targets: int | None = None) -> Tensor:
-        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The loss is
-        divided by `n_targets`, their number over all processes; all tokens of a step if it is not given.
+    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0, n_targets: int | None = None) -> Tensor:
+        """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The 0-based `step`
+        only concerns the EMA, in which the first steps weigh more. The loss is divided by `n_targets`, their number over all processes; by
+        all tokens of a step if it is not given.
 
-        Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16."""
+        Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16 and once in
+        `ROWS` steps."""
         set_rates(self.optimizers, lr_factor)
         if n_targets:
             self.normalizer.fill_(n_targets)
+        if self.ema:
+            self.ema_rate.fill_(1 - min(self.config.train.ema or 0.0, (1 + step) / (10 + step)))
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
@@ -116,7 +132,7 @@ class TrainingStep:
         """Add the gradients and the loss of one micro-batch."""
         self.forward_backward(*batch.on(self.here.device))
 
-    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
         """The loss of a micro-batch: its sum over `normalizer`."""
         with self.autocast():
             if reference is None:
@@ -125,26 +141,37 @@ class TrainingStep:
         assert cu_seqlens is not None
         log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
         loss, values = dpo_loss(log_probs, reference, counts, self.config.dpo)
-        self.preference += values / self.normalizer
+        self.preference += values
         return loss.sum() / self.normalizer
 
     def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
-        loss = self.loss(tokens, targets, cu_seqlens, reference)
+        loss = self._loss(tokens, targets, cu_seqlens, reference)
         # Not backward(), which would add the gradients one by one.
         torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
-        return self.loss_sum.add_(loss.detach())
+        return self.loss.add_(loss.detach())
 
     def update(self) -> Tensor:
         """Sum the gradients over the processes, clip them, step the optimizers, clear the gradients. Returns the norm before clipping."""
         processes.total(self.gradients)
-        self.n_steps += 1
-        return self.clip_and_step()
+        grad_norm = self.clip_and_step()
+        self.n_recorded += 1
+        if self.n_recorded == ROWS:
+            self.count()
+        return grad_norm
 
     def _clip_and_step(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
+        self.recorder.record(self.loss, grad_norm)
+        if len(self.optimizers) > 1:  # Muon computes with the gradients of a bad step, the kernel of AdamW does not
+            self.gradients.masked_fill_(self.recorder.is_bad.bool(), 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema:
+            averages: list[Tensor] = [*self.ema.parameters()]
+            changes = list(torch._foreach_sub([*self.parameters], averages))
+            torch._foreach_mul_(changes, self.ema_rate)
+            torch._foreach_add_(averages, changes)
         self.gradients.zero_()
         return grad_norm
 
@@ -155,35 +182,42 @@ class TrainingStep:
                 call.release()
 
     def mean_preference(self) -> dict[str, float]:
-        """STATISTICS of preference training, averaged as `mean_loss`, which must be called after it; {} without."""
+        """STATISTICS of preference training, averaged over the pairs since the last call; {} without."""
         if self.config.objective != "dpo":
             return {}
-        means = (processes.total(self.preference) / self.n_steps).tolist()
+        *sums, n_pairs = processes.total(self.preference).tolist()
         self.preference.zero_()
-        return dict(zip(STATISTICS, means, strict=True))
+        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)}
+
+    def count(self) -> None:
+        """Count the steps since the last call in `health`. Waits for the device."""
+        for loss, norm in self.recorder.take(self.n_recorded):
+            self.health.add(loss, norm, self.config.train.spike)
+        self.n_recorded = 0
 
     def mean_loss(self) -> float:
-        """The loss in nats per token, averaged over the processes and the steps since the last call."""
-        mean = processes.total(self.loss_sum).item() / self.n_steps
-        self.loss_sum.zero_()
-        self.n_steps = 0
-        return mean
+        """The loss in nats per token, averaged over the processes and the good steps since the last call; NaN if there was none."""
+        self.count()
+        return self.health.take_loss()
 
     def check_finite(self, step: int, **values: float) -> None:
         """Raises FloatingPointError if one of the values is not finite; without values, if a weight or the optimizers' state is not."""
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not values:
-            tensors = [*self.model.parameters(), *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
-            if not all(t.isfinite().all() for t in tensors):
+            tensors = [*self.parameters, *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
+            if not torch.stack(torch._foreach_norm([t.detach() for t in tensors], math.inf)).isfinite().all():
                 wrong = ["a weight or the optimizer's state is not finite"]
         if wrong:
-            optim = self.config.optim
-            rates = {"optim.lr": optim.lr, "optim.embedding_lr": optim.embedding_lr}
-            options = " ".join(f"--{key} {rate / 3:.1g}" for key, rate in rates.items() if rate)
-            raise FloatingPointError(
-                f"step {step}: {', '.join(wrong)}; nothing of it was saved. Lower the learning rate: add {options} --resume force, "
-                "which resumes from the last checkpoint if there is one"
-            )
+            raise self.diverged(step, f"{', '.join(wrong)}; nothing of it was saved")
+
+    def diverged(self, step: int, reason: str) -> FloatingPointError:
+        """The error that ends the run, with the remedy."""
+        rates = {"optim.lr": self.config.optim.lr, "optim.embedding_lr": self.config.optim.embedding_lr}
+        options = " ".join(f"--{key} {rate / 3:.1g}" for key, rate in rates.items() if rate)
+        return FloatingPointError(
+            f"step {step}: {reason}. Lower the learning rate: add {options} --resume force, "
+            "which resumes from the last checkpoint if there is one"
+        )
 
 
 def random_batch(planned: Plan, micro_batch: int) -> Batch:

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from tritale.cli.main import main
 from tritale.cli.options import read_prompts
 from tritale.cli.sweep import table
+from tritale.common.run_folder import step_folders
 from tritale.data.shards import Split
 from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
 from tritale.model.checkpoint import read_json, write_checksums
-from tritale.model.run_folder import step_folders
 from tritale.training import state
 
 SHORT = ["--samples", "2", "--max-new-tokens", "12"]
@@ -349,7 +349,7 @@ def test_an_average_is_no_checkpoint_to_resume_from(tiny_run, tmp_path):
     before = step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)
     main(["average", str(run_dir), "--last", "2"])
     state.remove_leftovers(run_dir)
-    state.remove_old(run_dir, keep_last=2, best_step=None)
+    state.remove_old(run_dir, newest=10**8, keep_last=2, best_step=None)
     assert (step_folders(run_dir), state.newest_complete(run_dir, warn=pytest.fail)) == before
     assert list(TrainedRun.open(run_dir).checkpoints) == [3, 6] and (run_dir / "average-00000006-last2").is_dir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):

@@ -176,7 +176,8 @@ def test_dpo_loss_is_its_formula(is_normalised, seed):
     chosen, rejected = (0.2 * (p[:, i] / n[:, i] - r[:, i] / n[:, i]) for i in (0, 1))
     expected = -torch.log(torch.sigmoid(chosen - rejected)) - 0.3 * p[:, 0] / counts[:, 0]
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
-    values = dict(zip(STATISTICS, (sums / 6).tolist(), strict=True))
+    assert sums[-1] == 6
+    values = dict(zip(STATISTICS, (sums / 6).tolist(), strict=False))
     assert values["reward_accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
     assert values["reward_margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
     padded = [torch.cat([t, torch.zeros(2, 2)]) for t in (log_probs, reference, counts)]  # pairs without answers
@@ -210,7 +211,8 @@ def test_preference_training_prefers_the_chosen_answers(tiny_run, instructions, 
     lines = [line for line in metrics(tmp_path / "run") if "dpo_loss" in line]
     assert lines[0]["dpo_loss"] == pytest.approx(0.693147, abs=1e-4)  # the model is its own reference
     assert abs(lines[0]["reward_margin"]) < 1e-4
-    assert lines[-1]["reward_accuracy"] > 0.7 and lines[-1]["reward_margin"] > 0.1 and lines[-1]["dpo_loss"] < 0.6
+    last = {key: sum(line[key] for line in lines[-4:]) / 4 for key in ("reward_accuracy", "reward_margin", "dpo_loss")}  # of 16 pairs
+    assert last["reward_accuracy"] > 0.7 and last["reward_margin"] > 0.2 and last["dpo_loss"] < 0.6
     (reference,) = (instructions["dpo"] / "train").glob("reference-*.safetensors")
     written = reference.stat().st_mtime_ns
     folder = tmp_path / "run" / "step-00000012"
