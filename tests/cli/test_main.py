@@ -41,8 +41,8 @@ def test_version(capsys):
         (["average", "x", "--zzz"], "--zzz is not an option (see tritale average --help)"),
         (["sweep"], "DIR, the folder of a checkpoint or run, is missing"),
         (["sweep", "x", "--every", "a"], "invalid int value: 'a'"),
-        (["--zzz"], "--zzz is not an option; give a command first: prepare, plan, "),
-        (["evaluate"], "invalid choice: 'evaluate'"),
+        (["--zzz"], "--zzz is not an option; give a command first: prepare, instruct, "),
+        (["validate"], "invalid choice: 'validate'"),
     ],
 )
 def test_a_wrong_option_is_one_line_with_the_nearest_one(capsys, arguments, message):
