@@ -16,6 +16,7 @@ from pathlib import Path
 from tritale.common.console import replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
 from tritale.common.files import locked, sha256_of
+from tritale.common.run_folder import find_checkpoint, step_folder
 from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.chat import prompt_ids
@@ -26,7 +27,6 @@ from tritale.evaluation.run_report import write_report
 from tritale.evaluation.validation import validate
 from tritale.inference import LLM
 from tritale.model import GPT
-from tritale.model.run_folder import find_checkpoint, step_folder
 from tritale.training import processes, record, state
 from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log

@@ -26,12 +26,12 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from ..common.run_folder import is_checkpoint
     from ..evaluation.instructions import Evaluation, context_of, data_of
     from ..evaluation.instructions_page import write_evaluation
     from ..evaluation.sweep import check_outputs
     from ..inference.llm import LLM
     from ..instructions.samples import make_samples, open_stories, read_samples
-    from ..model.run_folder import is_checkpoint
     from .sweep import confirm_overwriting
 
     folders = list(dict.fromkeys(args.models))

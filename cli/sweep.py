@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 sweep.load(folder)
                 rows.append(sweep.measure(step, lambda: bar.advance(task)))
-            except (OSError, ValueError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
+            except (OSError, UserError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
                 left_out[folder.name] = str(error)
                 bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:

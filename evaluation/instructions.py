@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling
 from ..data.shards import Split
 from ..data.tokenizer import Tokenizer
@@ -15,7 +16,6 @@ from ..inference.llm import LLM
 from ..instructions.requirements import FEATURES, FIELDS, Verdict
 from ..instructions.samples import Sample
 from ..model.checkpoint import read_json
-from ..model.run_folder import find_checkpoint
 from .measures import wilson_interval
 from .story_measures import StoryMeasures, decode, distinct_n, part_of_text
 from .sweep import loss_of_texts

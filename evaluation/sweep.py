@@ -12,7 +12,7 @@ from ..common.errors import UserError
 from ..common.sampling import Sampling
 from ..data.shards import evenly
 from ..inference.llm import LLM
-from ..model.checkpoint import EMA, WEIGHTS, gpt_config, load_weights, read_json
+from ..model.checkpoint import EMA, WEIGHTS, load_weights, read_shape
 from .story_measures import REPEATS, StoryMeasures, decode, distinct_n, part_of_text
 from .trained_run import TrainedRun
 from .validation import part, validate
@@ -84,7 +84,7 @@ class Sweep:
     def load(self, folder: Path) -> None:
         """Copy the weights of a checkpoint into the model. Raises FileNotFoundError or UserError if it is damaged, missing or of another
         shape."""
-        if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
+        if read_shape(folder) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
             raise UserError(f"{folder} has another tokenizer than the newest checkpoint")

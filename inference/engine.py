@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
 from ..data.chat import Messages
-from ..model.run_folder import find_checkpoints
 from .detokenizer import Completion
 from .llm import LLM
 from .scheduler import Scheduler
@@ -168,7 +168,7 @@ class Engine:
                 for name, model in list(self._models.items()):
                     if model.scheduler.is_busy:
                         self._step(name, model)
-        finally:  # also after a bug in the engine: no client waits for ever
+        finally:  # also after a bug in the engine: no client waits forever
             with self._changed:
                 self._is_stopping = True
             for request in list(self._requests):
@@ -252,6 +252,8 @@ class Engine:
         try:
             return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype, ema=self._ema), version, self.slots)
         except Exception as error:  # a damaged file can raise anything
+            if not isinstance(error, (UserError, OSError)):
+                LOG.exception("%s cannot be loaded", folder.name)
             raise EngineError(f"{folder.name} cannot be loaded: {error}") from error
 
     def _load_for_requests(self, folder: Path) -> None:

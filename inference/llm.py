@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling, SamplingSettings
 from ..data.chat import Messages, problem, prompt_ids
 from ..data.foreign_tokenizer import ForeignTokenizer
@@ -19,7 +20,6 @@ from ..data.tokenizer import Tokenizer
 from ..kernels.dispatch import launcher_missing
 from ..model.checkpoint import EMA, WEIGHTS, check_files, load_model, read_json
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import native, sequence
 from .decoder import Decoder
 from .detokenizer import Completion

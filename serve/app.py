@@ -22,11 +22,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
 from ..data.chat import Messages, problem
 from ..inference import Completion
 from ..inference.engine import Engine, EngineError, Piece, Request, Started
-from ..model.run_folder import find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
 BODY_SECONDS, MAX_FIELDS = 30, 50

@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from runs import command, losses, metrics  # noqa: E402
 
-STEPS = 60  # of a run, for each signal
+STEPS = 20  # of a run, for each signal
 OPTIONS = {"train__validate_every": 50, "train__checkpoint_every": 5, "train__keep_last": 3, "log__every": 4, "train__ema": 0.9}
 
 
@@ -132,7 +132,7 @@ def wait_until_free(out_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="runs that are killed and stopped at random moments")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--number", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
@@ -143,7 +143,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         sent = signal.Signals[f"SIG{args.signal}"]
         within, in_saves = disturbed(Path(folder), sent, args.number, args.processes)
-    print(
-        f"seed {seed}: {args.number} × SIG{args.signal}, {args.processes} process(es): {within} during a run, {in_saves} of them in a save;"
-    )
-    print("losses, weights, EMA and optimizer state are those of the undisturbed run, every checkpoint was whole, no step was logged twice")
+    done = f"{args.number} × SIG{args.signal}, {args.processes} process(es): {within} during a run, {in_saves} in a save"
+    print(f"seed {seed}: {done}; losses, weights, EMA and optimizer state are those of the undisturbed run")
+    print("after each signal every checkpoint was whole, and no step was logged twice")

@@ -16,9 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.console import wrapped
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..model.checkpoint import gpt_config, read_json
 from ..model.gpt import PRESETS, GPTConfig
-from ..model.run_folder import find_checkpoint
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 
@@ -522,7 +522,11 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
             check_file(path)
         for argument in arguments:
             check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-        values = parser.instantiate(parser.parse_args(arguments))
+        try:
+            parsed = parser.parse_args(arguments)
+        except (ValueError, TypeError) as error:  # of a value that YAML cannot hold, for example
+            raise UserError(str(error)) from None
+        values = parser.instantiate(parsed)
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, UserError) as error:
         sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))

@@ -80,14 +80,14 @@ class DeviceFacts:
             flops=flops,
             flops_source=source,
             workspace=processes.cublas_workspace(device),
-            runs_flash_attention=processes.has_fast_attention(device, precision),
+            runs_flash_attention=config.data.document_mask or processes.has_fast_attention(device, precision),
         )
 
 
 class Memory(NamedTuple):
     """Bytes of one process at the peak of a step."""
 
-    weights: int
+    weights: int  # and their EMA
     gradients: int
     optimizer: int
     activations: int
@@ -244,7 +244,8 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     needs = {n: memory(config, shape, device, n, parameters, optimizer) for n in divisors(per_process)}
     largest = max((n for n, m in needs.items() if m.total <= FILL * device.free_memory), default=0)
 
-    checkpoint = 4 * parameters + optimizer  # fp32 weights and optimizer state; the other files are small
+    # fp32 weights, their EMA and optimizer state; the other files are small.
+    checkpoint = 4 * parameters * (2 if t.ema else 1) + optimizer
     checkpoints = -(-t.max_steps // t.checkpoint_every)
     if t.keep_last:
         checkpoints = min(checkpoints, t.keep_last + t.keep_best)
@@ -317,7 +318,7 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)
     return Memory(
-        weights=4 * parameters,
+        weights=4 * parameters * (2 if config.train.ema else 1),
         gradients=4 * parameters,
         optimizer=optimizer,
         activations=activations,

@@ -17,11 +17,22 @@ from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
+from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
 from ..model import checkpoint
-from ..model.checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_state, load_tensors, load_weights, read_json, save_tensors
+from ..model.checkpoint import (
+    CHECKSUMS,
+    EMA,
+    WEIGHTS,
+    check_files,
+    hf_state,
+    load_tensors,
+    load_weights,
+    read_json,
+    read_shape,
+    save_tensors,
+)
 from ..model.gpt import GPT
-from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
 from .health import Health
 from .optimizer import state_shapes
@@ -73,7 +84,7 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, UserError, SafetensorError) as error:
             warn(f"{folder} is damaged ({error}) and not used")
     if step_folders(out_dir):
         raise UserError(f"no checkpoint in {out_dir} is complete; restore one, or move the step-… folders elsewhere to start from step 0")
@@ -91,8 +102,13 @@ def check_trainer(folder: Path, trainer: dict) -> None:
         "config": dict,
         "grad_scaler": dict,
     }
-    types |= {key: kind for key, kind in (("passed", list), ("health", dict)) if key in trainer}
     wrong = [key for key, kind in types.items() if not isinstance(trainer.get(key, ...), kind)]
+    passed, health = trainer.get("passed", []), trainer.get("health", {})  # earlier versions wrote neither
+    if not isinstance(passed, list) or not all(isinstance(p, list) and list(map(type, p)) == [int, int] for p in passed):
+        wrong.append("passed")
+    lists = ("losses", "reports")
+    if not isinstance(health, dict) or not all(isinstance(v, list if key in lists else number) for key, v in health.items()):
+        wrong.append("health")
     if wrong and trainer.get("format", 1) == FORMAT:
         raise UserError(f"{folder}/trainer/trainer.json: {', '.join(wrong)} missing or of a wrong type")
 
@@ -219,6 +235,7 @@ def load(folder: Path, step: TrainingStep) -> Progress:
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
+    read_shape(folder)  # refuses a newer format
     load_weights(step.model, folder)
     if step.ema:  # an earlier part of the run may have had none
         load_weights(step.ema, folder, name=EMA if (folder / EMA).is_file() else WEIGHTS)

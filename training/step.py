@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..common.graphs import WARM_UP, Graphed
+from ..common.run_folder import find_checkpoint
 from ..data.batches import Batch
 from ..model.checkpoint import load_weights
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import processes
 from .config import RunConfig, divisors
-from .graphs import WARM_UP, Graphed
 from .health import ROWS, Health, Recorder
 from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size

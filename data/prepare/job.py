@@ -161,7 +161,7 @@ def damage(out: Path, finished: dict) -> str:
     """What is missing or damaged in the finished data with these `checksums`, in words."""
     try:
         open_data(out)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, UserError) as error:
         return str(error).partition(";")[0]
     wrong = [out / name for name, sha256 in finished.items() if not (out / name).is_file() or sha256_of(out / name) != sha256]
     return f"{wrong[0]} is missing or damaged" if wrong else ""

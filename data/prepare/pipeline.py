@@ -210,8 +210,8 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
         "near_duplicates": totals[NEAR],
         "blank": totals[BLANK],
         "val_fraction": threshold / 2**64,
-        "exact_across_sides_removed": given - kept,
-        "near_across_sides_removed": near_across,
+        "exact_across_splits_removed": given - kept,
+        "near_across_splits_removed": near_across,
         "exact_leaks": kept,
         "near_leaks": near_leaks,
     }
@@ -299,7 +299,7 @@ def _note_strangest(strangest: dict, batch: Batch, kept: list[int], name: str, l
             best.append(
                 {
                     "key": float(key[j]),
-                    "side": name,
+                    "split": name,
                     "place": place,
                     "characters": int(characters[j]),
                     "tokens": int(lengths[j]),

@@ -53,7 +53,7 @@ def facts(report: dict) -> list[tuple[str, str]]:
     exact = f"{chosen['exact_duplicates']:,}" if options["dedup"] != "off" else "not looked for (--dedup off)"
     near, near_leaks = "not looked for (--dedup near)", "not made (--dedup near)"
     if options["dedup"] == "near":
-        near = f"{chosen['near_duplicates']:,}, of which {chosen['near_across_sides_removed']:,} were near a document of the other split"
+        near = f"{chosen['near_duplicates']:,}, of which {chosen['near_across_splits_removed']:,} were near a document of the other split"
         near_leaks = f"{chosen['near_leaks']:,} pairs across the splits"
     rows = [
         ("read", f"{report['documents_read']:,} documents from {report['files']:,} files, {report['bytes'] / 1e6:,.1f} MB"),
@@ -62,7 +62,7 @@ def facts(report: dict) -> list[tuple[str, str]]:
         ("changed by NFC, line ends", f"{report['normalised']:,} documents"),
         ("exact duplicates removed", exact),
         ("near duplicates removed", near),
-        ("leak check, exact", f"{chosen['exact_leaks']:,} texts in both splits ({chosen['exact_across_sides_removed']:,} removed)"),
+        ("leak check, exact", f"{chosen['exact_leaks']:,} texts in both splits ({chosen['exact_across_splits_removed']:,} removed)"),
         ("leak check, near", near_leaks),
         ("held out", f"--val-fraction {chosen['val_fraction']!r}, by hash of the {held_out_by(options['fields'])}"),
         ("vocabulary", f"{report['vocab_size']:,} entries"),

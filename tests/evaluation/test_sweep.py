@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from tritale.cli.main import main
 from tritale.cli.options import read_prompts
 from tritale.cli.sweep import table
+from tritale.common.run_folder import step_folders
 from tritale.data.shards import Split
 from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
 from tritale.model.checkpoint import read_json, write_checksums
-from tritale.model.run_folder import step_folders
 from tritale.training import state
 
 SHORT = ["--samples", "2", "--max-new-tokens", "12"]

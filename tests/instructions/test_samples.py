@@ -39,13 +39,13 @@ def plain(tmp_path_factory) -> Path:
 def test_every_story_meets_what_it_was_asked_for_and_no_story_is_in_both_splits(kind, request, seed):
     folder = request.getfixturevalue(kind)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    train, held_out = (list(make_samples(s, 150, seed=seed, tokenizer=tokenizer, context=400)) for s in open_stories(folder))
+    train, held_out = (list(make_samples(s, 150, seed=seed, tokenizer=tokenizer, context=250)) for s in open_stories(folder))
     assert not {s.story for s in train} & {s.story for s in held_out}
     for sample in train + held_out:
         assert 1 <= len(sample.requirements) <= 3 and len({r.kind for r in sample.requirements}) == len(sample.requirements)
         assert all(verdict == (True, 1) for verdict in sample.judge(sample.story)), sample
         assert sample.is_built_in == (kind == "built_in")
-        assert len(encode_chats(tokenizer, [sample.messages])[0][0]) <= 400
+        assert len(encode_chats(tokenizer, [sample.messages])[0][0]) <= 250
     kinds = {r.kind for s in train for r in s.requirements}
     assert kinds == (set(FIELDS) if kind == "built_in" else {"words", "feature", "sentence", "length", "beginning"})
     orders = {tuple(r.kind for r in s.requirements) for s in train if len(s.requirements) == 2}

@@ -247,7 +247,7 @@ def test_long_prompts_do_not_stall_the_others(tmp_path, tokenizer, monkeypatch):
     """Each step processes a limited number of prompt tokens, and a short prompt does not wait for long ones."""
     if native.problem():
         pytest.skip("on the PyTorch path prompts are not divided")
-    monkeypatch.setattr("tritale.inference.decoder.PREFILL_WORK", 1)  # 8 tokens a step, the minimum
+    monkeypatch.setattr("tritale.inference.cpu_runner.PREFILL_WORK", 1)  # 8 tokens a step, the minimum
     folder, passes = tmp_path / "run", []
     write_checkpoint(folder / "step-00000001", tokenizer, tiny(tokenizer))
     forward = native.NativeForward.__call__

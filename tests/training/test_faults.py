@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tritale.cli.main import main as tritale
 from tritale.common.errors import UserError
 from tritale.common.files import locked, read_json_object
+from tritale.model import checkpoint
 from tritale.model.checkpoint import write_checksums
 from tritale.training import processes, state
 from tritale.training.step import TrainingStep
@@ -114,7 +115,7 @@ def test_several_processes_end_in_one_line(ending, tmp_path):
     ranks = psutil.Process(launcher.pid).children()
     if ending == "Ctrl-C":
         os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-        status, message = 130, "train.py: stopped; run the same command again to resume from the last checkpoint"
+        status, message = 130, "train.py: stopped, "
     else:
         ranks[1].send_signal(signal.SIGKILL)
         status, message = 1, "tritale train: process 1 was ended by signal 9 (9 is often a lack of memory); run the same command again"
@@ -172,7 +173,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_the_remedy_for_a_loss_that_is_not_finite_works(copy, monkeypatch):
-    monkeypatch.setattr(TrainingStep, "mean_loss", lambda self: float("nan"))
+    monkeypatch.setattr("train.validate", lambda *args, **options: (float("nan"), float("nan")))
     with pytest.raises(FloatingPointError) as error:
         run_here(copy, train__max_steps=9, resume="force")
     monkeypatch.undo()
@@ -241,6 +242,15 @@ def test_a_trainer_json_of_wrong_types_is_reported_and_the_checkpoint_before_it_
     assert f"trainer.json: {next(iter(values))} missing or of a wrong type" in out and "step-00000003" in out
 
 
+@pytest.mark.parametrize("file, key", [("config.json", "tritale_format"), ("trainer/trainer.json", "format")])
+def test_a_checkpoint_of_a_newer_format_is_not_resumed(file, key, copy):
+    path = copy / "step-00000006" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 2}))
+    write_checksums(path.parent)
+    with pytest.raises(UserError, match=rf"step-00000006/{file} has format 2"):
+        run_here(copy)
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.safetensors", "trainer/trainer.json"]
 )
@@ -298,9 +308,9 @@ def test_metrics_are_written_to_the_disk_at_the_end(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_names_the_file_and_the_space_that_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "save_model", lambda *args, **options: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(checkpoint, "save_model", lambda *args, **options: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(
-        OSError, match=r"step-00000003 could not be written .*No space left on device.*needs about \d+ kB: free some space"
+        OSError, match=r"step-00000006 could not be written .*No space left on device.*needs about \d+ kB: free some space"
     ) as error:
         run_here(tmp_path / "run")
     assert "keep_last" not in str(error.value)
