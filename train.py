@@ -19,6 +19,7 @@ from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
 from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
+from tritale.data.chat import prompt_ids
 from tritale.data.shards import with_replay
 from tritale.data.tokenizer import Tokenizer
 from tritale.evaluation.compatibility import compatibility_warnings
@@ -86,7 +87,8 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         if not warning.is_note:
             log.print(f"{warning.text}: {warning.remedy}", style="yellow")
     for prompt in config.log.prompts:
-        if len(tokenizer.encode(prompt, bos=True)) >= planned.shape.context:
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) if tokenizer.is_chat else tokenizer.encode(prompt, bos=True)
+        if len(ids) >= planned.shape.context:
             raise UserError(
                 f"log.prompts contains {prompt[:20]!r}…, longer than the model's context of {planned.shape.context} tokens; shorten it"
             )

@@ -59,6 +59,9 @@ def run(args: argparse.Namespace) -> None:
 
     runtime_mib = psutil.Process().memory_info().rss / 2**20
     sampling = options.sampling(args)  # before the model is loaded
+    is_interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if args.instruct and not args.prompt and not is_interactive:
+        raise UserError("--instruct needs an instruction: add --prompt 写一个故事。")
     if args.samples < 1:
         raise UserError(f"--samples is {args.samples}; it must be at least 1")
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype), ema=args.ema)
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             n_tokens += len(completion.tokens)
         seconds += time.perf_counter() - began
 
-    if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+    if is_interactive:
         interact(write, args.seed, "an instruction" if args.instruct else "the beginning of a story, or press Enter for any story")
     else:
         for n, prompt in enumerate(options.read_prompts("-") if args.prompt == "-" else [args.prompt or ""]):

@@ -232,6 +232,8 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
 
     tokens_per_step = t.global_batch * sequence
     steps_per_epoch = None if data.tokens is None else data.tokens // tokens_per_step
+    if config.objective == "dpo" and data.documents is not None:
+        steps_per_epoch = data.documents // (t.global_batch // 2)  # pairs
     tokens = t.max_steps * tokens_per_step
 
     first, middle, last = (config.optim.lr * lr_factor(i, t.max_steps, config.optim) for i in (0, t.max_steps // 2, t.max_steps - 1))

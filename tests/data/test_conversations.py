@@ -111,6 +111,21 @@ def test_prepare_keeps_every_conversation_with_its_mask(tokenizer, tokenizer_fol
     assert Tokenizer.load(tmp_path / "out" / "tokenizer").is_chat
 
 
+def test_damage_to_which_tokens_are_learnt_is_named(tokenizer_folder, tmp_path):
+    prepared(tmp_path, samples(30), tokenizer_folder)
+    path = tmp_path / "out" / "train" / "learnt-00000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes([1 - whole[0]]) + whole[1:])
+    with pytest.raises(UserError, match=r"learnt-00000\.bin is damaged: its sha256"):
+        Split.open(path.parent)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"learnt-00000\.bin has \S+ bytes instead of"):
+        Split.open(path.parent)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"learnt-00000\.bin is missing"):
+        Split.open(path.parent)
+
+
 def test_alpaca_and_the_fields_of_stories_become_messages(tokenizer, tokenizer_folder, tmp_path):
     rows = [
         {"instruction": "写一个故事。", "input": "小兔", "output": "从前有一只小兔。"},

@@ -131,8 +131,9 @@ def seal(index: dict) -> str:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 2}, "has version 2 of the format, this tritale reads version 1; update tritale"),
-        ({"version": 0}, "has version 0 of the format, this tritale reads version 1; delete the folder"),
+        ({"version": 3}, "has version 3 of the format, this tritale reads versions up to 2; update tritale"),
+        ({"version": 2}, "is damaged: shards is"),  # without the files that version 2 has
+        ({"version": 0}, "has version 0 of the format, this tritale reads versions up to 2; delete the folder"),
         ({"version": None}, "is not the index of a token split"),
         ({"version": True}, "is not the index of a token split"),
         ({"format": "other"}, "is not the index of a token split"),
