@@ -274,7 +274,7 @@ def only_frequencies(f: RunFacts) -> Diagnosis | None:
 def never_annealed(f: RunFacts) -> Diagnosis | None:
     """The learning rate is near its peak at the end of the run, or the end of its schedule will never be reached."""
     _, rates = f.column("lr")
-    if not len(rates) or f.step <= f.config.get("optim.warmup_steps", 0):
+    if not rates.any() or f.step <= f.config.get("optim.warmup_steps", 0):
         return None
     ratio = float(rates[-math.ceil(len(rates) / 10) :].mean() / rates.max())  # of the last tenth, as in `tritale plan`
     if ratio <= ANNEALED:

@@ -246,6 +246,12 @@ def test_nothing_is_said_about_a_good_run_on_a_cpu_with_a_spike_and_a_few_bad_st
     assert names(tmp_path / "run") == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_about_a_run_whose_only_line_is_its_last_step(tmp_path):
+    made_run(tmp_path / "run", train__max_steps=4, optim__warmup_steps=1)  # the rate there is 0
+    assert names(tmp_path / "run") == []
+
+
 def test_nothing_is_said_without_data(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n{"step": 2, "los')
     assert names(tmp_path) == []
