@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritale.common.console import end_with, replace_unencodable_output
+from tritale.common.console import end_with, replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
 from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
