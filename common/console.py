@@ -39,5 +39,5 @@ def end_with(message: str) -> NoReturn:
     """End this process with status 1 and a message. The other processes of a run wait before it: the launcher ends them in the meantime if
     the main process fails too, and one message is enough."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
     sys.exit(wrapped(message))

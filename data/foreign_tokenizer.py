@@ -56,12 +56,14 @@ class ForeignTokenizer(Tokenizer):
             raise UserError(f"{path} cannot be read as a tokenizer ({error}); save it again with transformers") from None
         found = [read_json_object(folder / name, remedy="save it again") for name in _CONFIGS if (folder / name).is_file()]
 
+        n_ids = max(backend.get_vocab().values(), default=-1) + 1
+
         def token_id(name: str) -> int | None:
             for config in found:
                 value = config.get(f"{name}_id", config.get(name))
                 value = value[0] if isinstance(value, list) and value else value.get("content") if isinstance(value, dict) else value
                 value = backend.token_to_id(value) if isinstance(value, str) else value
-                if type(value) is int and value >= 0:
+                if type(value) is int and 0 <= value < n_ids:  # the model has no embedding for others
                     return value
             return None
 

@@ -113,6 +113,11 @@ def gpt_config(hf: dict, where: Path | str = "config.json") -> GPTConfig:
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+    layers = hf.get("layer_types") if kind == "qwen3" and window is not None else None
+    if layers is not None and layers != ["sliding_attention"] * len(layers if isinstance(layers, list) else ()):
+        raise UserError(f"config.json: layer_types is {layers!r}; only a window in every layer, 'sliding_attention', is supported")
+    if type(hf.get("tie_word_embeddings") or False) is not bool:
+        raise UserError(f"config.json: tie_word_embeddings is {hf['tie_word_embeddings']!r}, not true or false; {DAMAGED}")
     head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
     values = {ours: hf[name] for name, ours in SIZES.items()} | {"head_dim": head_dim or 1, "window": 1 if window is None else window}
     values |= {"rope_theta": rope.get("rope_theta"), "norm_eps": hf["rms_norm_eps"], "init_std": init_std}

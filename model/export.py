@@ -45,6 +45,7 @@ LITGPT_NEEDS = {
     "shared_attention_norm": (False, False), "scale_embeddings": (False, False), "rope_adjustments": (None, None),
     "rope_condense_ratio": (1, 1), "rope_interleave": (False, False), "attention_logit_softcapping": (None, None),
     "final_logit_softcapping": (None, None), "attention_scores_scalar": (None, None), "latent_attention": (None, None),
+    "rope_local_base_freq": (None, None), "rope_indices": (None, None),
 }  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         config = GPTConfig(**values)
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # YAML's errors have several lines
         raise UserError(f"{path} is not a litgpt config ({reason}); give the complete litgpt folder") from None
     path = source / "lit_model.pth"
@@ -118,8 +118,9 @@ def _litgpt_state(config: GPTConfig, lit: dict[str, Tensor], source: Path) -> tu
     state: dict[str, Tensor] = {}
     for name, tensor in lit.items():
         base = name.removesuffix(".weight")
-        if tensor.layout != torch.strided:
-            raise UserError(f"{source / 'lit_model.pth'} has {name} in the layout {tensor.layout}; only dense tensors are supported")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            layout = "without values" if tensor.is_meta else f"in the layout {tensor.layout}"
+            raise UserError(f"{source / 'lit_model.pth'} has {name} {layout}; only dense tensors are supported")
         if base in outer:
             state[f"{outer[base]}.weight"] = tensor
             continue

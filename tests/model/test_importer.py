@@ -134,6 +134,7 @@ def test_the_lines_of_a_litgpt_user_run_on_an_imported_run(form, lit, tmp_path, 
         ({"block_size": 10**12}, "block_size is 1000000000000, not an integer from 1 to 1048576"),
         ({"norm_eps": -1.0}, r"norm_eps is -1\.0, not a number of at least 0"),
         ({"rope_base": float("nan")}, "rope_base is nan, not a number"),
+        ({"rope_local_base_freq": 1e4, "rope_indices": [0, 1]}, "rope_local_base_freq is 10000.0"),
     ],
 )
 def test_another_litgpt_architecture_is_refused(change, message, lit, tmp_path):
@@ -154,7 +155,14 @@ def test_what_cannot_be_imported_is_refused(lit, tmp_path):
     with refused("has no .*safetensors"):
         run(folder, "hf")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for change, message in (({"model_type": "gpt2"}, "model_type is 'gpt2'"), ({"rope_scaling": {"type": "yarn"}}, "rope_scaling")):
+    windows = {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    for change, message in (
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        (windows | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        (windows | {"layer_types": 5}, "layer_types is 5"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+    ):
         (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with refused(message):
             run(folder, "hf")
@@ -168,8 +176,15 @@ def test_what_cannot_be_imported_is_refused(lit, tmp_path):
         with refused("more than plain tensors"):
             run(folder, "litgpt")
     lit_state = torch.load(lit[1] / "step-00002000" / "lit_model.pth", weights_only=True)
-    torch.save(lit_state | {"lm_head.weight": lit_state["lm_head.weight"].to_sparse()}, folder / "lit_model.pth")
-    with refused("torch.sparse_coo"):
+    for head, message in (
+        (lit_state["lm_head.weight"].to_sparse(), "torch.sparse_coo"),
+        (lit_state["lm_head.weight"].to("meta"), "values"),
+    ):
+        torch.save(lit_state | {"lm_head.weight": head}, folder / "lit_model.pth")
+        with refused(message):
+            run(folder, "litgpt")
+    (folder / "model_config.yaml").write_text("a: " + "[" * 5000)
+    with refused("RecursionError"):
         run(folder, "litgpt")
     (folder / "tokenizer.json").unlink()
     with refused("has no tokenizer.json; make one with transformers"):
