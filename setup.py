@@ -6,7 +6,9 @@ setuptools finds the packages inside each folder, so that a new one cannot be fo
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = ("kernels", "common", "stories", "data", "model", "inference", "training", "evaluation", "serve", "cli", "configs")
+FOLDERS = (
+    "kernels", "common", "stories", "data", "instructions", "model", "inference", "training", "evaluation", "serve", "cli", "configs",
+)  # fmt: skip
 
 
 class BuildWithTrainer(build_py):

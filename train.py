@@ -15,20 +15,22 @@ from pathlib import Path
 
 from tritale.common.console import replace_unencodable_output, wrapped
 from tritale.common.errors import UserError
-from tritale.common.files import locked
-from tritale.data.batches import Batches
+from tritale.common.files import locked, sha256_of
+from tritale.common.run_folder import find_checkpoint, step_folder
+from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
+from tritale.data.shards import with_replay
 from tritale.data.tokenizer import Tokenizer
 from tritale.evaluation.compatibility import compatibility_warnings
 from tritale.evaluation.run_report import write_report
 from tritale.evaluation.validation import validate
 from tritale.inference import LLM
 from tritale.model import GPT
-from tritale.model.run_folder import step_folder
 from tritale.training import processes, record, state
 from tritale.training.config import RunConfig, flatten, parse
 from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
+from tritale.training.preference import reference_log_probs, validate_pairs
 from tritale.training.profiling import profiled
 from tritale.training.step import TrainingStep, explain_errors
 
@@ -36,7 +38,8 @@ from tritale.training.step import TrainingStep, explain_errors
 def print_samples(model: GPT, tokenizer: Tokenizer, config: RunConfig, log: Log, step: int) -> None:
     llm = LLM(model, tokenizer)
     for i, prompt in enumerate(config.log.prompts):
-        text = llm.generate(prompt, max_new_tokens=config.log.sample_tokens, seed=config.seed + i)
+        given = [{"role": "user", "content": prompt}] if tokenizer.is_chat and prompt else prompt
+        text = llm.complete([given], max_new_tokens=config.log.sample_tokens, seed=config.seed + i)[0].text
         log.print(f"\n{prompt}{text}", style="green", soft_wrap=True)
         log.sample(step=step, prompt=prompt, text=text, seed=config.seed + i)
     log.print()
@@ -69,6 +72,11 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
     processes.barrier()
     tokenizer, train_split, validation_split = open_data(config.data_folder)
+    if config.data.replay:
+        train_split = with_replay(train_split, open_data(Path(config.data.replay))[1], config.data.replay_share)
+    base = find_checkpoint(Path(config.init_from)) if config.init_from else None
+    if base and Tokenizer.load(base).hash != tokenizer.hash:
+        raise UserError(f"{config.data_folder} has another tokenizer than {base}; make it with --tokenizer {base}")
 
     # ---- the plan of the run --------------------------------------------------------------------------------------------------------
     device = DeviceFacts.of(here, config)
@@ -86,17 +94,17 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
     # ---- model, optimizers, batches -------------------------------------------------------------------------------------------------
     step = TrainingStep(planned, here)
     sizes = {"context": planned.sequence, "micro_batch": train.micro_batch}
-    mask = config.data.document_mask
-    batches = Batches(
-        train_split,
-        **sizes,
-        global_batch=train.global_batch,
-        seed=config.seed,
-        document_mask=mask,
-        rank=here.rank,
-        world_size=here.world_size,
-    )
-    evaluate = functools.partial(validate, split=validation_split, **sizes, document_mask=mask, here=here, autocast=step.autocast)
+    order = {"global_batch": train.global_batch, "seed": config.seed, "rank": here.rank, "world_size": here.world_size}
+    shared = {"here": here, "autocast": step.autocast}
+    if config.objective == "dpo" and base:
+        name = sha256_of(base / "model.safetensors")[:16]
+        references = [reference_log_probs(step.model, s, name, **sizes, **shared) for s in (train_split, validation_split)]
+        batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
+        evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)
+    else:
+        mask = config.data.document_mask
+        batches = Batches(train_split, **sizes, **order, document_mask=mask)
+        evaluate = functools.partial(validate, split=validation_split, **sizes, document_mask=mask, **shared)
 
     # ---- resume: weights, optimizer and random state; the order of the data is a function of the step -------------------------------
     progress = state.Progress()
@@ -117,13 +125,15 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
     tracing = profiled(train.profile if here.is_main else 0, out_dir, progress.step, log.print)
     with contextlib.closing(saver), tracing as trace_step, log.progress(train.max_steps, done) as update, stop.deferred():
         while done < train.max_steps and not stop.is_due():
-            step.run(batches.step(progress.batch(done)), step.lr_factor(done), done)
+            number = progress.batch(done)
+            step.run(batches.step(number), step.lr_factor(done), done, n_targets=batches.n_targets(number))
             done += 1
             trace_step()
 
             is_last = done == train.max_steps
             validates, saves = (done % every == 0 or is_last for every in (train.validate_every, train.checkpoint_every))
             if done % config.log.every == 0 or is_last or saves:
+                preference = step.mean_preference()
                 loss = step.mean_loss()
                 seconds = time.perf_counter() - logged_at - paused
                 speed = (done - logged_step) * planned.tokens_per_step / seconds
@@ -134,6 +144,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
                     tokens=done * planned.tokens_per_step,
                     **step.health.values(loss),
                     lr=config.optim.lr * step.lr_factor(done - 1),
+                    **preference,
                     tokens_per_second=speed,
                     mfu=flops / peak_flops,
                     memory_gib=processes.peak_memory_gib(here.device),
@@ -205,7 +216,8 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
         print_samples(step.model, tokenizer, config, log, train.max_steps)
-        log.print(f"Next: tritale generate --model {last} --prompt 小兔", soft_wrap=True)  # a command is not broken
+        example = "--instruct --prompt 写一个小兔的故事。" if tokenizer.is_chat else "--prompt 小兔"
+        log.print(f"Next: tritale generate --model {last} {example}", soft_wrap=True)  # a command is not broken
     log.close()
 
 

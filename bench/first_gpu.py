@@ -12,6 +12,8 @@ what to send back. Nothing is changed or uploaded.
 
 import argparse
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from statistics import median
 
 import torch
 
-from bench.measure import DTYPES, ROOT, first_line, half_precision, interleaved
+from bench.measure import DTYPES, ROOT, first_line, half_precision, interleaved, reset_peak
 from bench.ops import COMPILED, OURS, REFERENCE, SDPA, TORCH_CE, TORCH_RMS, case, output_gradients
 from tritale.common.files import write_json
 from tritale.common.sampling import Sampling
@@ -34,7 +36,7 @@ from tritale.training.config import parse
 from tritale.training.plan import DataFacts, DeviceFacts, plan
 from tritale.training.step import TrainingStep, random_batch
 
-CONTENDERS = (REFERENCE, COMPILED, OURS, SDPA, TORCH_RMS, TORCH_CE)
+CONTENDERS = (OURS, SDPA, TORCH_RMS, TORCH_CE, REFERENCE, COMPILED)
 TUNED = {  # op: kernels that it launches
     "flash_attention, packed": ("flash_attention_fwd", "flash_attention_bwd_dq", "flash_attention_bwd_dkv"),
     "add_rms_norm": ("rms_norm_fwd", "rms_norm_bwd"),
@@ -43,7 +45,9 @@ TUNED = {  # op: kernels that it launches
     "qk_norm_rope": ("qk_norm_rope_fwd", "qk_norm_rope_bwd"),
     "cross_entropy": ("cross_entropy",),
 }
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "PER_SM": (1, 8)}  # of other options 16 to 8,192
+# SIGINT is ignored in the children of a job in the background, unless they ask for it.
+PYTEST = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "PER_SM": (1, 8)}  # of other options 1 to 8,192
 
 
 def facts() -> dict:
@@ -59,15 +63,25 @@ def launch_version() -> str:
 
 
 def kernel_tests(seconds: float) -> dict:
-    """The last lines of pytest. The tests of the compiled code and of the traffic need no GPU and are left out."""
+    """What pytest prints. The tests of the compiled code, of the traffic and of the source need no GPU and are left out. At the end of its
+    time pytest is interrupted, and still lists what has failed."""
     left_out = [f"--ignore=tests/kernels/test_{name}.py" for name in ("machine_code", "traffic", "source")]
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", *left_out]
+    command = [sys.executable, "-c", PYTEST, "tests/kernels", "-q", "-rf", "--tb=short", "--color=no", *left_out]
+    pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    is_late = False
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        return {"status": "out of time", "output": (output if isinstance(output, str) else output.decode(errors="replace"))[-4000:]}
-    return {"status": "ok" if done.returncode == 0 else "failed", "output": done.stdout[-8000:]}
+        output, _ = pytest.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        is_late = True
+        pytest.send_signal(signal.SIGINT)
+        try:
+            output, _ = pytest.communicate(timeout=60)
+        except subprocess.TimeoutExpired:  # a kernel that never ends
+            pytest.kill()
+            output, _ = pytest.communicate()
+    status = "out of time" if is_late else ("ok" if pytest.returncode == 0 else "failed")
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", output[-2000:])}
+    return {"status": status} | counts | {"output": output[:20_000], "end": output[20_000:][-8000:]}
 
 
 def training(seconds: float) -> dict:
@@ -77,8 +91,9 @@ def training(seconds: float) -> dict:
         options = ["--config", "configs/microstories-44m.yaml", "--train.global_batch", "32", "--train.compile", is_compiled]
         config = parse(options)
         planned = plan(config, DataFacts("random", 65_024, 10**9, 5_000_000, 10**9), DeviceFacts.of(here, config))
+        step = None
+        reset_peak()  # collects the step before, which refers to itself
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(1)
         step, batch, losses = TrainingStep(planned, here), random_batch(planned, 32), []
         for i in range(10):
@@ -111,12 +126,12 @@ def ops(seconds: float) -> dict:
     """{op: {contender: {"forward", "backward"}}} in seconds, at the sizes of the 44 M model."""
     found, end = {}, time.perf_counter() + seconds
     for op in (*TUNED, "linear_cross_entropy", "rms_norm"):
-        if time.perf_counter() > end:
-            break
-        found[op] = {}
         this = case(op, "44m", half_precision() or "fp32")
-        grads = output_gradients(this.functions[REFERENCE], this.inputs)
+        grads = output_gradients(this.functions[OURS], this.inputs)
+        found[op] = {}
         for name in [name for name in CONTENDERS if name in this.functions]:
+            if time.perf_counter() > end:
+                return found
             try:
                 times = interleaved({name: (this.functions[name], this.inputs, grads)}, 20)[name]
                 found[op][name] = {which: median(times[which]) for which in ("forward", "backward")}
@@ -128,21 +143,23 @@ def ops(seconds: float) -> dict:
 
 def tuning(seconds: float) -> dict:
     """{kernel: {"options": in the table, "seconds", "tried": [{"option", "value", "seconds"}, …]}}, of forward and backward of its op."""
-    found, end = {}, time.perf_counter() + seconds
+    found, last, left = {}, time.perf_counter() + seconds, sum(map(len, TUNED.values()))
     for op, kernels in TUNED.items():
         this = case(op, "44m", half_precision() or "fp32")
-        grads = output_gradients(this.functions[REFERENCE], this.inputs)
+        grads = output_gradients(this.functions[OURS], this.inputs)
 
         def both(this=this, grads=grads) -> float:
             return median(interleaved({OURS: (this.functions[OURS], this.inputs, grads)}, 10)[OURS]["both"])
 
         for kernel in kernels:
-            options = launched_options(kernel, both)
+            options, now = launched_options(kernel, both), time.perf_counter()
+            end, left = now + max(0.0, last - now) / left, left - 1
             found[kernel] = row = {"options": options, "seconds": both(), "tried": []}
             for option, value in options.items():
-                low, high = LIMITS.get(option, (16, 8192))
+                low, high = LIMITS.get(option, (1, 8192))
                 for other in (value // 2, value * 2):
-                    if not low <= other <= high or time.perf_counter() > end:
+                    is_late = row["tried"] and time.perf_counter() > end  # one is tried in any case
+                    if is_late or not low <= other <= high:
                         continue
                     try:
                         with launch.launch_override(kernel, **{option: other}):

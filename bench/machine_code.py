@@ -111,6 +111,18 @@ def _cases() -> dict[str, Callable]:
         updates = [torch.empty(shape) for shape in ((2 * hidden, width), (width, hidden), ((m["n_head"] + 2) * m["head_dim"], width))]
         newton_schulz(updates, (1.0,) * len(updates), coefficients=(3.4445, -4.775, 2.0315), steps=2, eps=1e-7)
 
+    def decode_attention(m, dtype):
+        """One sequence, whose keys are divided between programs, and 256, whose keys are not."""
+        for n in (1, 256):
+            q, k, v = (torch.empty(n, h, m["head_dim"], dtype=dtype) for h in (m["n_head"], m["n_kv_head"], m["n_kv_head"]))
+            keys, values = torch.empty(2, n, m["context"], m["n_kv_head"], m["head_dim"], dtype=dtype)
+            kernels.decode_attention(q, k, v, keys, values, torch.zeros(n, dtype=torch.int64))
+
+    def sample(m, dtype):
+        n, vocab = 8, m["vocab"]
+        seen = torch.zeros(n, vocab, dtype=torch.bool)
+        kernels.sample(torch.empty(n, vocab, dtype=dtype), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 5), seen)
+
     return {
         "rms_norm": norm,
         "rms_norm fp32": lambda m, dtype: norm(m, torch.float32),  # under autocast the residual stream is fp32
@@ -130,6 +142,8 @@ def _cases() -> dict[str, Callable]:
         "flash_attention packed, capped": lambda m, dtype: attention(m, dtype, True, softcap=30.0),
         "flash_attention fp32": lambda m, dtype: attention(m, torch.float32),
         "newton_schulz": orthogonalize,
+        "decode_attention": decode_attention,
+        "sample": sample,
     }
 
 
@@ -139,9 +153,12 @@ MODELS_OF = {
     "rope": ("124m",), "rope packed": ("44m", "1b"), "qk_norm_rope": ("124m",), "qk_norm_rope packed": ("44m", "1b"),
     "flash_attention": ("124m",), "flash_attention packed": ("44m", "1b"), "flash_attention packed, capped": ("44m", "124m"),
     "flash_attention fp32": (),  # strategy "auto" uses PyTorch in fp32; at any of HEADS on request
-    "newton_schulz": ("44m",),
+    "newton_schulz": ("44m",), "decode_attention": ("44m", "1b"), "sample": ("44m",),
 }  # fmt: skip
-HEADS_OF = {"flash_attention": HEADS, "flash_attention packed, capped": ("d96", "d128"), "flash_attention fp32": ("d16", "d32")}
+HEADS_OF = {
+    "flash_attention": HEADS, "flash_attention packed, capped": ("d96", "d128"), "flash_attention fp32": ("d16", "d32"),
+    "decode_attention": ("d80", "d128", "d256"),
+}  # fmt: skip
 # Products of blocks need tensor cores. Triton uses none on sm_75; the ops choose PyTorch's kernels there.
 NEEDS_TENSOR_CORES = (*(op for op in MODELS_OF if op.startswith("flash")), "linear_cross_entropy recompute", "newton_schulz")
 

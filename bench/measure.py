@@ -207,9 +207,11 @@ def interleaved(calls: dict[str, Call], rounds: int, tick: Callable = lambda: No
     watch = Stopwatch()
     marks, head_starts = {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
     for name, call in calls.items() if watch.flush is not None else ():
-        began = time.perf_counter()
-        one_round(watch, call)  # returns when everything is launched
-        head_starts[name] = 1.5 * (time.perf_counter() - began)
+        for _ in range(2):  # the first compiles
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            one_round(watch, call)  # returns when everything is launched
+            head_starts[name] = 1.5 * (time.perf_counter() - began)
     for _ in range(rounds):
         for name, call in calls.items():
             marks[name].append(one_round(watch, call, head_starts[name])[2])

@@ -168,7 +168,7 @@ def step_tables(model: str, rows: list[dict]) -> list[Table]:
         (off if is_ablation else trainers).add(cells, note(r))
     if measured := find(rows):
         trainers.note = (
-            f"{measured['tokens']:,} tokens a step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
+            f"{measured['tokens']:,} tokens per step, {measured['parameters'] / 1e6:.1f} M parameters, {measured['dtype']}; "
             "compiled unless eager; peak memory: of the process, minus what it held before it built the model; first loss: in fp32, "
             "with larger weights than those of a real run."
         )

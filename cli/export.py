@@ -25,9 +25,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..common.run_folder import find_checkpoint
     from ..inference import LLM
     from ..model import consumers, export
-    from ..model.run_folder import find_checkpoint
 
     source, out = find_checkpoint(args.model), args.out
     llm = LLM.load(source, device="cpu", ema=args.ema)

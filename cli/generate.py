@@ -12,6 +12,7 @@ from ..common.sampling import Sampling
 from . import options
 
 if TYPE_CHECKING:
+    from ..data.chat import Messages
     from ..inference import LLM, Completion
 
 HELP = "generate stories with a checkpoint"
@@ -23,6 +24,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--prompt",
         default=None,
         help="beginning of the story; - reads one per line from standard input (default: a terminal asks, otherwise it is empty)",
+    )
+    p.add_argument(
+        "--instruct",
+        action="store_true",
+        help="the prompt is an instruction, such as 写一个有对话的故事。",
     )
     p.add_argument("--samples", type=int, default=1, help="how many stories, in one batch")
     options.add_ema(p)
@@ -65,12 +71,13 @@ def run(args: argparse.Namespace) -> None:
         nonlocal n_tokens, seconds
         seeds = [None if seed is None else seed + i for i in range(args.samples)]
         began = time.perf_counter()
-        for completion in write_stories(llm, prompt, [replace(sampling, seed=s) for s in seeds]):
+        given = [{"role": "user", "content": prompt}] if args.instruct else prompt
+        for completion in write_stories(llm, given, [replace(sampling, seed=s) for s in seeds]):
             n_tokens += len(completion.tokens)
         seconds += time.perf_counter() - began
 
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
-        interact(write, args.seed)
+        interact(write, args.seed, "an instruction" if args.instruct else "the beginning of a story, or press Enter for any story")
     else:
         for n, prompt in enumerate(options.read_prompts("-") if args.prompt == "-" else [args.prompt or ""]):
             write(prompt, None if args.seed is None else args.seed + n)
@@ -79,11 +86,12 @@ def run(args: argparse.Namespace) -> None:
         print(memory_report(llm, runtime_mib), file=sys.stderr)
 
 
-def write_stories(llm: "LLM", prompt: str, samplings: list[Sampling]) -> "list[Completion]":
+def write_stories(llm: "LLM", prompt: "str | Messages", samplings: list[Sampling]) -> "list[Completion]":
     """Print the stories of the prompt and return their completions. A single story is printed as it is generated."""
+    beginning = prompt if isinstance(prompt, str) else ""
     if len(samplings) == 1:
         completions, pieces = [], llm.write([prompt], samplings)
-        print(prompt, end="", flush=True)
+        print(beginning, end="", flush=True)
         for _, piece, completion in pieces:
             print(piece, end="", flush=True)
             completions += [completion] if completion else []
@@ -101,17 +109,17 @@ def write_stories(llm: "LLM", prompt: str, samplings: list[Sampling]) -> "list[C
                 done[i] = completion
                 progress.advance(task)
     completions = [done[i] for i in range(len(samplings))]
-    print("\n\n".join(prompt + completion.text for completion in completions), flush=True)
+    print("\n\n".join(beginning + completion.text for completion in completions), flush=True)
     return completions
 
 
-def interact(write: Callable[[str, int | None], None], seed: int | None) -> None:
+def interact(write: Callable[[str, int | None], None], seed: int | None, what: str) -> None:
     """Generate a story for each prompt that is typed, until the end of input. The n-th prompt uses seed + n."""
     try:
         import readline  # noqa: F401  (line editing in input())
     except ImportError:
         pass
-    print("Type the beginning of a story, or press Enter for any story; Ctrl-D ends.", file=sys.stderr)
+    print(f"Type {what}; Ctrl-D ends.", file=sys.stderr)
     n = 0
     while True:
         try:

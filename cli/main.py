@@ -15,12 +15,29 @@ import tritale
 
 from ..common.console import replace_unencodable_output, wrapped
 from ..common.errors import UserError
-from . import average, doctor, export, generate, import_, lr_find, plan, prepare, report, serve, status, sweep, train, verify
+from . import (
+    average,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    instruct,
+    lr_find,
+    plan,
+    prepare,
+    report,
+    serve,
+    status,
+    sweep,
+    train,
+    verify,
+)
 
 COMMANDS: dict[str, ModuleType] = {
-    "prepare": prepare, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report, "doctor": doctor,
-    "verify": verify,
-    "generate": generate, "sweep": sweep, "average": average, "export": export, "import": import_, "serve": serve,
+    "prepare": prepare, "instruct": instruct, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report,
+    "doctor": doctor, "verify": verify, "generate": generate,
+    "sweep": sweep, "evaluate": evaluate, "average": average, "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
 # Names of our options in other programs, where the spelling is not similar.

@@ -3,6 +3,12 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import UserError
+
+if TYPE_CHECKING:
+    from ..data.prepare.conversations import ChatFields
 
 HELP = "turn raw text into training data: tokenizer, shards, report"
 PRESETS = ("quickstart", "microstories-44m")  # the models whose parameters the report compares
@@ -11,6 +17,14 @@ PRESETS = ("quickstart", "microstories-44m")  # the models whose parameters the 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders, globs ('raw/*.jsonl'), or a data set's name")
     p.add_argument("--out", required=True, metavar="DIR", help="output folder, for tokenizer/, train/, validation/ and report.html")
+    p.add_argument(
+        "--task",
+        choices=("text", "sft", "dpo"),
+        default="text",
+        help="sft: conversations, of which only the answers are learnt, from records with messages, with instruction and output, or with "
+        "故事 and 词汇, 特点, 摘要, 随机句子; dpo: pairs of answers, from prompt (messages), chosen and rejected; both need --tokenizer",
+    )
+    p.add_argument("--context", type=int, metavar="N", help="tokens of the longest conversation; without it, that of --tokenizer's model")
     text = p.add_mutually_exclusive_group()
     text.add_argument("--text-key", default="text", metavar="KEY", help="the field that holds the text")
     text.add_argument("--template", metavar="TEXT", help="builds the text from several fields: '{genre}：{story}'")
@@ -52,6 +66,23 @@ def preset_sizes() -> dict[str, tuple[int, int]]:
     return {name: (c.n_matrix - c.vocab_size * c.width, c.width) for name, c in configs.items()}
 
 
+def chat_fields(args: argparse.Namespace) -> "ChatFields":
+    """Raises UserError if the tokenizer or the context is not given."""
+    from ..common.files import read_json_object
+    from ..data.prepare.conversations import ChatFields
+
+    if args.tokenizer is None:
+        raise UserError(
+            f"--task {args.task} needs the tokenizer of the model that will learn the conversations: --tokenizer out/quickstart/step-…"
+        )
+    config, context = Path(args.tokenizer) / "tokenizer_config.json", args.context
+    if context is None and config.is_file():
+        context = read_json_object(config, remedy="restore it").get("model_max_length")
+    if type(context) is not int or context < 8:
+        raise UserError(f"--context is {context}; give the model's context in tokens, or the folder of a checkpoint as --tokenizer")
+    return ChatFields(group_key=args.group_key, tokenizer=args.tokenizer, context=context, task=args.task)
+
+
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -59,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data.prepare.pipeline import Options, prepare
     from ..data.prepare.report import print_report
 
-    fields = Fields(args.text_key, args.template, args.group_key, args.txt_documents)
+    fields = chat_fields(args) if args.task != "text" else Fields(args.text_key, args.template, args.group_key, args.txt_documents)
     options = Options(
         fields=fields,
         vocab_size=args.vocab_size,
@@ -74,5 +105,6 @@ def run(args: argparse.Namespace) -> None:
     report = prepare(args.input, args.out, options, preset_sizes=preset_sizes, workers=args.workers, console=console)
     print_report(report, console)
     out = Path(args.out)
-    train = shlex.join(["tritale", "train", "--data.source", str(out), "--out_dir", f"{out}-run"])
+    more = ["--config", f"configs/{args.task}.yaml", "--init_from", "CHECKPOINT"] if args.task != "text" else []
+    train = shlex.join(["tritale", "train", *more, "--data.source", str(out), "--out_dir", f"{out}-run"])
     console.print(f"\nreport  {out / 'report.html'}\ntrain   {train}", markup=False, soft_wrap=True)

@@ -61,9 +61,9 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
 
+    from ..common.run_folder import find_checkpoints
     from ..inference import native
     from ..inference.engine import Engine
-    from ..model.run_folder import find_checkpoints
     from ..serve.app import make_app
     from ..serve.connections import make_server
 

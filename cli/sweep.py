@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 sweep.load(folder)
                 rows.append(sweep.measure(step, lambda: bar.advance(task)))
-            except (OSError, ValueError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
+            except (OSError, UserError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
                 left_out[folder.name] = str(error)
                 bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
     if not rows:
@@ -90,14 +90,14 @@ def share(n: int, total: int) -> str:
     return f"{n:,} of {total:,}" if n < total else f"all {total:,}"
 
 
-def confirm_overwriting(paths: list[Path]) -> None:
+def confirm_overwriting(paths: list[Path], what: str = "sweep") -> None:
     """Ask at a terminal whether to replace the files. Raises UserError if the answer is no, or without a terminal."""
     names = " and ".join(map(str, paths))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(f"an earlier sweep wrote {names}; give --overwrite to replace it, or move it away")
-    print(wrapped(f"Replace {names} of an earlier sweep? [y/N]"), end=" ", file=sys.stderr, flush=True)
+        raise UserError(f"an earlier {what} wrote {names}; give --overwrite to replace it, or move it away")
+    print(wrapped(f"Replace {names} of an earlier {what}? [y/N]"), end=" ", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UserError("nothing was measured, and the earlier sweep is unchanged")
+        raise UserError(f"nothing was measured, and the earlier {what} is unchanged")
 
 
 def print_stories(rows: list[dict], samples: int) -> None:

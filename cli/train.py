@@ -33,8 +33,14 @@ def run(args: argparse.Namespace) -> None:
 
 def launch(processes: int, overrides: list[str]) -> None:
     """Start the processes as torchrun does, but print nothing: a process that fails has printed its own message. torchrun adds its
-    traceback to that. SIGTERM and Ctrl-C are passed on, and the processes end by themselves; torchrun would kill them after 30 seconds."""
+    traceback to that. SIGTERM and Ctrl-C are passed on, and the processes end by themselves; torchrun would kill them after 30 seconds.
+
+    Raises UserError if the machine has GPUs, but fewer than processes."""
     import psutil
+    import torch
+
+    if torch.cuda.is_available() and (count := torch.cuda.device_count()) < processes:
+        raise UserError(f"--processes is {processes}, and this machine has {count} GPU{'s' * (count > 1)}; choose at most {count}")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

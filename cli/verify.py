@@ -16,9 +16,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a line for each checkpoint and data split in the folder. The exit status is 1 if one is damaged."""
     from ..common.errors import UserError
+    from ..common.run_folder import STEP_FOLDER, listing
     from ..data.shards import INDEX, Split
     from ..model.checkpoint import CHECKSUMS
-    from ..model.run_folder import STEP_FOLDER, listing
 
     folder = args.dir
     if not folder.is_dir():

@@ -7,10 +7,13 @@ them to the processes in turn, so the step is the same on any number of processe
 
 The target of a token is the token stored after it: the next one of the document, also at a cut. After the last token of a document it is
 the `<|endoftext|>` that begins the next one, so the model learns where a story ends.
+
+In a split of conversations only the answers are targets. One that a micro-batch's border cuts is learnt up to there: its rest would be
+without its question.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -34,11 +37,13 @@ class Batch:
     tokens: Tensor  # (1, N), or (micro_batch, context) without a document mask; int64
     targets: Tensor  # as tokens; int64, IGNORED for padding
     cu_seqlens: Tensor | None  # (segments + 1,) int32: 0, the end of each segment, then N up to a fixed length
+    reference: Tensor | None = None  # (pairs, 2) fp32, of `PairBatches`
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(tokens, targets, cu_seqlens) on the device. A copy to a GPU does not synchronise."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(tokens, targets, cu_seqlens, reference) on the device. A copy to a GPU does not synchronise."""
         move = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else lambda t: t
-        return move(self.tokens), move(self.targets), None if self.cu_seqlens is None else move(self.cu_seqlens)
+        cu_seqlens, reference = (None if t is None else move(t) for t in (self.cu_seqlens, self.reference))
+        return move(self.tokens), move(self.targets), cu_seqlens, reference
 
 
 class Batches:
@@ -76,6 +81,15 @@ class Batches:
                 f"micro_batch ({micro_batch}) × processes ({world_size}) must divide global_batch ({global_batch}); "
                 f"try global_batch {tries}"
             )
+        if split.has_pairs:
+            raise UserError(f"{split.folder} holds pairs of answers, of which one is to be avoided; set objective dpo")
+        if split.learnt is not None and not document_mask:
+            raise UserError(f"{split.folder} holds conversations, which must not see each other; set data.document_mask true")
+        if n_long := int((split.lengths > context)[~split.is_learnt(split.starts[:-1])].sum()):  # a replayed text may be longer
+            raise UserError(
+                f"{split.folder} has {n_long:,} conversations longer than the context of {context} tokens; make it again with "
+                f"tritale prepare --context {context}, which names them"
+            )
         self.tokens_per_step = global_batch * context  # over all processes
         if split.n_tokens < self.tokens_per_step:
             fits = split.n_tokens // (together * context) * together
@@ -102,11 +116,22 @@ class Batches:
         epoch, step = divmod(step, self.steps_per_epoch)
         return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._own)
 
+    def n_targets(self, step: int) -> int:
+        """How many targets of optimizer step `step` are not IGNORED, over all processes; at least 1."""
+        if self._split.learnt is None:
+            return self.tokens_per_step
+        epoch, step = divmod(step, self.steps_per_epoch)
+        parts = (self._parts(epoch, step * self._micro_batches + i) for i in range(self._micro_batches))
+        return max(1, sum(int(_learnt(self._split, *part).sum()) for part in parts))
+
     def _micro_batch(self, epoch: int, m: int) -> Batch:
+        parts = self._parts(epoch, m)
+        return _batch(self._split, *parts, self._shape, self._n_segments if self._document_mask else None)
+
+    def _parts(self, epoch: int, m: int) -> tuple[np.ndarray, np.ndarray, int]:
+        # The starts and lengths of the pieces in micro-batch m, and how many tokens of the first are in the one before.
         if epoch != self._epoch:
-            # Sorted random words, not Generator.permutation: NumPy guarantees the same words in later versions.
-            words = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(len(self._starts))
-            self._order = np.argsort(words, kind="stable")  # (pieces,)
+            self._order = _random_order(self._seed, epoch, len(self._starts))  # (pieces,)
             self._ends = np.cumsum(self._lengths[self._order])  # (pieces,), in the stream
             self._epoch = epoch
         n = self._shape[0] * self._shape[1]
@@ -119,7 +144,70 @@ class Batches:
         starts[0] += cut
         lengths[0] -= cut
         lengths[-1] -= self._ends[last] - end  # tokens in the next one
-        return _batch(self._split, starts, lengths, self._shape, self._n_segments if self._document_mask else None)
+        return starts, lengths, int(cut)
+
+
+class PairBatches:
+    """The training batches of one process from a split of pairs, for preference training: a micro-batch of B sequences holds B / 2 pairs,
+    each the chosen answer's conversation and the rejected one's, as segments 2i and 2i + 1. The rest is padding."""
+
+    def __init__(
+        self, split: Split, reference: Tensor, *, context: int, micro_batch: int, global_batch: int, seed: int, rank: int, world_size: int
+    ):
+        """`reference` (pairs, 2) goes with each pair. Raises UserError if the split holds other data, or fewer pairs than a step."""
+        if micro_batch % 2 or global_batch % (micro_batch * world_size):
+            raise UserError(
+                f"train.micro_batch is {micro_batch}; for pairs it must be even, and times {world_size} processes divide {global_batch}"
+            )
+        self._answers, self._split, self._reference, self._seed = _answers(split, context), split, reference, seed
+        self._shape, self._pairs = (micro_batch, context), micro_batch // 2
+        self._own = range(rank, global_batch // micro_batch, world_size)
+        self._pairs_per_step = global_batch // 2
+        if split.n_documents < self._pairs_per_step:
+            raise UserError(f"{split.folder} has {split.n_documents:,} pairs, fewer than a step; lower train.global_batch")
+        self.steps_per_epoch = split.n_documents // self._pairs_per_step
+
+    def step(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of optimizer step `step`, which counts from 0 over all epochs."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order = _random_order(self._seed, epoch, self._split.n_documents)[step * self._pairs_per_step :]
+        for i in self._own:
+            pairs = order[i * self._pairs : (i + 1) * self._pairs]
+            yield replace(_pair_batch(self._split, self._answers, pairs, self._shape), reference=self._reference[pairs])
+
+    def n_targets(self, step: int) -> int:
+        """How many pairs a step has, over all processes."""
+        return self._pairs_per_step
+
+
+def pair_batches(split: Split, *, context: int, micro_batch: int) -> Iterator[Batch]:
+    """All pairs of the split in stored order, without reference. Raises UserError if the split holds other data."""
+    answers = _answers(split, context)
+    for first in range(0, split.n_documents, micro_batch // 2):
+        pairs = np.arange(first, min(first + micro_batch // 2, split.n_documents))
+        yield _pair_batch(split, answers, pairs, (micro_batch, context))
+
+
+def _answers(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
+    # The starts and lengths of the two conversations of each pair: (pairs, 2) each.
+    tokens = split.take(np.arange(split.n_tokens))
+    starts = np.flatnonzero(tokens == tokens[0])  # `<|endoftext|>` begins each
+    if not split.has_pairs or len(starts) != 2 * split.n_documents:
+        raise UserError(f"{split.folder} does not hold pairs of answers; make it with tritale prepare --task dpo")
+    lengths = np.diff(starts, append=split.n_tokens)
+    if lengths.max() > context:
+        raise UserError(f"{split.folder} has a conversation of {lengths.max()} tokens, longer than the context of {context}")
+    return starts.reshape(-1, 2), lengths.reshape(-1, 2)
+
+
+def _pair_batch(split: Split, answers: tuple[np.ndarray, np.ndarray], pairs: np.ndarray, shape: tuple[int, int]) -> Batch:
+    starts, lengths = (a[pairs].ravel() for a in answers)
+    return _batch(split, starts, lengths, 0, shape, n_segments=2 * shape[0])  # at most as many segments of padding as of answers
+
+
+def _random_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    # Sorted random words, not Generator.permutation: NumPy guarantees the same words in later versions.
+    return np.argsort(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n), kind="stable")
 
 
 def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask: bool = True) -> Iterator[Batch]:
@@ -142,7 +230,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
         cuts.append(int(np.searchsorted(ends, starts[cuts[-1]] + n, side="right")))
     n_segments = int(np.diff(cuts).max()) + micro_batch if document_mask else None  # padding is at most micro_batch segments
     for i, j in pairwise(cuts):
-        yield _batch(split, starts[i:j], lengths[i:j], (micro_batch, context), n_segments)
+        yield _batch(split, starts[i:j], lengths[i:j], 0, (micro_batch, context), n_segments)
 
 
 def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,15 +256,31 @@ def _likely_segments(lengths: np.ndarray, n: int) -> int:
     return min(int(np.ceil(k)) + 2, n)
 
 
-def _batch(split: Split, starts, lengths, shape: tuple[int, int], n_segments: int | None) -> Batch:
-    # The parts of the split that begin at `starts`, one after another, then padding.
+def _positions(starts, lengths) -> np.ndarray:
+    # The positions of the parts of a split that begin at `starts`, one after another.
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]))
+
+
+def _learnt(split: Split, starts, lengths, cut: int) -> np.ndarray:
+    # Whether the target of each token of these parts is learnt.
+    learnt = split.is_learnt(_positions(starts, lengths) + 1)
+    if cut and split.learnt is not None:
+        learnt[: lengths[0]] = False
+    return learnt
+
+
+def _batch(split: Split, starts, lengths, cut: int, shape: tuple[int, int], n_segments: int | None) -> Batch:
+    # These parts of the split, then padding.
     n, context = shape[0] * shape[1], shape[1]
     ends = np.cumsum(lengths)
     filled = int(ends[-1])
     positions = np.full(n, split.n_tokens)
-    positions[:filled] = np.repeat(starts - (ends - lengths), lengths) + np.arange(filled)
+    positions[:filled] = _positions(starts, lengths)
     tokens, targets = split.take(positions), split.take(positions + 1)
     targets[filled:] = IGNORED
+    if split.learnt is not None:
+        targets[:filled][~_learnt(split, starts, lengths, cut)] = IGNORED
     if n_segments is None:
         return Batch(torch.from_numpy(tokens).view(shape), torch.from_numpy(targets).view(shape), None)
     borders = np.concatenate([[0], ends, np.arange(filled + context, n + context, context)]).clip(max=n)

@@ -25,10 +25,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from ..common.errors import UserError
-from ..common.files import atomic_file, write_json
+from ..common.files import atomic_file, read_json_object, write_json
+from .chat import CHAT_TEMPLATE, END, START
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
+SPECIAL_TOKENS = (END_OF_TEXT, START, END, PAD)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 FIXED_TOKENS = SPECIAL_TOKENS + BYTE_TOKENS
 
@@ -64,9 +65,12 @@ class TokenizerStats:
 
 
 class Tokenizer:
-    """Converts text to ids and back. Made by `Tokenizer.train` or `Tokenizer.load`."""
+    """Converts text to ids and back. Made by `Tokenizer.train` or `Tokenizer.load`.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    `is_chat`: its model is or will be trained on conversations in the format of `chat.py`, so `save` writes that as `chat_template`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, is_chat: bool = False):
+        self.is_chat = is_chat
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is ordinary text; this setting is not saved
         backend.no_padding()
         backend.no_truncation()
@@ -77,6 +81,7 @@ class Tokenizer:
         self.vocab_size = len(self._bytes)
         self.eot_id = FIXED_TOKENS.index(END_OF_TEXT)
         self.pad_id = FIXED_TOKENS.index(PAD)
+        self.im_start_id, self.im_end_id = FIXED_TOKENS.index(START), FIXED_TOKENS.index(END)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -143,7 +148,9 @@ class Tokenizer:
         if ids != list(range(len(ids))):
             wrong = next((i for i, id in enumerate(ids) if i != id), len(ids))
             raise UserError(f"{path} is damaged: of its {len(ids):,} ids, {wrong:,} is missing or repeated; restore it, or train it again")
-        return cls(backend)
+        config = path.with_name("tokenizer_config.json")
+        saved = read_json_object(config, remedy="restore it, or train it again") if config.is_file() else {}
+        return cls(backend, is_chat=saved.get("chat_template") == CHAT_TEMPLATE)
 
     def save(self, folder: str | Path, *, context: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. `context` is that of the model in the same folder."""
@@ -159,11 +166,19 @@ class Tokenizer:
             "padding_side": "left",  # for batches of prompts
             "clean_up_tokenization_spaces": False,
         }
+        if self.is_chat:
+            config["chat_template"] = CHAT_TEMPLATE
         if context is not None:
             config["model_max_length"] = context
         write_json(folder / "tokenizer_config.json", config)
         with atomic_file(folder / "tokenizer.json") as temporary:  # last and complete: a folder with this file is complete
             temporary.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids that `save_model` writes."""
+        ids = {"eos_token_id": self.eot_id, "pad_token_id": self.pad_id}
+        return ids | ({"im_end_id": self.im_end_id} if self.is_chat else {})
 
     def to_json(self) -> str:
         """`tokenizer.json` without white space."""

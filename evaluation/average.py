@@ -8,7 +8,7 @@ import torch
 from ..common.errors import UserError
 from ..common.files import atomic_folder, write_json
 from ..inference.llm import LLM
-from ..model.checkpoint import gpt_config, load_weights, read_json, save_model, write_checksums
+from ..model.checkpoint import load_weights, read_shape, save_model, write_checksums
 from .trained_run import TrainedRun
 from .validation import part, validate
 
@@ -43,7 +43,7 @@ def average(
 
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     for folder in chosen.values():
-        if gpt_config(read_json(folder, "config.json")) != model.config:
+        if read_shape(folder) != model.config:
             raise UserError(f"{folder} has another shape than {run.newest}; average checkpoints of one run")
         load_weights(model, folder)
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -63,7 +63,7 @@ def average(
         "validation": {"documents": documents.n_documents, "of_documents": validation.n_documents, "characters": documents.characters},
     }
     with atomic_folder(out) as temporary:
-        save_model(temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+        save_model(temporary, model, **tokenizer.special_ids)
         tokenizer.save(temporary, context=model.config.context)
         write_json(temporary / "average.json", about)
         write_checksums(temporary)

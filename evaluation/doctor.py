@@ -314,7 +314,7 @@ def overfitting(f: RunFacts) -> Diagnosis | None:
     evidence = f"the validation loss was {values[low]:.3f} at step {at:,} and is {values[-1]:.3f}; the training loss is {loss:.3f}"
     evidence += f"; {f.step / per_epoch:,.1f} epochs" if per_epoch else ""
     remedy = f"train.max_steps: {at}, so that the schedule ends there, or more data; train.keep_best keeps the best checkpoint"
-    return Diagnosis("overfitting", "the model learns the training text by heart", evidence, remedy)
+    return Diagnosis("overfitting", "the model memorises the training text", evidence, remedy)
 
 
 def many_epochs(f: RunFacts) -> Diagnosis | None:
@@ -363,8 +363,8 @@ def slow_precision(f: RunFacts) -> Diagnosis | None:
     """bf16 on a device that has no bf16 instructions."""
     if f.device.get("precision") != "bf16" or f.device.get("has_bf16") is not False:
         return None
-    evidence = f"{f.device.get('name')} has no bf16 instructions and imitates them"
-    return Diagnosis("slow_precision", "slow: the precision is imitated", evidence, "train.precision: auto")
+    evidence = f"{f.device.get('name')} has no bf16 instructions and emulates them"
+    return Diagnosis("slow_precision", "slow: the precision is emulated", evidence, "train.precision: auto")
 
 
 def slow_compile(f: RunFacts) -> Diagnosis | None:

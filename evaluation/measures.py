@@ -120,3 +120,10 @@ def _suffix_array(text: str) -> np.ndarray:
         shifted = np.zeros(n, np.int64)
         shifted[: max(0, n - k)] = rank[k:]
         key, k = (rank << 32) | shifted, 2 * k
+
+
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a probability after k successes in n ≥ 1 trials (Wilson 1927)."""
+    z, p = 1.959964, k / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))

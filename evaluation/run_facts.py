@@ -16,6 +16,7 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import is_locked, read_json_object
+from ..common.run_folder import step_folders
 from ..training.record import FINISHED, METRICS, RECORD, SAMPLES, read_record
 
 TAIL = 20  # lines of metrics.jsonl from which the present speed is computed
@@ -50,7 +51,7 @@ class RunFacts:
             raise UserError(f"{folder} has no {METRICS} and no {RECORD}; give the out_dir of a run, such as out/quickstart")
         record = read_record(folder)
         parts = {key: value for key in ("config", "plan", "device", "data") if isinstance(value := record.get(key), dict)}
-        checkpoints = _checkpoints(folder)
+        checkpoints = step_folders(folder)
         parts.setdefault("config", _checkpoint_config(checkpoints))  # a run of a version that wrote no run.json
         lines = [line for line in read_lines(metrics) if isinstance(line.get("step"), int)]
         starts = record.get("starts")
@@ -163,12 +164,6 @@ def read_lines(path: Path) -> list[dict]:
             if isinstance(value, dict):
                 found.append(value)
     return found
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    # {step: folder} in ascending order. model.run_folder does the same, but the package `model` imports torch.
-    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()}
-    return dict(sorted(found.items()))
 
 
 def _checkpoint_config(checkpoints: dict[int, Path]) -> dict[str, Any]:

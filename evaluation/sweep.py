@@ -7,24 +7,18 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
 
 from ..common.errors import UserError
 from ..common.sampling import Sampling
-from ..data.shards import Split, evenly
-from ..data.tokenizer import Tokenizer
+from ..data.shards import evenly
 from ..inference.llm import LLM
-from ..model.checkpoint import EMA, WEIGHTS, gpt_config, load_weights, read_json
-from ..stories.facts import cast
-from .measures import CorpusIndex, distinct, ends_properly, longest_loop, repeated_share
+from ..model.checkpoint import EMA, WEIGHTS, load_weights, read_shape
+from .story_measures import REPEATS, StoryMeasures, decode, distinct_n, part_of_text
 from .trained_run import TrainedRun
 from .validation import part, validate
 
 FORMAT, VERSION = "tritale-sweep", 1
-OVERLAP_CHARACTERS = 8_000_000  # of the training text that are searched for copies; building their index takes 400 MB and 5 s
-REPEATS = 0.05  # share of repeated 4-grams below which a story is coherent
 COHERENT = (0.9, 0.75, 0.5)  # shares of coherent stories that a finding names
-SHORTEST = 0.5  # length of the shortest coherent story, relative to the shortest held-out one
 
 
 def every_nth(checkpoints: dict[int, Path], every: int) -> dict[int, Path]:
@@ -65,10 +59,9 @@ class Sweep:
         tokenizer = run.data_tokenizer(self.llm.tokenizer, data)
         train, validation = (run.split(name, tokenizer, data) for name in ("train", "validation"))
         self.validation = part(validation, tokenizer, validation_documents)
-        n_documents = max(1, int(train.n_documents * min(1, OVERLAP_CHARACTERS / train.characters)))
-        texts = [decode(train, i, tokenizer) for i in evenly(train.n_documents, n_documents)]
-        self._index = CorpusIndex(texts)
+        texts = part_of_text(train, tokenizer)
         self.held_out = held_out = [decode(self.validation, i, tokenizer) for i in range(self.validation.n_documents)]
+        self.measures = StoryMeasures(texts, held_out, checks_cast=run.is_built_in)
         self.about = {
             "run": str(run.folder),
             "prompts": prompts,
@@ -83,15 +76,15 @@ class Sweep:
             },
             "overlap": {"characters": sum(map(len, texts)), "of_characters": train.characters},
             "checks_cast": run.is_built_in,
-            "shortest_coherent": math.ceil(SHORTEST * min(map(len, held_out))),
+            "shortest_coherent": self.measures.shortest_coherent,
         }
         stories = [self._story("", 0, text, None, is_complete=True) for text in held_out]
-        self.reference = self._means(stories) | distinct_n([held_out[i] for i in evenly(len(held_out), len(self.prompts))])
+        self.reference = self.measures.means(stories) | distinct_n([held_out[i] for i in evenly(len(held_out), len(self.prompts))])
 
     def load(self, folder: Path) -> None:
         """Copy the weights of a checkpoint into the model. Raises FileNotFoundError or UserError if it is damaged, missing or of another
         shape."""
-        if gpt_config(read_json(folder, "config.json")) != self.llm.model.config:
+        if read_shape(folder) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
         if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
             raise UserError(f"{folder} has another tokenizer than the newest checkpoint")
@@ -116,43 +109,11 @@ class Sweep:
                 stories[i] = self._story(self.prompts[i], sample, done.text, len(done.tokens), is_complete=is_complete)
                 advance()
         head = {"step": step, "val_loss": val_loss, "val_bits_per_char": val_bits}
-        return head | self._means(stories) | distinct_n([s["text"] for s in stories]) | {"stories": stories}
+        return head | self.measures.means(stories) | distinct_n([s["text"] for s in stories]) | {"stories": stories}
 
     def _story(self, prompt: str, sample: int, text: str, n_tokens: int | None, *, is_complete: bool) -> dict:
-        # Repetition, loop and overlap measure the generated text; ending, cast and minimum length the prompt with it. The cast is
-        # consistent only if the generated text itself names a hero.
-        whole, loop = prompt + text, longest_loop(text)
-        found = cast(whole) if self.run.is_built_in else None
-        story = {
-            "prompt": prompt,
-            "sample": sample,
-            "text": text,
-            "tokens": n_tokens,
-            "repeated_4grams": repeated_share(text),
-            "loop": [loop.start, loop.end, loop.piece] if loop else None,
-            "ends_properly": is_complete and ends_properly(whole),
-            "overlap": list(self._index.longest_overlap(text)),
-            "cast": found and asdict(found),
-            "is_consistent": found and found.is_consistent and bool(cast(text).heroes),
-        }
-        is_long_enough = len(whole) >= self.about["shortest_coherent"]
-        has_few_repeats, is_consistent = story["repeated_4grams"] < REPEATS, story["is_consistent"] is not False
-        return story | {"is_coherent": story["ends_properly"] and is_long_enough and has_few_repeats and is_consistent}
-
-    def _means(self, stories: list[dict]) -> dict:
-        loops = [s["loop"][1] - s["loop"][0] if s["loop"] else 0 for s in stories]
-        overlaps = [s["overlap"][1] - s["overlap"][0] for s in stories]
-        return {
-            "repeated_4grams": mean(s["repeated_4grams"] for s in stories),
-            "longest_loop": mean(loops),
-            "longest_loop_max": max(loops),
-            "length": mean(len(s["text"]) for s in stories),
-            "ends_properly": mean(s["ends_properly"] for s in stories),
-            "consistent": mean(s["is_consistent"] for s in stories) if self.run.is_built_in else None,
-            "coherent": mean(s["is_coherent"] for s in stories),
-            "overlap": mean(overlaps),
-            "overlap_max": max(overlaps),
-        }
+        measured = self.measures.story(prompt, text, is_complete=is_complete)
+        return {"prompt": prompt, "sample": sample, "text": text, "tokens": n_tokens} | measured
 
     def report(self, rows: list[dict], left_out: dict[str, str]) -> dict:
         """The content of sweep.json. `left_out`: {checkpoint: reason}."""
@@ -164,14 +125,6 @@ def loss_of_texts(llm: LLM, texts: list[str]) -> tuple[float, float]:
     """(loss in nats per token, bits per character) on texts of any origin. The end of a text is not counted."""
     bits = sum(len(text) * llm.bits_per_char(text) for text in texts)
     return bits * math.log(2) / sum(len(llm.tokenizer.encode(text)) for text in texts), bits / sum(map(len, texts))
-
-
-def decode(split: Split, i: int, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(split.document(i).tolist())
-
-
-def distinct_n(texts: list[str]) -> dict:
-    return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
 
 
 def first_step_that_lasts(rows: Iterable[dict], condition: Callable[[dict], bool]) -> int | None:
@@ -226,12 +179,12 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
     return [validation, repetition, coherent, copied]
 
 
-def check_outputs(folder: Path) -> list[Path]:
-    """Those of sweep.json and sweep.html that exist in the folder. Raises UserError if a sweep has not written one of them."""
-    marks = {"sweep.json": f'"format": "{FORMAT}"', "sweep.html": 'name="generator" content="tritale sweep"'}
+def check_outputs(folder: Path, command: str = "sweep", format: str = FORMAT) -> list[Path]:
+    """Those of <command>.json and <command>.html that exist in the folder. Raises UserError if the command has not written one of them."""
+    marks = {f"{command}.json": f'"format": "{format}"', f"{command}.html": f'name="generator" content="tritale {command}"'}
     existing = [folder / name for name in marks if (folder / name).exists()]
     for path in existing:
         content = path.read_text(encoding="utf-8", errors="replace")[:2000] if path.is_file() else None
         if content is None or (content and marks[path.name] not in content):
-            raise UserError(f"{path} exists and is not the result of a sweep, so it is not overwritten; move it away")
+            raise UserError(f"{path} exists and is not the result of tritale {command}, so it is not overwritten; move it away")
     return existing

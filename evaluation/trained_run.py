@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common import run_folder
 from ..common.errors import UserError
 from ..data.shards import Split
 from ..data.tokenizer import Tokenizer
-from ..model import run_folder
 from ..model.checkpoint import read_json
 from ..model.gpt import GPT
 from ..training import processes

@@ -13,9 +13,9 @@ from pathlib import Path
 from tritale.inference import LLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).resolve()
 
-# ---- the text: one JSON object a line ----------------------------------------------------------------------------------------------------
+# ---- the text: one JSON object per line --------------------------------------------------------------------------------------------------
 friends, places, things = "小猫 小狗 小兔 小熊 小鸟".split(), "河边 山上 花园 森林 海边".split(), "苹果 风筝 贝壳 蘑菇 帽子".split()
 stories = [
     f"从前，{a}和{b}是好朋友。有一天，它们在{place}玩，看见了一个{thing}。{a}说：“我们一起分享吧！”{b}很高兴。"
@@ -39,5 +39,5 @@ small = ("--model.preset", "tiny", "--train.max_steps", "60", "--train.global_ba
 quick = ("--train.compile", "false", "--train.validate_every", "60", "--train.checkpoint_every", "60", "--optim.warmup_steps", "6")
 run("train.py", "--data.source", data, "--out_dir", trained, *small, *quick, "--log.prompts", '["从前，"]', "--log.sample_tokens", "40")
 
-llm = LLM.load(trained / "step-00000060")
+llm = LLM.load(trained)
 print("从前，" + llm.generate("从前，", max_new_tokens=60, seed=1))

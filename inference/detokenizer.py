@@ -12,8 +12,8 @@ class Completion:
     """The continuation of one prompt."""
 
     text: str
-    tokens: list[int]  # without `<|endoftext|>`
-    finish_reason: str  # "end": `<|endoftext|>`; "stop": a stop string; "length": max_new_tokens, or the context is full
+    tokens: list[int]  # without the one that ends it
+    finish_reason: str  # "end": `<|endoftext|>` or `<|im_end|>`; "stop": a stop string; "length": max_new_tokens, or the context is full
 
 
 class Detokenizer:
@@ -32,7 +32,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that one more token completes, often empty. Sets `finish_reason` if the sequence ends here."""
-        if token == self._tokenizer.eot_id:
+        if token in (self._tokenizer.eot_id, self._tokenizer.im_end_id):
             self.finish_reason = "end"
         else:
             self._tokens.append(token)

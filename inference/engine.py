@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
-from ..model.run_folder import find_checkpoints
+from ..data.chat import Messages
 from .detokenizer import Completion
 from .llm import LLM
 from .scheduler import Scheduler
@@ -55,7 +56,7 @@ class Request:
     """Sequences of one checkpoint, requested together."""
 
     folder: Path  # of the checkpoint, from `find_checkpoints`
-    prompts: list[str]  # one for each sequence
+    prompts: list[str | Messages]  # one for each sequence
     samplings: list[Sampling]
     deliver: Callable[[Started | Piece | EngineError], None]  # called in the engine's thread; must not block
     is_over: bool = False  # finished, cancelled or failed
@@ -167,7 +168,7 @@ class Engine:
                 for name, model in list(self._models.items()):
                     if model.scheduler.is_busy:
                         self._step(name, model)
-        finally:  # also after a bug in the engine: no client waits for ever
+        finally:  # also after a bug in the engine: no client waits forever
             with self._changed:
                 self._is_stopping = True
             for request in list(self._requests):
@@ -206,11 +207,13 @@ class Engine:
 
     def _start(self, request: Request, model: LoadedModel) -> None:
         try:
-            ids = {prompt: model.llm.encode_prompt(prompt) for prompt in set(request.prompts)}
+            ids: list[list[int]] = []
+            for i, prompt in enumerate(request.prompts):  # the n sequences of a prompt are neighbours
+                ids.append(ids[-1] if i and prompt == request.prompts[i - 1] else model.llm.encode_prompt(prompt))
         except UserError as error:
             raise EngineError(str(error), "prompt") from None
-        pairs = zip(request.prompts, request.samplings, strict=True)
-        request.sequences = [Sequence(list(ids[prompt]), sampling, request, i) for i, (prompt, sampling) in enumerate(pairs)]
+        pairs = zip(ids, request.samplings, strict=True)
+        request.sequences = [Sequence(list(prompt), sampling, request, i) for i, (prompt, sampling) in enumerate(pairs)]
         request.model = model
         request.deliver(Started([len(s.ids) for s in request.sequences]))
         for sequence in request.sequences:
@@ -249,6 +252,8 @@ class Engine:
         try:
             return LoadedModel(LLM.load(folder, device=self._device, dtype=self._dtype, ema=self._ema), version, self.slots)
         except Exception as error:  # a damaged file can raise anything
+            if not isinstance(error, (UserError, OSError)):
+                LOG.exception("%s cannot be loaded", folder.name)
             raise EngineError(f"{folder.name} cannot be loaded: {error}") from error
 
     def _load_for_requests(self, folder: Path) -> None:

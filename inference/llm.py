@@ -12,13 +12,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling, SamplingSettings
+from ..data.chat import Messages, problem, prompt_ids
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import Tokenizer
 from ..kernels.dispatch import launcher_missing
 from ..model.checkpoint import EMA, WEIGHTS, check_files, load_model, read_json
 from ..model.gpt import GPT
-from ..model.run_folder import find_checkpoint
 from . import native, sequence
 from .decoder import Decoder
 from .detokenizer import Completion
@@ -63,9 +64,19 @@ class LLM:
             )
         return cls(gpt.eval(), tokenizer)
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """The prompt's ids after `<|endoftext|>`, as in a training document. Raises UserError if they fill the context."""
-        ids, context = self.tokenizer.encode(prompt, bos=True), self.model.config.context
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """The ids of a prompt or conversation after `<|endoftext|>`, as in a training document.
+
+        Raises UserError if they fill the context, or for a conversation that is not valid or a model that was not trained on any."""
+        context = self.model.config.context
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, bos=True)
+        elif not self.tokenizer.is_chat:
+            raise UserError("the model was not trained on instructions; train it with tritale train and init_from, or give a prompt")
+        elif what := problem(prompt):
+            raise UserError(what)
+        else:
+            ids = prompt_ids(self.tokenizer, prompt)
         if len(ids) >= context:
             raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten it to {context - 1} or fewer")
         return ids
@@ -74,16 +85,17 @@ class LLM:
         """A `Decoder` of this model."""
         return Decoder(self.model, slots=slots, capacity=capacity, n_token=self.tokenizer.vocab_size, limits_prefill=limits_prefill)
 
-    def write(self, prompts: Sequence[str], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
+    def write(self, prompts: Sequence[str | Messages], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
         """Run all prompts in one batch and yield (index of the prompt, new text, completion); the completion comes with the last piece.
         Each prompt has its own `Sampling`.
 
         Raises UserError if the list of prompts is empty or a prompt fills the context."""
         if not prompts:
             raise UserError("there are no prompts; give at least one ('' generates without a prompt)")
-        return self._write([self.encode_prompt(prompt) for prompt in prompts], samplings)
+        return self.write_ids([self.encode_prompt(prompt) for prompt in prompts], samplings)
 
-    def _write(self, prompts: list[list[int]], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
+    def write_ids(self, prompts: list[list[int]], samplings: Sequence[Sampling]) -> Iterator[tuple[int, str, Completion | None]]:
+        """`write` for prompts of token ids, each shorter than the context."""
         longest = max(len(ids) + s.max_new_tokens for ids, s in zip(prompts, samplings, strict=True))
         decoder = self.decoder(slots=min(len(prompts), MAX_SLOTS), capacity=min(self.model.config.context, longest))
         scheduler = Scheduler(decoder, self.tokenizer)
@@ -95,9 +107,9 @@ class LLM:
                     yield done.index, text, completion
 
     def complete(
-        self, prompts: Sequence[str], *, seed: int | Sequence[int] | None = None, **settings: Unpack[SamplingSettings]
+        self, prompts: Sequence[str | Messages], *, seed: int | Sequence[int] | None = None, **settings: Unpack[SamplingSettings]
     ) -> list[Completion]:
-        """A `Completion` of each prompt, generated in one batch. `settings` are those of `Sampling`.
+        """A `Completion` of each prompt or conversation, generated in one batch. `settings` are those of `Sampling`.
 
         Prompt i uses `seed` + i, or the i-th of a list of seeds, so its completion is the same alone with that seed."""
         if seed is None or isinstance(seed, int):
@@ -131,6 +143,12 @@ class LLM:
         """The result of `generate` in pieces, as they are generated. A piece has whole characters and is never empty."""
         pieces = self.write([prompt], [Sampling(**settings, seed=seed)])
         return (piece for _, piece, _ in pieces if piece)
+
+    def chat(self, messages: Messages, *, seed: int | None = None, **settings: Unpack[SamplingSettings]) -> str:
+        """The assistant's answer to a conversation, such as [{"role": "user", "content": "写一个故事。"}]. `settings` as in `generate`.
+
+        Raises UserError if the model was not trained on conversations, or as `generate` does."""
+        return self.complete([messages], seed=seed, **settings)[0].text
 
     def perplexity(self, text: str) -> float:
         """exp of the mean negative log-likelihood of the text's tokens, after `<|endoftext|>`.

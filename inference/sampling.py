@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..kernels.reference import COLDEST
 
 NOT_FINITE = "the logits are not finite: the checkpoint's weights hold NaN or infinity; use another step"
-COLDEST = 1e-30  # at this temperature the most likely token has probability 1; below it the quotient overflows
 FIRST_LOOK = 1024  # top-p and min-p usually keep fewer tokens; sorting a large vocabulary takes longer than the model
 
 

@@ -10,17 +10,19 @@ if __name__ == "kernels":
     __all__ = []
 else:
     from .cross_entropy import cross_entropy
+    from .decode_attention import decode_attention
     from .dispatch import backend
     from .embedding import embedding
     from .flash_attention import attention_backend, flash_attention
     from .hugging_face import patch_transformers, unpatch
-    from .linear_cross_entropy import linear_cross_entropy
+    from .linear_cross_entropy import linear_cross_entropy, token_log_probs
     from .modules import LinearCrossEntropy, RMSNorm, RotaryEmbedding, SwiGLU
     from .qk_norm_rope import qk_norm_rope
     from .reference import document_positions
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import rope
     from .rotary import rotary_tables
+    from .sample import sample
     from .swiglu import geglu, swiglu
 
     __all__ = [
@@ -32,6 +34,7 @@ else:
         "attention_backend",
         "backend",
         "cross_entropy",
+        "decode_attention",
         "document_positions",
         "embedding",
         "flash_attention",
@@ -42,6 +45,8 @@ else:
         "rms_norm",
         "rope",
         "rotary_tables",
+        "sample",
         "swiglu",
+        "token_log_probs",
         "unpatch",
     ]

@@ -5,10 +5,10 @@
     loss_i     = token_weight_i · ((1 − ε)(lse − s_t) + ε (lse − mean(s)) + z · lse²),     lse = log Σ_j exp(s_j),  s after the cap
     d loss/ds_j = token_weight_i · ((1 + 2 z lse) p_j − (1 − ε)[j = t] − ε / V),           p_j = exp(s_j − lse)
 
-Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the
-gradient once, over the logits themselves on request: 3 · N · V · itemsize, and six numbers a row. About 10 FLOPs per logit and pass: bound
-by memory. Where one launch does both (`linear_cross_entropy`) only so many rows are in flight that the second read finds them in the L2
-cache: 2 · N · V · itemsize from memory.
+Bytes: the forward pass reads the logits once (online softmax, arXiv 1805.02867), the backward pass reads them once and writes the gradient
+once, over the logits themselves on request: 3 · N · V · itemsize, and six numbers per row. About 10 FLOPs per logit and pass: bound by
+memory. Where one launch does both (`linear_cross_entropy`) only so many rows are in flight that the second read finds them in the L2 cache:
+2 · N · V · itemsize from memory.
 
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """

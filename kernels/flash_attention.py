@@ -10,8 +10,8 @@ unmasked interior, and blocks that no row sees are not read. The starts and ends
 the grid depends on the number of tokens alone, and nothing synchronises with the host.
 
 Forward (arXiv 2205.14135, 2307.08691): online softmax in base 2, which saves the multiplication inside exp; lse = log2 Σ exp2(s log2 e)
-is kept, 4 bytes a row. Backward: one kernel for dQ (it also writes delta_i = do_i · o_i) and one for dK and dV, which walks the queries of
-all heads of the group, so every sum has one owner: no atomics, the same bits each time.
+is kept, 4 bytes per row. Backward: one kernel for dQ (it also writes delta_i = do_i · o_i) and one for dK and dV, which walks the queries
+of all heads of the group, so every sum has one owner: no atomics, the same bits each time.
 
 FLOPs, with P = B · H · (number of pairs i, j that see each other) and D the head size: 4·P·D forward, 6·P·D in dQ, 8·P·D in dK/dV.
 Bytes, with BLOCK_M rows of q a program: forward q and o once and k, v once for every program that sees them, ≈ 2·P·D·itemsize / BLOCK_M,

@@ -67,7 +67,7 @@ def _fixed(**options: int) -> Row:
 def _norm(widest: int, a_warp: int, **more: int) -> Row:
     """A program takes as many rows as make 4,096 elements; a row of more than `widest` is cut into blocks of 4096.
 
-    Forward 32 elements a thread, four 128-bit loads of bf16 in flight each. Backward also holds dw, so 16: about 100 registers
+    Forward 32 elements per thread, four 128-bit loads of bf16 in flight each. Backward also holds dw, so 16: about 100 registers
     instead of 190 (128 instead of 230 with an fp32 residual), and twice the warps for the same two programs and 32 KB in flight."""
 
     def row(width: int, itemsize: int) -> Options:
@@ -80,7 +80,7 @@ def _norm(widest: int, a_warp: int, **more: int) -> Row:
 
 
 def _glu(warp: int) -> Row:
-    """16 elements a thread of each tensor forward, 8 backward; several rows a program if they are narrow."""
+    """16 elements per thread of each tensor forward, 8 backward; several rows per program if they are narrow."""
 
     def row(width: int, is_backward: bool) -> Options:
         elements = 4 * warp * (8 if is_backward else 16)
@@ -91,19 +91,20 @@ def _glu(warp: int) -> Row:
 
 
 def _heads(elements: int, **more: int) -> Row:
-    """A program takes as many heads as make `elements` entries of each half: two to four 128-bit loads a thread."""
+    """A program takes as many heads as make `elements` entries of each half: two to four 128-bit loads per thread."""
     return lambda half: {"BLOCK_R": max(1, elements // power_of_two(half)), "num_warps": 4, **more}
 
 
 def _rope(elements: int) -> Row:
-    """A program takes as many tokens as make `elements` entries of each half: one 128-bit load a thread, for each head."""
+    """A program takes as many tokens as make `elements` entries of each half: one 128-bit load per thread, for each head."""
     return lambda half: {"BLOCK_T": max(1, elements // power_of_two(half)), "MOST_HEADS": 8, "num_warps": 4}
 
 
 def _cross_entropy(*, widest: int) -> Row:
-    """16 logits a thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all their warps resident:
-    64 KB in flight per SM; 20–25 KB saturate the memory. 32 logits a thread spilled on sm_90. Several rows a program if V is small. A row
-    that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache: `widest` logits."""
+    """16 logits per thread, 2–4 loads of 128 bits in flight each and about 32 registers, so that sm_80–sm_100 keep all warps resident: 64
+    KB in flight per SM; 20–25 KB saturate the memory. 32 logits per thread spilled on sm_90. Several rows per program if V is small. A
+    row that is read twice gets as many warps as a block may have, so that few rows are in flight and stay in the L2 cache: `widest`
+    logits."""
 
     def row(vocab_size: int, reads_twice: bool) -> Options:
         most = widest if reads_twice else 4096
@@ -142,6 +143,11 @@ def _linear_recompute(half: tuple[int, ...], wide: tuple[int, ...], names: tuple
     """Rows by dtype: tile sizes of rows, of columns and of K, warps and stages, for 16-bit inputs and for fp32 (no tensor cores: small
     tiles). 128 × 128 tiles with 64 of K spilled in backward on sm_80–sm_100, 32 × 64 in fp32 on all."""
     return lambda itemsize: dict(zip((*names, "num_warps", "num_stages"), half if itemsize == 2 else wide, strict=True))
+
+
+def _decode(sums: int) -> Row:
+    """`entries`: of a key, for all heads of a program."""
+    return lambda entries: {"BLOCK_S": max(1, min(128, sums // entries)), "num_warps": 4}
 
 
 TABLE: dict[str, dict[str, Row]] = {
@@ -192,6 +198,15 @@ TABLE: dict[str, dict[str, Row]] = {
         "sm_80": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=3),
         "gfx942": _fixed(BLOCK=64, BLOCK_K=64, num_warps=4, num_stages=2),
         "interpreter": _fixed(BLOCK=16, BLOCK_K=16, num_warps=4, num_stages=1),
+    },
+    # 32 sums a thread; with one head four 128-bit loads of keys and four of values in bf16 are in flight. On sm_120 that spilled.
+    "decode_attention": {"sm_80": _decode(4096), "sm_120": _decode(2048)},
+    "decode_attention_combine": {"sm_80": _fixed(num_warps=8)},
+    "sample_keys": {"sm_80": _fixed(BLOCK=1024, num_warps=4)},
+    "sample": {  # one program an SM
+        "sm_75": _fixed(BLOCK=2048, num_warps=8),
+        "sm_80": _fixed(BLOCK=4096, num_warps=16),
+        "gfx942": _fixed(BLOCK=4096, num_warps=8),
     },
     "linear_cross_entropy_combine": {
         "sm_80": lambda n_slices: {"BLOCK_N": max(1, 4096 // n_slices) if n_slices > 32 else 128, "num_warps": 4, "num_stages": 1},

@@ -7,8 +7,8 @@ logits are written, read twice, overwritten and read by two products, W is read 
 first only writes), so larger chunks are faster.
 
 `strategy="recompute"`: no logits in memory, only tiles in registers (as Apple's cut-cross-entropy, arXiv 2411.09009). The forward kernel
-stores five numbers a row and slice of the vocabulary. Backward computes each tile twice, since dx sums over the rows of W, dW over the rows
-of x, and no program adds to another's sums (no atomics, the same bits in every run): 10 · N · K · V FLOPs.
+stores five numbers per row and slice of the vocabulary. Backward computes each tile twice, since dx sums over the rows of W, dW over the
+rows of x, and no program adds to another's sums (no atomics, the same bits in every run): 10 · N · K · V FLOPs.
 
 dW accumulates in fp32 whatever the dtype of x: rounding it after each chunk is what makes bf16 training drift (Liger-Kernel #512, #827).
 """
@@ -40,7 +40,7 @@ IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
-    """Rows of logits that fit the budget: a multiple of 128 of at least 128, and chunks of like size."""
+    """Rows of logits that fit the budget: a multiple of 128 of at least 128, and chunks of about equal size."""
     most = max(1, int(memory_budget_mb * 2**20 / (itemsize * vocab_size)) // 128)
     blocks = max(1, -(-n_rows // 128))
     n_chunks = -(-blocks // most)
@@ -539,3 +539,25 @@ def linear_cross_entropy(
     if not return_stats:
         return result
     return result, statistics(nll, lse, torch.zeros_like(lse), correct, z_loss, shape)
+
+
+def token_log_probs(
+    x: Tensor,  # (…, K)
+    weight: Tensor,  # (V, K)
+    targets: Tensor,  # (…) int
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,  # (…)
+    strategy: str = "chunk",
+    memory_budget_mb: float | None = None,
+) -> Tensor:
+    """log p of each target, p = softmax(x Wᵀ), times its `token_weight`: (…), at least fp32; 0 where the target is ignored.
+
+    For losses of whole answers, such as preference losses: their sums are the log-probabilities of the answers. Differentiable in x, weight
+    and token_weight. Holds the logits of some rows at a time, in backward too: 8 · N · K · V FLOPs. Options and errors are those of
+    `linear_cross_entropy`."""
+    return -linear_cross_entropy(
+        x, weight, targets, ignore_index=ignore_index, softcap=softcap, token_weight=token_weight, reduction="none",
+        strategy=strategy, memory_budget_mb=memory_budget_mb,
+    )  # fmt: skip

@@ -3,9 +3,10 @@
     forward    u = x ρ w,  ρ = 1 / sqrt(mean(x²) + eps) over a head,   (a, b) of u → (a cos − b sin, b cos + a sin)
     backward   g = the incoming gradient rotated back,   dx = ρ (g w − x ρ² mean(g w x)),   dw = Σ g x ρ
 
-Bytes: the packed tensor read once and written once as q, k, v: 2 (H + 2 H_kv) D s a token (the parts alone: 4 (H + H_kv) D s and a strided
-v). Backward 3 times (gradients of q, k, v and the packed input read, its gradient written; dv is copied in by the same kernel, so autograd
-has nothing to concatenate). ρ is computed again, nothing is stored for backward but the input. dw of q and k: one partial sum per program.
+Bytes: the packed tensor read once and written once as q, k, v: 2 (H + 2 H_kv) D s per token (the parts alone: 4 (H + H_kv) D s and a
+strided v). Backward 3 times (gradients of q, k, v and the packed input read, its gradient written; dv is copied in by the same kernel, so
+autograd has nothing to concatenate). ρ is computed again, nothing is stored for backward but the input. dw of q and k: one partial sum per
+program.
 """
 
 import torch

@@ -202,3 +202,50 @@ def flash_attention(
         lowest = torch.finfo(s.dtype).min  # not −inf, with which a row without keys would be NaN
         p = s.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
     return torch.einsum("bhts,bshd->bthd", p, _wide(v)).to(q.dtype)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor,  # (B, H, D) and twice (B, H_kv, D)
+    keys: Tensor, values: Tensor,  # (rows, S, H_kv, D), the cache: sequence b has row b
+    positions: Tensor,  # (B,) int
+    *, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Writes k, v into the cache at `positions` and returns the attention of q to the entries up to there, the last `window` of them.
+    Entries past a position may be anything."""
+    n, group = len(q), q.shape[1] // k.shape[1]
+    index = torch.arange(n, device=q.device)
+    keys[index, positions], values[index, positions] = k, v
+    distance = positions[:, None] - torch.arange(keys.shape[1], device=q.device)  # (B, S)
+    is_seen = (distance >= 0) & (distance < (window or keys.shape[1]))
+    k, v = (t[:n].masked_fill(~is_seen[:, :, None, None], 0.0).repeat_interleave(group, dim=2) for t in (keys, values))  # (B, S, H, D)
+    s = torch.einsum("bhd,bshd->bhs", _wide(q), _wide(k)) * q.shape[-1] ** -0.5
+    p = s.masked_fill(~is_seen[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhs,bshd->bhd", p, _wide(v)).to(q.dtype)
+
+
+COLDEST = 1e-30  # at this temperature the most likely token has probability 1; below it the quotient overflows
+
+
+def sample(logits: Tensor, random: Tensor, settings: Tensor, seen: Tensor) -> Tensor:
+    """The next token of each row of logits (B, V), (B,) int64, −1 where a logit is not finite. `settings` (B, 5) are temperature, top-k,
+    top-p, min-p and repetition penalty, applied in the order of `transformers`; `seen` (B, V) bool are the tokens that the penalty applies
+    to. The token is the inverse of the cumulative distribution at `random` / 2⁶³, in descending order, or without a filter in that of ids.
+    Tokens as likely as the last that top-k or top-p keeps are kept."""
+    temperature, top_k, top_p, min_p, penalty = settings.split(1, dim=-1)  # (B, 1)
+    s, n_token = logits.float(), logits.shape[1]
+    s = torch.where(seen, torch.where(s < 0, s * penalty, s / penalty), s)
+    is_greedy = (temperature == 0) | (top_p == 0)
+    s = s / torch.where(is_greedy, 1.0, temperature.clamp(min=COLDEST))
+    ordered, ids = s.sort(descending=True, stable=True)
+    is_kept = ordered >= ordered.gather(-1, top_k.clamp(1, n_token).long() - 1)
+    p = ordered.masked_fill(~is_kept, -torch.inf).double().softmax(-1)
+    n_kept = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True)  # a token is kept if the more likely ones do not reach top_p
+    is_kept &= (ordered >= ordered.gather(-1, n_kept.clamp(min=1) - 1)) & (p >= min_p * p[:, :1])
+    p = p * is_kept
+    is_filtered = (top_k < n_token) | (top_p < 1) | (min_p > 0)
+    p = torch.where(is_filtered, p, torch.zeros_like(p).scatter(-1, ids, p))
+    order = torch.where(is_filtered, ids, torch.arange(n_token, device=ids.device))
+    total = p.cumsum(-1)
+    index = (total <= random[:, None].double() / 2**63 * total[:, -1:]).sum(-1, keepdim=True).clamp(max=n_token - 1)
+    token = torch.where(is_greedy, ids[:, :1], order.gather(-1, index))
+    return torch.where(s.isfinite().all(-1), token[:, 0], -1)

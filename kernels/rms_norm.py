@@ -6,7 +6,7 @@
     backward   g = dy · (offset + w),   dr = ρ · (g − r · ρ² · mean(g · r)) + d residual_out,   dw = Σ_rows dy · r · ρ
 
 Bytes for M rows of N elements of s bytes: forward 2 M N s (4 M N s with the residual), backward 3 M N s (4 M N s). About 4 and 10 FLOPs an
-element, so memory decides. Rows stay in registers between the two uses, ρ is not stored but computed again (a sum over what is loaded
+element: bound by memory. Rows stay in registers between the two uses, ρ is not stored but computed again (a sum over what is loaded
 anyway). Several narrow rows share a program. dw has no atomics: a persistent grid keeps one partial sum per program in registers, fp32,
 written once, (programs, N), and summed at the end; so it is the same in every run.
 

@@ -3,9 +3,9 @@
     (a, b) → (a cos − b sin, b cos + a sin)      backward: the same with −sin, by the same kernel (CONJUGATE)
 
 a and b are entries i and i + R/2 of a head (half-split) or 2i and 2i + 1 (interleaved), R = 2 · cos.shape[-1] ≤ D; the rest of the head is
-copied, or in place left alone. Bytes: q and k read once and written once, 2 (H + H_kv) D s a token; 6 FLOPs a pair: memory decides. cos
-and sin, (T, R/2), are read once for HEADS heads and stay in cache. A program takes BLOCK_T tokens of a sequence and HEADS heads of q or of
-k, so that positions, cos and sin serve several heads. R is a constexpr, or the mask of a half of 24 would hide the alignment and loads
+copied, or in place left alone. Bytes: q and k read once and written once, 2 (H + H_kv) D s per token; 6 FLOPs per pair: bound by memory.
+cos and sin, (T, R/2), are read once for HEADS heads and stay in cache. A program takes BLOCK_T tokens of a sequence and HEADS heads of q or
+of k, so that positions, cos and sin serve several heads. R is a constexpr, or the mask of a half of 24 would hide the alignment and loads
 would become 16-bit.
 """
 

@@ -6,7 +6,7 @@
     gelu       a = g σ(2 z), z = √(2/π) (g + 0.044715 g³)   (½ (1 + tanh z) = σ(2 z)),   a' = σ(2 z) + g σ(2 z) (1 − σ(2 z)) 2 z'
 
 Bytes for n results of s bytes: forward 3 n s, backward 5 n s (a(g) is computed again, only the input is saved). About 10 and 20 FLOPs an
-element: memory decides. One kernel computes both ways through IS_BACKWARD; packed gate and up are halves of one row, so the gradient of the
+element: bound by memory. One kernel serves both passes (IS_BACKWARD); packed gate and up are halves of one row, so the gradient of the
 packed tensor is written in place of two and no concatenation follows.
 """
 

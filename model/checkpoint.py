@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..common.files import read_json_object, sha256_of, write_json
+from ..common.run_folder import listing
 from ..common.sampling import Sampling
 from ..kernels.rotary import rotary_tables
 from .gpt import GPT, GPTConfig
-from .run_folder import listing
 
 FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -36,7 +36,7 @@ SIZES = {  # of config.json, and of GPTConfig
 }
 
 
-LARGEST = {  # of damaged values: larger ones would fill the memory or take for ever before anything else fails
+LARGEST = {  # of damaged values: larger ones would fill the memory or take forever before anything else fails
     "num_hidden_layers": 1000, "num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 1024, "hidden_size": 2**16,
     "max_position_embeddings": 2**20,
 }  # fmt: skip
@@ -78,25 +78,25 @@ def check_format(found: object, known: int, where: Path | str) -> None:
         raise UserError(f"{where} has format {found}; this version of tritale reads formats up to {known}: install a newer version")
 
 
-def gpt_config(hf: dict) -> GPTConfig:
-    """The model's shape from a config.json. Raises UserError for another architecture, a newer format or a wrong value."""
+def gpt_config(hf: dict, where: Path | str = "config.json") -> GPTConfig:
+    """The model's shape from a config.json. Raises UserError, which names `where`, for another architecture or format or a wrong value."""
     kind = hf.get("model_type")
     if kind not in tuple(ARCHITECTURES):
-        raise UserError(f"config.json: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}")
-    check_format(hf.get("tritale_format", 1), FORMAT, "config.json")
+        raise UserError(f"{where}: model_type is {kind!r}; supported are {', '.join(ARCHITECTURES)}")
+    check_format(hf.get("tritale_format", 1), FORMAT, where)
     if missing := [name for name in (*SIZES, "rms_norm_eps") if name not in hf]:
-        raise UserError(f"config.json lacks {', '.join(missing)}; {DAMAGED}")
+        raise UserError(f"{where} lacks {', '.join(missing)}; {DAMAGED}")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("attention_bias"):
-        raise UserError("config.json: only hidden_act 'silu' without attention_bias is supported")
+        raise UserError(f"{where}: only hidden_act 'silu' without attention_bias is supported")
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10_000.0)}
     if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_parameters is {rope!r}, not an object; {DAMAGED}")
+        raise UserError(f"{where}: rope_parameters is {rope!r}, not an object; {DAMAGED}")
     if hf.get("rope_scaling"):
-        raise UserError(f"config.json: rope_scaling is {hf['rope_scaling']!r}; only null is supported")
+        raise UserError(f"{where}: rope_scaling is {hf['rope_scaling']!r}; only null is supported")
     if kind == "qwen3" and hf.get("use_sliding_window") and hf.get("max_window_layers"):
-        raise UserError(f"config.json: max_window_layers is {hf['max_window_layers']!r}; only 0 is supported, a window in every layer")
+        raise UserError(f"{where}: max_window_layers is {hf['max_window_layers']!r}; only 0 is supported, a window in every layer")
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"config.json: rope_type is {rope['rope_type']!r}; only 'default' is supported")
+        raise UserError(f"{where}: rope_type is {rope['rope_type']!r}; only 'default' is supported")
     window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
     head_dim, init_std = hf.get("head_dim"), hf.get("initializer_range", 0.02)
     sizes = {name: hf[name] for name in SIZES} | {"head_dim": head_dim or 1, "sliding_window": 1 if window is None else window}
@@ -107,7 +107,7 @@ def gpt_config(hf: dict) -> GPTConfig:
         if type(value) not in (int, float) or not 0 <= value < float("inf") or (name == "rope_theta" and value == 0):
             wrong.append(f"{name} is {value!r}, not a number of at least 0" + (" (0 excluded)" if name == "rope_theta" else ""))
     if wrong:
-        raise UserError(f"config.json: {'; '.join(wrong)}; {DAMAGED}")
+        raise UserError(f"{where}: {'; '.join(wrong)}; {DAMAGED}")
     return GPTConfig(
         **{ours: hf[name] for name, ours in SIZES.items()},
         head_dim=head_dim or hf["hidden_size"] // hf["num_attention_heads"],
@@ -118,6 +118,11 @@ def gpt_config(hf: dict) -> GPTConfig:
         window=window,
         init_std=init_std,
     )
+
+
+def read_shape(folder: Path) -> GPTConfig:
+    """The model's shape from the config.json of a checkpoint. Raises FileNotFoundError, or UserError as `gpt_config` does."""
+    return gpt_config(read_json(folder, "config.json"), folder / "config.json")
 
 
 def hf_state(model: GPT) -> dict[str, Tensor]:
@@ -146,12 +151,22 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def save_model(folder: Path, model: GPT, *, eos_token_id: int, pad_token_id: int, state: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    folder: Path,
+    model: GPT,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    im_end_id: int | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last. `state` is a
-    copy of `hf_state(model)`, if the model may change meanwhile."""
+    copy of `hf_state(model)`, if the model may change meanwhile. `im_end_id` of a model for conversations also ends a text."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     write_json(folder / "config.json", hf_config(model.config, **tokens))
     sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
+    if im_end_id is not None:
+        sampling |= {"eos_token_id": [eos_token_id, im_end_id]}
     write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
     save_tensors(folder / WEIGHTS, hf_state(model) if state is None else state)
 
@@ -243,7 +258,7 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
     Raises FileNotFoundError if a file is missing, UserError if one is damaged or of another architecture."""
     folder = Path(folder)
     with torch.device("meta"):  # allocates and initializes nothing: all weights come from the file
-        model = GPT(gpt_config(read_json(folder, "config.json")))
+        model = GPT(read_shape(folder))
     model = model.to(dtype).to_empty(device=device)
     if model.config.tie_embeddings:
         model.head = model.embedding

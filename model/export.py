@@ -13,6 +13,7 @@ import yaml
 
 from ..common.errors import UserError
 from ..common.files import atomic_file, atomic_folder, write_json
+from ..data.chat import CHAT_TEMPLATE
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
 from .checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_config, hf_state
@@ -262,7 +263,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(False)
         # Without a template llama.cpp's chat front ends use ChatML, which a base model has never seen.
-        writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+        plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        writer.add_chat_template(CHAT_TEMPLATE if tokenizer.is_chat else plain)
 
         for tensor_name, array in gguf_tensors(model).items():
             writer.add_tensor(tensor_name, array)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..common.errors import UserError
 from ..kernels import (
     add_rms_norm,
+    decode_attention,
     document_positions,
     embedding,
     flash_attention,
@@ -93,30 +94,21 @@ PRESETS = {
 class CachedTokens:
     """The KV cache, with a row for each sequence, and the places in it of the tokens of one pass, flattened to (1, n).
 
-    The tokens are either the beginnings of several sequences, concatenated (`cu_seqlens` has their bounds), or one token of each of the
-    rows 0, 1, …, n − 1, which attends to the cached tokens of its row. Entries past the end of a sequence are masked, but must be
-    finite."""
+    The tokens are either the beginnings of several sequences, concatenated (`rows` has their rows, `cu_seqlens` their bounds), or one token
+    of each of the rows 0, 1, …, n − 1, which attends to the cached tokens of its row."""
 
     cache: Tensor  # (n_layer, 2, slots, capacity, H_kv, D): keys, values
-    rows: Tensor  # (n,) int64
     positions: Tensor  # (n,) int64
-    longest: int  # the largest position + 1
+    rows: Tensor | None = None  # (n,) int64
     cu_seqlens: Tensor | None = None  # (sequences + 1,) int32
-
-    def __post_init__(self):
-        if self.cu_seqlens is None:
-            self._distance = self.positions[:, None] - torch.arange(self.longest, device=self.rows.device)  # (n, S)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Store k, v (1, n, H_kv, D) and return the attention of q (1, n, H, D): (1, n, H, D)."""
-        self.cache[layer, 0][self.rows, self.positions] = k[0]
-        self.cache[layer, 1][self.rows, self.positions] = v[0]
-        if self.cu_seqlens is not None:
-            return flash_attention(q, k, v, window=window, cu_seqlens=self.cu_seqlens)
-        keys, values = self.cache[layer, :, : q.shape[1], : self.longest].transpose(2, 3)  # (n, H_kv, S, D)
-        mask = (self._distance >= 0) & (self._distance < (window or self.longest))
-        options = {"attn_mask": mask[:, None, None], "enable_gqa": q.shape[2] > k.shape[2]}
-        return F.scaled_dot_product_attention(q[0, :, :, None], keys, values, **options)[None, :, :, 0]
+        keys, values = self.cache[layer]
+        if self.rows is None:
+            return decode_attention(q[0], k[0], v[0], keys, values, self.positions, window=window)[None]
+        keys[self.rows, self.positions], values[self.rows, self.positions] = k[0], v[0]
+        return flash_attention(q, k, v, window=window, cu_seqlens=self.cu_seqlens)
 
 
 class Block(nn.Module):
@@ -218,7 +210,7 @@ class GPT(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, T, V). With `targets` the loss of `linear_cross_entropy` (and its `loss_options`), which never holds all logits.
         With `cu_seqlens` attention does not cross documents and positions restart. With a `cache`, which gives the places of the tokens
-        (1, T), the logits of the tokens `last`: (1, N, V).
+        (1, T), the logits of the tokens `last`: (1, N, V), by default of all.
 
         Raises UserError if a sequence is longer than the context. With `cu_seqlens` or a `cache` the caller checks this."""
         n = tokens.shape[1]

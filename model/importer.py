@@ -63,7 +63,7 @@ def _read_hf(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     hf = read_json_object(source / "config.json", remedy="give the folder of a Hugging Face model")
     if hf.get("model_type") == "llama":
         hf |= {"model_type": "mistral", "sliding_window": None, "attention_bias": hf.get("attention_bias") or hf.get("mlp_bias")}
-    config = gpt_config(hf)
+    config = gpt_config(hf, source / "config.json")
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{source} has no *.safetensors; save the model with save_pretrained(…, safe_serialization=True)")

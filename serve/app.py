@@ -1,4 +1,4 @@
-"""The HTTP side: the page, `/v1/completions`, `/v1/models`, `/health`; errors in OpenAI's JSON."""
+"""The HTTP side: the page, `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`; errors in OpenAI's JSON."""
 
 import asyncio
 import base64
@@ -8,10 +8,10 @@ import ipaddress
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI
@@ -22,10 +22,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoints
 from ..common.sampling import Sampling
+from ..data.chat import Messages, problem
 from ..inference import Completion
 from ..inference.engine import Engine, EngineError, Piece, Request, Started
-from ..model.run_folder import find_checkpoints
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
 BODY_SECONDS, MAX_FIELDS = 30, 50
@@ -33,6 +34,7 @@ MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is searched for at ev
 PAGE = Path(__file__).with_name("page.html")
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # OpenAI does not distinguish the first two
 DEFAULT = Sampling()
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class RequestError(Exception):
@@ -77,13 +79,13 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """The body of `/v1/completions`. OpenAI's other fields are accepted only with their neutral values."""
+class Settings(BaseModel):
+    """What the bodies of both endpoints have. OpenAI's other fields are accepted only with their neutral values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    NEUTRAL: ClassVar[dict[str, tuple]] = {"frequency_penalty": (None, 0), "logit_bias": (None, {}), "presence_penalty": (None, 0)}
 
     model: str | None = None  # None: the newest checkpoint
-    prompt: str | Strings = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -101,12 +103,9 @@ class CompletionRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_neutral_settings(cls, body: Any) -> Any:
-        neutral = {
-            "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None,),
-            "presence_penalty": (None, 0), "suffix": (None, ""),
-        }  # fmt: skip
         if not isinstance(body, dict):
             return body
+        neutral = cls.NEUTRAL | Settings.NEUTRAL
         for name, values in neutral.items():
             if name in body and body[name] not in values:
                 raise UserError(f"{name} is {repr(body[name])[:50]}, which this server does not support; leave it out")
@@ -128,6 +127,40 @@ class CompletionRequest(BaseModel):
         return Sampling(top_k=top_k, **{name: value for name, value in given.items() if value is not None})
 
 
+class CompletionRequest(Settings):
+    """The body of `/v1/completions`."""
+
+    NEUTRAL: ClassVar[dict[str, tuple]] = {"best_of": (None, 1), "echo": (None, False), "logprobs": (None,), "suffix": (None, "")}
+
+    prompt: str | Strings = ""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: str
+    content: str
+
+
+class ChatRequest(Settings):
+    """The body of `/v1/chat/completions`."""
+
+    NEUTRAL: ClassVar[dict[str, tuple]] = {
+        "logprobs": (None, False), "top_logprobs": (None, 0), "response_format": (None, {"type": "text"}), "tools": (None, []),
+        "tool_choice": (None, "none"), "modalities": (None, ["text"]), "store": (None, False), "metadata": (None, {}),
+    }  # fmt: skip
+
+    messages: Annotated[list[Message], StopAtFirst()]
+    max_completion_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def with_valid_messages(self) -> "ChatRequest":
+        if what := problem([message.model_dump() for message in self.messages]):
+            raise UserError(what)
+        self.max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self
+
+
 def error_object(error: RequestError) -> dict:
     kinds = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
@@ -139,7 +172,36 @@ def error_response(_: HTTPRequest, error: Exception) -> JSONResponse:
     return JSONResponse(error_object(found), found.status, {"Retry-After": "1"} if found.status == 429 else None)
 
 
-async def read_body(http: HTTPRequest) -> CompletionRequest:
+def choice(index: int, text: str, completion: Completion | None) -> dict:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": FINISH[completion.finish_reason] if completion else None}
+
+
+def chat_choice(index: int, text: str, completion: Completion | None) -> dict:
+    found = choice(index, text, completion)
+    message = {"role": "assistant", "content": found.pop("text"), "refusal": None}
+    return found | {"message": message}
+
+
+def chat_part(index: int, text: str, completion: Completion | None) -> dict:
+    found = choice(index, text, completion)
+    return found | {"delta": {"content": found.pop("text")}}
+
+
+class Form(NamedTuple):
+    """How an endpoint writes its answers: complete ones (`choice`), and the parts of streamed ones."""
+
+    id: str
+    object: str
+    chunk: str  # the object of a part
+    choice: Callable[[int, str, Completion | None], dict]
+    part: Callable[[int, str, Completion | None], dict]
+
+
+TEXT = Form("cmpl", "text_completion", "text_completion", choice, choice)
+CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", chat_choice, chat_part)
+
+
+async def read_body(http: HTTPRequest, kind: type[Body]) -> Body:
     """Raises RequestError if the body is too large, not JSON, or not a valid request."""
     # A page of another site can send JSON only with another Content-Type, or after a preflight request, which is refused.
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -159,7 +221,7 @@ async def read_body(http: HTTPRequest) -> CompletionRequest:
     except ClientDisconnect:
         raise RequestError(400, "the client disconnected before the body was complete") from None
     try:
-        return CompletionRequest.model_validate_json(bytes(body))
+        return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
@@ -167,11 +229,13 @@ async def read_body(http: HTTPRequest) -> CompletionRequest:
         raise RequestError(400, f"{param}: {message}" if param else message, param=param) from None
 
 
-def sequences(body: CompletionRequest, *, max_sequences: int, max_tokens: int) -> tuple[list[str], list[Sampling]]:
+def sequences(
+    body: Settings, prompts: Sequence[str | Messages], *, max_sequences: int, max_tokens: int
+) -> tuple[list[str | Messages], list[Sampling]]:
     """The prompt and the settings of each sequence: n for the first prompt, then n for the second, …; sequence i uses seed + i.
 
     Raises RequestError if a limit is exceeded or a setting is out of range."""
-    prompts, n = [body.prompt] if isinstance(body.prompt, str) else body.prompt, body.n or 1
+    n = body.n or 1
     if not prompts:
         raise RequestError(400, "prompt is an empty list; give at least one prompt ('' generates without a prompt)", param="prompt")
     if len(prompts) * n > max_sequences:
@@ -249,9 +313,17 @@ def make_app(engine: Engine, *, names: Iterable[str] = (), max_tokens: int = 204
 
     @app.post("/v1/completions")
     async def completions(http: HTTPRequest) -> Response:
-        body = await read_body(http)
+        body = await read_body(http, CompletionRequest)
+        return await answer(http, body, [body.prompt] if isinstance(body.prompt, str) else body.prompt, TEXT)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: HTTPRequest) -> Response:
+        body = await read_body(http, ChatRequest)
+        return await answer(http, body, [[message.model_dump() for message in body.messages]], CHAT)
+
+    async def answer(http: HTTPRequest, body: Settings, prompts: Sequence[str | Messages], form: Form) -> Response:
         folder = await asyncio.to_thread(find, body.model)
-        prompts, samplings = sequences(body, max_sequences=engine.slots, max_tokens=max_tokens)
+        prompts, samplings = sequences(body, prompts, max_sequences=engine.slots, max_tokens=max_tokens)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver(event: Started | Piece | EngineError) -> None:
@@ -263,18 +335,25 @@ def make_app(engine: Engine, *, names: Iterable[str] = (), max_tokens: int = 204
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(engine.cancel, request)
             cleanup.callback(asyncio.create_task(cancel_with_client(http, engine, request)).cancel)
-            started = await receive(events)
+            try:
+                started = await receive(events)
+            except EngineError as error:
+                if form is CHAT and error.reason == "prompt":
+                    raise RequestError(400, str(error), param="messages") from None
+                raise
             assert isinstance(started, Started)
             n_prompt = sum(started.prompt_tokens[:: body.n or 1])  # a prompt counts once, also with n > 1
-            head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": folder.name}
+            head = {"id": f"{form.id}-{uuid.uuid4().hex}", "created": int(time.time()), "model": folder.name}
             if body.stream:
                 wants_usage = body.stream_options is not None and body.stream_options.include_usage
-                lines = server_sent_events(head, events, len(prompts), n_prompt if wants_usage else None, cleanup.pop_all())
+                head |= {"object": form.chunk}
+                lines = server_sent_events(form, head, events, len(prompts), n_prompt if wants_usage else None, cleanup.pop_all())
                 headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second is for nginx
                 return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
             done = {piece.index: piece.completion async for piece in pieces(events, len(prompts)) if piece.completion}
-            choices = [choice(i, done[i].text, done[i]) for i in sorted(done)]
-            return JSONResponse({**head, "choices": choices, "usage": usage(n_prompt, sum(len(c.tokens) for c in done.values()))})
+            choices = [form.choice(i, done[i].text, done[i]) for i in sorted(done)]
+            n_generated = sum(len(c.tokens) for c in done.values())
+            return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage(n_prompt, n_generated)})
 
     return app
 
@@ -305,27 +384,26 @@ async def cancel_with_client(http: HTTPRequest, engine: Engine, request: Request
 
 
 async def server_sent_events(
-    head: dict, events: asyncio.Queue, n_sequences: int, n_prompt: int | None, cleanup: contextlib.ExitStack
+    form: Form, head: dict, events: asyncio.Queue, n_sequences: int, n_prompt: int | None, cleanup: contextlib.ExitStack
 ) -> AsyncIterator[str]:
     """The pieces in OpenAI's form; with `n_prompt` the usage at the end."""
     # ASCII only: some clients end a line at U+0085 or U+2028.
     line = lambda value: f"data: {json.dumps(value)}\n\n"
     with cleanup:
         n_generated = 0
+        if form is CHAT:
+            for i in range(n_sequences):
+                yield line({**head, "choices": [{**form.part(i, "", None), "delta": {"role": "assistant", "content": ""}}]})
         try:
             async for piece in pieces(events, n_sequences):
                 n_generated += len(piece.completion.tokens) if piece.completion else 0
-                yield line({**head, "choices": [choice(piece.index, piece.text, piece.completion)]})
+                yield line({**head, "choices": [form.part(piece.index, piece.text, piece.completion)]})
         except EngineError as error:
             yield line(error_object(request_error(error)))
             return
         if n_prompt is not None:
             yield line({**head, "choices": [], "usage": usage(n_prompt, n_generated)})
         yield "data: [DONE]\n\n"
-
-
-def choice(index: int, text: str, completion: Completion | None) -> dict:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": FINISH[completion.finish_reason] if completion else None}
 
 
 def usage(n_prompt: int, n_generated: int) -> dict:

@@ -1,9 +1,11 @@
-"""Which characters and things of the built-in stories occur in a text, and whether they are consistent."""
+"""Which characters, things and features of the built-in stories a text has, and whether its cast is consistent."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from .generator import Choice, Mark, Slot, parse
 from .plots import PLOTS, TABLES
 from .words import CHARACTERS, THINGS
 
@@ -61,3 +63,56 @@ def cast(text: str) -> Cast:
         if re.search(r"[。！？\n]", text[places[first] : places[name]]) and not _INTRODUCTION.search(text[: places[name]])
     )  # fmt: skip
     return Cast(heroes, adults, things, strangers)
+
+
+# The sentence of a mark ends here: its first part says enough, and what follows may vary in a generated story.
+_STOP = re.compile(r"[。！？：]")
+_ANY_NAME = r"[^，。！？：“”\n]{1,8}"  # in place of a slot
+
+
+def _sentence(parts: tuple) -> tuple[str, bool]:
+    # A regular expression for the text of `parts` up to the first _STOP, and whether all of it ends there.
+    pattern = ""
+    for part in parts:
+        if isinstance(part, str):
+            if stop := _STOP.search(part):
+                return pattern + re.escape(part[: stop.end()]), True
+            pattern += re.escape(part)
+        elif isinstance(part, Slot):
+            pattern += _ANY_NAME
+        elif isinstance(part, Choice):
+            ended, open_ = [], []
+            for option in part.options:
+                text, is_complete = _sentence(option)
+                (ended if is_complete else open_).append(text)
+            if not open_:
+                return f"{pattern}(?:{'|'.join(ended)})", True
+            rest, is_complete = _sentence(parts[parts.index(part) + 1 :])
+            choice = f"(?:{'|'.join(open_)}){rest}"
+            return pattern + (f"(?:{'|'.join([*ended, choice])})" if ended else choice), is_complete
+    return pattern, False
+
+
+def _marked(parts: tuple) -> Iterator[tuple[str, str]]:
+    # (feature, regular expression of the sentence behind its mark) of each mark in a template.
+    for i, part in enumerate(parts):
+        if isinstance(part, Mark):
+            yield part.feature, _sentence(parts[i + 1 :])[0]
+        elif isinstance(part, Choice):
+            for option in part.options:
+                yield from _marked(option)
+
+
+@cache
+def _feature_patterns() -> dict[str, re.Pattern]:
+    found: dict[str, list[str]] = {}
+    for plot in PLOTS:
+        for feature, pattern in _marked(parse(plot.text)):
+            found.setdefault(feature, []).append(pattern)
+    return {feature: re.compile("|".join(patterns)) for feature, patterns in found.items()}
+
+
+def has_feature(text: str, feature: str) -> bool:
+    """Whether the text has a feature of the built-in stories: dialogue (对话), or a sentence that shows it in one of the plots
+    (转折 坏结局 寓意 冲突 伏笔), whoever it is about. True of a built-in story if and only if the feature is one of its facts."""
+    return bool(re.search("“[^“”]+”", text)) if feature == "对话" else bool(_feature_patterns()[feature].search(text))

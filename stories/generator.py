@@ -90,21 +90,21 @@ class Chooser:
 
 
 # -- templates ---------------------------------------------------------------------------------------------------------
-# A parsed template is a tuple of parts: str (text), _Slot, _Mark, or _Choice of further templates.
+# A parsed template is a tuple of parts: str (text), Slot, Mark, or Choice of further templates.
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     name: str
 
 
 @dataclass(frozen=True)
-class _Mark:
+class Mark:
     feature: str
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     options: tuple  # of parsed templates
     weights: tuple[int, ...] | None = None
 
@@ -125,10 +125,10 @@ def parse(template: str, tables: dict | None = None) -> tuple:
         slot, table, bracket, text = m.groups()
         parts = stack[-1][-1]
         if slot is not None:
-            parts.append(_Slot(slot))
+            parts.append(Slot(slot))
         elif table is not None:
             if table.startswith("#"):
-                parts.append(_Mark(table[1:]))
+                parts.append(Mark(table[1:]))
             else:
                 parts.append(_parse_table(table) if tables is TABLES else _table(tables[table], tables))
         elif text is not None:
@@ -141,21 +141,21 @@ def parse(template: str, tables: dict | None = None) -> tuple:
             stack[-1].append([])
         else:
             options = tuple(map(tuple, stack.pop()))
-            stack[-1][-1].append(_Choice(options))
+            stack[-1][-1].append(Choice(options))
     if len(stack) != 1 or end != len(source):
         raise ValueError(f"unclosed bracket in template {source[:40]!r}…")
     return tuple(stack[0][0])
 
 
-def _table(rows: Sequence, tables: dict) -> _Choice:
+def _table(rows: Sequence, tables: dict) -> Choice:
     if isinstance(rows[0], str):
-        return _Choice(tuple(parse(row, tables) for row in rows))
+        return Choice(tuple(parse(row, tables) for row in rows))
     weights, rows = zip(*rows, strict=True)
-    return _Choice(tuple(parse(row, tables) for row in rows), weights)
+    return Choice(tuple(parse(row, tables) for row in rows), weights)
 
 
 @cache
-def _parse_table(name: str) -> _Choice:
+def _parse_table(name: str) -> Choice:
     if name not in TABLES:
         raise KeyError(f"no table <{name}>; there are {', '.join(TABLES)}")
     return _table(TABLES[name], TABLES)
@@ -167,9 +167,9 @@ def render(template: tuple, chooser: Chooser, slots: dict[str, str], out: list[s
         kind = type(part)
         if kind is str:
             out.append(part)
-        elif kind is _Slot:
+        elif kind is Slot:
             out.append(slots[part.name])
-        elif kind is _Choice:
+        elif kind is Choice:
             options = part.options
             i = chooser.below(len(options)) if part.weights is None else chooser.weighted(part.weights)
             render(options[i], chooser, slots, out, features)
@@ -261,7 +261,7 @@ def tell(chooser: Chooser) -> Story:
     """The story of the chooser's draws."""
     plot, template, summary = chooser.pick(_PARSED)
     slots, characters, place, things = _cast(plot, chooser)
-    features = set(plot.features)
+    features: set[str] = set()
     out: list[str] = []
     render(template, chooser, slots, out, features)
     text = "".join(out)

@@ -12,8 +12,11 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 # A package may import those after it.
-ORDER = ("cli", "serve", "evaluation", "training", "inference", "model", "data", "stories", "common", "kernels")
-ONLY = {"stories": {"data", "evaluation"}, "kernels": {"model", "inference", "training"}}  # the only packages that may import these
+ORDER = ("cli", "serve", "evaluation", "training", "inference", "model", "instructions", "data", "stories", "common", "kernels")
+ONLY = {  # the only packages that may import these
+    "stories": {"instructions", "data", "evaluation"},
+    "kernels": {"model", "inference", "training"},
+}
 
 
 def imported_packages(path: Path) -> set[str]:

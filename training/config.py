@@ -16,6 +16,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.console import wrapped
 from ..common.errors import UserError
+from ..common.run_folder import find_checkpoint
+from ..model.checkpoint import gpt_config, read_json
 from ..model.gpt import PRESETS, GPTConfig
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
@@ -116,6 +118,8 @@ class DataConfig:
         validation_stories: Number of built-in validation stories.
         vocab_size: Vocabulary size of the tokenizer trained on the built-in stories.
         document_mask: Whether attention is limited to one document when a sequence contains several.
+        replay: For conversations: a folder of plain text like source, made with the same tokenizer, which is mixed in; null for none.
+        replay_share: Share of the tokens that are replayed.
     """
 
     source: str = checked("built-in", is_source, f'"built-in" or {PATH}')
@@ -123,6 +127,8 @@ class DataConfig:
     validation_stories: int = between(500, 1, 100_000)
     vocab_size: int = between(2048, 262, 2**20)
     document_mask: bool = True
+    replay: str | None = checked(None, is_path, PATH)
+    replay_share: float = between(0.1, 0.0, 0.9)
 
     @property
     def built_in(self) -> dict[str, int]:
@@ -263,6 +269,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig:
+    """Preference training, with objective dpo.
+
+    Args:
+        beta: How strongly the model is kept near the one that it starts with; a reward is beta · (log p − log p_ref).
+        length_normalised: Whether the log-probability of an answer is divided by its number of tokens.
+        sft_weight: Coefficient of the chosen answers' mean loss per token, which keeps their probability from falling.
+    """
+
+    beta: float = between(0.1, 1e-6, 1000.0)
+    length_normalised: bool = False
+    sft_weight: float = between(0.0, 0.0, 100.0)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Metrics and printed samples.
 
@@ -294,22 +315,28 @@ class RunConfig:
     Args:
         out_dir: Output folder.
         seed: Seed of the weights, the built-in stories and the order of the data.
+        init_from: A checkpoint or run whose weights and shape the model starts with, in place of random weights and `model`.
         resume: auto resumes from the newest complete checkpoint in out_dir and requires the same config. force also accepts
             changes that the weights do not depend on, for example a longer run.
+        objective: cross_entropy (the next token), or dpo (pairs of answers).
         data: The training and validation data.
         model: The model's shape.
         train: The training loop.
         optim: The optimizer.
+        dpo: Preference training.
         log: Metrics and printed samples.
     """
 
     out_dir: str = checked("out/run", is_path, PATH)
     seed: int = between(42, 0, 2**63 - 1)
+    init_from: str | None = checked(None, is_path, PATH)
     resume: str = one_of("auto", "force")
+    objective: str = one_of("cross_entropy", "dpo")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
@@ -325,6 +352,27 @@ class RunConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
                 f"try {self.train.max_steps // 10}"
             )
+        if self.init_from and self.model != ModelConfig():
+            raise UserError(f"init_from takes the model's shape from {self.init_from}; leave out the keys of model")
+
+        if self.objective == "dpo" and not self.init_from:
+            raise UserError("objective dpo starts with a model that follows instructions; set init_from to its run")
+        if self.objective == "dpo" and self.data.replay:
+            raise UserError("data.replay mixes text into conversations, not into pairs; leave it out, or set dpo.sft_weight")
+
+    def shape(self, vocab_size: int | None) -> GPTConfig:
+        """The model's shape for the data's vocabulary size (None: not known). Raises UserError if they do not fit, or if init_from is no
+        checkpoint."""
+        if not self.init_from:
+            return self.model.build(vocab_size)
+        folder = find_checkpoint(Path(self.init_from))
+        shape = gpt_config(read_json(folder, "config.json"))
+        if vocab_size not in (None, shape.vocab_size):
+            raise UserError(
+                f"{folder} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
+                f"tritale prepare --tokenizer {folder}"
+            )
+        return shape
 
     @property
     def data_folder(self) -> Path:
@@ -368,7 +416,7 @@ SYNONYMS = {
     "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
     "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
     "profile": "train.profile", "tensorboard": "log.tensorboard", "swanlab": "log.swanlab", "output_dir": "out_dir", "out": "out_dir",
-    "resume_from_checkpoint": "resume", "init_from": "resume",
+    "resume_from_checkpoint": "resume",
 }  # fmt: skip
 NO_KEYS = {
     "config": "a config file cannot name another; give --config twice",
@@ -474,7 +522,11 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
             check_file(path)
         for argument in arguments:
             check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
-        values = parser.instantiate(parser.parse_args(arguments))
+        try:
+            parsed = parser.parse_args(arguments)
+        except (ValueError, TypeError) as error:  # of a value that YAML cannot hold, for example
+            raise UserError(str(error)) from None
+        values = parser.instantiate(parsed)
         return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, UserError) as error:
         sys.exit(wrapped(f"{prog}: {explain_error(str(error))}"))

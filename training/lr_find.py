@@ -38,7 +38,7 @@ def sweep(step: TrainingStep, batches: Batches, *, lowest: float, highest: float
     first = best = mean = None
     for i in range(steps):
         rate = lowest * (highest / lowest) ** (i / (steps - 1))
-        step.run(batches.step(i), rate / step.config.optim.lr)
+        step.run(batches.step(i), rate / step.config.optim.lr, n_targets=batches.n_targets(i))
         loss = step.mean_loss()
         if not math.isfinite(loss):
             return

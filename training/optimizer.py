@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedule."""
 
 # pyright: reportPrivateImportUsage=false
-# torch._foreach_* are the functions that torch.optim is built on.
+# torch._foreach_* and torch._fused_sgd_ are the functions that torch.optim is built on.
 
 import math
 from typing import cast
@@ -49,9 +49,10 @@ class Muon(torch.optim.Muon):
             del differences
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
             changes = self._directions(list(updates), group)
-            torch._foreach_mul_(changes, lr)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_sub_(params, changes)
+            torch._fused_sgd_(  # params ← params − lr (changes + weight_decay · params) in one pass; lr may be a tensor on the device
+                params, changes, [], lr=lr, weight_decay=group["weight_decay"],
+                momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

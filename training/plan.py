@@ -80,7 +80,7 @@ class DeviceFacts:
             flops=flops,
             flops_source=source,
             workspace=processes.cublas_workspace(device),
-            runs_flash_attention=processes.has_fast_attention(device, precision),
+            runs_flash_attention=config.data.document_mask or processes.has_fast_attention(device, precision),
         )
 
 
@@ -207,7 +207,7 @@ def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int 
         source = f"built-in stories, not written yet, estimated from {size.sample:,} of them"
         return DataFacts(source, size.vocab_size, size.tokens, stories, size.characters)
     place = f"instead of {folder}" if (folder / "train").exists() else f"no data at {folder} yet"
-    entries = vocab_size or config.model.vocab_size or config.model.build(None).vocab_size
+    entries = vocab_size or config.model.vocab_size or config.shape(None).vocab_size
     origin = "as given" if vocab_size else ("model.vocab_size" if config.model.vocab_size else f"that of the preset {config.model.preset}")
     return DataFacts(f"{place}, vocabulary {entries:,} ({origin})", entries, tokens)
 
@@ -217,7 +217,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
 
     Raises UserError if the config's shape, context or vocabulary do not fit each other or the data, or if the micro-batches of all
     processes do not divide the global batch."""
-    t, shape = config.train, config.model.build(data.vocab_size)
+    t, shape = config.train, config.shape(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
         raise UserError(

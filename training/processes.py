@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from ..common.errors import UserError
 from ..kernels.dispatch import launcher_missing
 
-# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is part of a GPU's name counts.
+# Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first whose words are in a GPU's name counts.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
     "B200": 2250, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209,
 }  # fmt: skip
 
@@ -219,8 +220,11 @@ def cpp_compiler_missing() -> str | None:
 
 
 def data_sheet_tflops(name: str) -> int | None:
-    """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions share a name with a faster GPU, and have none."""
-    return next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name and "Laptop" not in name), None)
+    """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions and parts of a GPU (MIG) share a name with a faster one, and have
+    none."""
+    if "Laptop" in name or "MIG" in name:
+        return None
+    return next((tflops for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:

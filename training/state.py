@@ -17,11 +17,22 @@ from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, remove_folder, write_json
+from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
 from ..model import checkpoint
-from ..model.checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_state, load_tensors, load_weights, read_json, save_tensors
+from ..model.checkpoint import (
+    CHECKSUMS,
+    EMA,
+    WEIGHTS,
+    check_files,
+    hf_state,
+    load_tensors,
+    load_weights,
+    read_json,
+    read_shape,
+    save_tensors,
+)
 from ..model.gpt import GPT
-from ..model.run_folder import step_folder, step_folders
 from .config import RunConfig, differences, flatten
 from .health import Health
 from .optimizer import state_shapes
@@ -73,7 +84,7 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, UserError, SafetensorError) as error:
             warn(f"{folder} is damaged ({error}) and not used")
     if step_folders(out_dir):
         raise UserError(f"no checkpoint in {out_dir} is complete; restore one, or move the step-… folders elsewhere to start from step 0")
@@ -164,9 +175,7 @@ class Saver:
         needed = sum(t.nbytes for tensors in (*weights.values(), state) for t in tensors.values())
         try:
             with atomic_folder(folder) as temporary:
-                checkpoint.save_model(
-                    temporary, model, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id, state=weights[WEIGHTS]
-                )
+                checkpoint.save_model(temporary, model, **tokenizer.special_ids, state=weights[WEIGHTS])
                 if EMA in weights:
                     save_tensors(temporary / EMA, weights[EMA])
                 tokenizer.save(temporary, context=model.config.context)
@@ -206,7 +215,7 @@ def check_config(folder: Path, config: RunConfig) -> None:
     compared that the weights and the optimizer state depend on."""
     trainer = read_trainer(folder)
     changed = differences(trainer["config"], config)
-    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "optim.matrices"))]
+    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "init_from", "optim.matrices"))]
     if needed and config.resume == "force":
         raise UserError(f"{folder.parent} cannot resume with {'; '.join(needed)}: choose another --out_dir, or restore the old values")
     if trainer["step"] > config.train.max_steps:
@@ -226,6 +235,7 @@ def load(folder: Path, step: TrainingStep) -> Progress:
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
+    read_shape(folder)  # refuses a newer format
     load_weights(step.model, folder)
     if step.ema:  # an earlier part of the run may have had none
         load_weights(step.ema, folder, name=EMA if (folder / EMA).is_file() else WEIGHTS)

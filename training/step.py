@@ -9,20 +9,24 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..common.graphs import WARM_UP, Graphed
+from ..common.run_folder import find_checkpoint
 from ..data.batches import Batch
+from ..model.checkpoint import load_weights
 from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
-from .graphs import WARM_UP, Graphed
 from .health import ROWS, Health, Recorder
 from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
+from .preference import STATISTICS, answer_log_probs, dpo_loss
 
 MEASURE_SECONDS = 10  # after the compilation
 
@@ -65,6 +69,8 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
+        if config.init_from:
+            load_weights(self.model, find_checkpoint(Path(config.init_from)))
         self.parameters = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
         # The gradients and the step's loss are views of one tensor, so that clearing and exchanging them is one operation each.
@@ -94,21 +100,25 @@ class TrainingStep:
                 self.forward_backward = Graphed(self._forward_backward)
                 if not self.scaler.is_enabled():  # whether an fp16 step is skipped is decided on the host
                     self.clip_and_step = Graphed(self._clip_and_step)
-        # The loss of a micro-batch is its sum over the tokens of the step, divided by their number over all processes.
+        # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
+        self.preference = torch.zeros(len(STATISTICS) + 1, device=here.device)  # sums since the last `mean_preference`, number of pairs
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a 0-based step, divided by its peak."""
         return lr_factor(step, self.config.train.max_steps, self.config.optim)
 
-    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0) -> Tensor:
+    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0, n_targets: int | None = None) -> Tensor:
         """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The 0-based `step`
-        only concerns the EMA, in which the first steps weigh more.
+        only concerns the EMA, in which the first steps weigh more. The loss is divided by `n_targets`, their number over all processes; by
+        all tokens of a step if it is not given.
 
         Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16 and once in
         `ROWS` steps."""
         set_rates(self.optimizers, lr_factor)
+        if n_targets:
+            self.normalizer.fill_(n_targets)
         if self.ema:
             self.ema_rate.fill_(1 - min(self.config.train.ema or 0.0, (1 + step) / (10 + step)))
         waiting_since = time.perf_counter()
@@ -122,9 +132,20 @@ class TrainingStep:
         """Add the gradients and the loss of one micro-batch."""
         self.forward_backward(*batch.on(self.here.device))
 
-    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+        """The loss of a micro-batch: its sum over `normalizer`."""
         with self.autocast():
-            loss = self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+            if reference is None:
+                return self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+            nll = self.module(tokens, targets, cu_seqlens=cu_seqlens, reduction="none")
+        assert cu_seqlens is not None
+        log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
+        loss, values = dpo_loss(log_probs, reference, counts, self.config.dpo)
+        self.preference += values
+        return loss.sum() / self.normalizer
+
+    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+        loss = self._loss(tokens, targets, cu_seqlens, reference)
         # Not backward(), which would add the gradients one by one.
         torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
         return self.loss.add_(loss.detach())
@@ -159,6 +180,14 @@ class TrainingStep:
         for call in (self.forward_backward, self.clip_and_step):
             if isinstance(call, Graphed):
                 call.release()
+
+    def mean_preference(self) -> dict[str, float]:
+        """STATISTICS of preference training, averaged over the pairs since the last call; {} without."""
+        if self.config.objective != "dpo":
+            return {}
+        *sums, n_pairs = processes.total(self.preference).tolist()
+        self.preference.zero_()
+        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)}
 
     def count(self) -> None:
         """Count the steps since the last call in `health`. Waits for the device."""

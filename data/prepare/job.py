@@ -14,6 +14,7 @@ from ...common.files import LOCK, atomic_file, read_json_object, sha256_of, temp
 from ..built_in import open_data
 from ..shards import REMEDY, checksum
 from ..tokenizer import FIXED_TOKENS, Tokenizer
+from .conversations import ChatFields
 from .documents import Fields, Reader
 from .workers import Workers
 
@@ -35,6 +36,10 @@ class Options:
     near_threshold: float = 0.8  # Jaccard similarity
     skip_errors: bool = False
     max_shard_tokens: int = 2**27
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.fields, ChatFields)
 
     def __post_init__(self):
         if self.dedup not in ("exact", "near", "off"):
@@ -156,7 +161,7 @@ def damage(out: Path, finished: dict) -> str:
     """What is missing or damaged in the finished data with these `checksums`, in words."""
     try:
         open_data(out)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, UserError) as error:
         return str(error).partition(";")[0]
     wrong = [out / name for name, sha256 in finished.items() if not (out / name).is_file() or sha256_of(out / name) != sha256]
     return f"{wrong[0]} is missing or damaged" if wrong else ""

@@ -77,6 +77,8 @@ def prepare(
     files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
     options.fields.check(files)
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    if given:
+        given.is_chat = options.is_chat
     pool = Workers(workers)
     if options.dedup == "near":
         import_package("rensa", "--dedup near")
@@ -208,8 +210,8 @@ def selection(job: Job, read: dict) -> tuple[np.ndarray, dict]:
         "near_duplicates": totals[NEAR],
         "blank": totals[BLANK],
         "val_fraction": threshold / 2**64,
-        "exact_across_sides_removed": given - kept,
-        "near_across_sides_removed": near_across,
+        "exact_across_splits_removed": given - kept,
+        "near_across_splits_removed": near_across,
         "exact_leaks": kept,
         "near_leaks": near_leaks,
     }
@@ -237,7 +239,7 @@ def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
     """Write train/ and validation/; return the byte tokens and the strangest documents."""
     state = job.load("encoding.json") or {"documents": 0, "place": [0, 0], "splits": [None, None], "byte_tokens": [0, 0], "strangest": {}}
     writers = [
-        SplitWriter(job.out / name, tokenizer, state=written, max_shard_tokens=job.options.max_shard_tokens)
+        SplitWriter(job.out / name, tokenizer, state=written, max_shard_tokens=job.options.max_shard_tokens, has_learnt=job.options.is_chat)
         for name, written in zip(SPLITS, state["splits"], strict=True)
         if not (state.get("done") and (job.out / name).exists())
     ]
@@ -252,14 +254,14 @@ def encoding(job: Job, status: np.ndarray, tokenizer: Tokenizer) -> dict:
 
     def arguments(batch: Batch) -> tuple:
         splits = [([batch.texts[i] for i in indices], [batch.places[i] for i in indices]) for indices in kept(batch)]
-        return str(job.out / "tokenizer"), tokenizer.hash, splits
+        return str(job.out / "tokenizer"), tokenizer.hash, splits, job.options.is_chat
 
     if not state.get("done"):
         task = job.progress.add_task("encoding", total=len(status), completed=state["documents"])
         for batch, results in _batches(job, job.reader(), state, encode, arguments, commit):
-            for i, (indices, (ids, lengths, characters, n_bytes)) in enumerate(zip(kept(batch), results, strict=True)):
+            for i, (indices, (ids, lengths, characters, n_bytes, learnt)) in enumerate(zip(kept(batch), results, strict=True)):
                 if len(lengths):
-                    writers[i].add(ids, lengths, characters=int(characters.sum()))
+                    writers[i].add(ids, lengths, characters=int(characters.sum()), learnt=learnt)
                     state["byte_tokens"][i] += int(n_bytes.sum())
                     _note_strangest(state["strangest"], batch, indices, SPLITS[i], lengths, characters, n_bytes)
             job.progress.update(task, completed=batch.first + len(batch.texts))
@@ -297,7 +299,7 @@ def _note_strangest(strangest: dict, batch: Batch, kept: list[int], name: str, l
             best.append(
                 {
                     "key": float(key[j]),
-                    "side": name,
+                    "split": name,
                     "place": place,
                     "characters": int(characters[j]),
                     "tokens": int(lengths[j]),

@@ -259,7 +259,7 @@ def _txt_documents(stream: BinaryIO, file: str, documents: str) -> Records:
 
 
 def parquet_rows(file: str, keys: list[str]) -> Records:
-    """Read these columns of a parquet file; the line is the row, from 1."""
+    """Read these columns of a parquet file, all if there are none; the line is the row, from 1."""
     parquet = import_package("pyarrow.parquet", file)
     import pyarrow
 
@@ -269,7 +269,7 @@ def parquet_rows(file: str, keys: list[str]) -> Records:
             present = table.schema_arrow.names
             if missing := [key for key in keys if key not in present]:
                 raise no_key(file, 1, missing[0], present)
-            for batch in table.iter_batches(batch_size=1024, columns=keys, use_threads=False):
+            for batch in table.iter_batches(batch_size=1024, columns=keys or None, use_threads=False):
                 try:
                     rows = batch.to_pylist()
                 except (ValueError, OverflowError):

@@ -53,7 +53,7 @@ def facts(report: dict) -> list[tuple[str, str]]:
     exact = f"{chosen['exact_duplicates']:,}" if options["dedup"] != "off" else "not looked for (--dedup off)"
     near, near_leaks = "not looked for (--dedup near)", "not made (--dedup near)"
     if options["dedup"] == "near":
-        near = f"{chosen['near_duplicates']:,}, of which {chosen['near_across_sides_removed']:,} were near a document of the other split"
+        near = f"{chosen['near_duplicates']:,}, of which {chosen['near_across_splits_removed']:,} were near a document of the other split"
         near_leaks = f"{chosen['near_leaks']:,} pairs across the splits"
     rows = [
         ("read", f"{report['documents_read']:,} documents from {report['files']:,} files, {report['bytes'] / 1e6:,.1f} MB"),
@@ -62,16 +62,24 @@ def facts(report: dict) -> list[tuple[str, str]]:
         ("changed by NFC, line ends", f"{report['normalised']:,} documents"),
         ("exact duplicates removed", exact),
         ("near duplicates removed", near),
-        ("leak check, exact", f"{chosen['exact_leaks']:,} texts in both splits ({chosen['exact_across_sides_removed']:,} removed)"),
+        ("leak check, exact", f"{chosen['exact_leaks']:,} texts in both splits ({chosen['exact_across_splits_removed']:,} removed)"),
         ("leak check, near", near_leaks),
-        ("held out", f"--val-fraction {chosen['val_fraction']!r}, by hash of the {'group' if options['fields']['group_key'] else 'text'}"),
+        ("held out", f"--val-fraction {chosen['val_fraction']!r}, by hash of the {held_out_by(options['fields'])}"),
         ("vocabulary", f"{report['vocab_size']:,} entries"),
     ]
     for name, split in report["splits"].items():
-        value = f"{split['documents']:,} documents, {split['characters']:,} characters, {split['tokens']:,} tokens; "
-        value += f"{split['characters_per_token']:.3f} characters per token, {split['byte_fallback_share']:.2%} byte fallback"
+        of, per_token = " of answers", ""
+        if "task" not in options["fields"]:
+            of, per_token = "", f"{split['characters_per_token']:.3f} characters per token, "
+        value = f"{split['documents']:,} documents, {split['characters']:,} characters{of}, {split['tokens']:,} tokens; "
+        value += f"{per_token}{split['byte_fallback_share']:.2%} byte fallback"
         rows.append((name, value))
     return rows
+
+
+def held_out_by(fields: dict) -> str:
+    """What decides the split of a document."""
+    return "group" if fields["group_key"] else {"sft": "answer", "dpo": "question"}.get(fields.get("task", ""), "text")
 
 
 def is_leaking(report: dict) -> bool:
@@ -108,11 +116,12 @@ def print_report(report: dict, console: Console) -> None:
         console.print(Text(visible(f"{name:26} {value}"), style="red" if name.startswith("leak") and is_leaking(report) else ""))
     for error in report["first_errors"]:
         console.print(Text(visible(error), style="yellow"), soft_wrap=True)
-    heads, *rows = vocabulary_cells(report)
-    table = Table(*heads, title="Vocabulary size", caption=vocabulary_note(report))
-    for cells in rows:
-        table.add_row(*cells)
-    console.print(table)
+    if report["vocabularies"]:  # conversations are encoded with their model's tokenizer
+        heads, *rows = vocabulary_cells(report)
+        table = Table(*heads, title="Vocabulary size", caption=vocabulary_note(report))
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
     heads = ("", "file and line", "characters", "byte\nfallback", "text")
     table = Table(*(Column(head, overflow="fold") for head in heads), title="Unusual documents")
     for kind, entries in report["strangest"].items():
@@ -124,7 +133,7 @@ def print_report(report: dict, console: Console) -> None:
 
 def write_html(path: Path, report: dict) -> None:
     """Write the page to `path`."""
-    heads, *rows = vocabulary_cells(report)
+    heads, *rows = vocabulary_cells(report) if report["vocabularies"] else [[]]
     html = render_page(
         Path(__file__).with_name("report.html"),
         report=report,
@@ -133,10 +142,10 @@ def write_html(path: Path, report: dict) -> None:
         visible=visible,
         file_and_line=file_and_line,
         histograms=[_histogram(report["lengths"], unit) for unit in ("characters", "tokens")],
-        curves=_curves(report["vocabularies"]),
+        curves=_curves(report["vocabularies"]) if rows else [],
         heads=heads,
         vocabularies=rows,
-        note=vocabulary_note(report),
+        note=vocabulary_note(report) if rows else "",
     )
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")

@@ -33,12 +33,6 @@ class Result:
         job, files = self.job, self.job.files
         splits = [Split.open(job.out / name, verify=False) for name in SPLITS]
         characters, tokens = self._lengths(splits)
-        task = job.progress.add_task("comparing vocabularies", total=None)
-        train = excerpts(splits[0], self.tokenizer, MEASURED_CHARACTERS)
-        validation = excerpts(splits[1], self.tokenizer, MEASURED_CHARACTERS // 5)
-        ((_, presets),) = job.workers.map(preset_sizes, [("the sizes of the models", ())])
-        track = lambda done, total: job.progress.update(task, completed=done, total=total)
-        table = report.vocabulary_table(train, validation, presets, job.workers, track)
         return {
             "files": len(files),
             "bytes": sum(Path(f).stat().st_size for f in files if Path(f).is_file()),
@@ -59,9 +53,18 @@ class Result:
                 for name, split, n_bytes in zip(SPLITS, splits, self.encoded["byte_tokens"], strict=True)
             },
             "lengths": {"edges": [2 ** (i / 4) for i in range(65)], "characters": characters.tolist(), "tokens": tokens.tolist()},
-            "vocabularies": table,
+            "vocabularies": [] if job.options.is_chat else self._vocabularies(splits, preset_sizes),
             "strangest": self.encoded["strangest"],
         }
+
+    def _vocabularies(self, splits: list[Split], preset_sizes: Callable[[], Mapping[str, tuple[int, int]]]) -> list[dict]:
+        job = self.job
+        task = job.progress.add_task("comparing vocabularies", total=None)
+        train = excerpts(splits[0], self.tokenizer, MEASURED_CHARACTERS)
+        validation = excerpts(splits[1], self.tokenizer, MEASURED_CHARACTERS // 5)
+        ((_, presets),) = job.workers.map(preset_sizes, [("the sizes of the models", ())])
+        track = lambda done, total: job.progress.update(task, completed=done, total=total)
+        return report.vocabulary_table(train, validation, presets, job.workers, track)
 
     def _lengths(self, splits: list[Split]) -> tuple[np.ndarray, np.ndarray]:
         # Histograms of the lengths in characters and tokens: four bars for each doubling.

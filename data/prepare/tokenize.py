@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..chat import NEXT, encode_chats, parse_chat
 from ..shards import DTYPES, dtype_name
 from ..tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from .deduplicate import RECORD, TRAIN, chunks, normalise
@@ -66,23 +67,36 @@ class BulkEncoder:
         ids = self._tokenizer.encode_batch(texts, bos=True)
         return np.fromiter(chain.from_iterable(ids), self._dtype), np.array([len(i) for i in ids], np.int64)
 
+    def encode_chats(self, chats: list[list[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of all conversations one after another and the number of tokens of each, as `encode`; and which are learnt: (tokens,)
+        uint8."""
+        encoded = encode_chats(self._tokenizer, chats)
+        ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), self._dtype)
+        learnt = np.fromiter(chain.from_iterable(flags for _, flags in encoded), np.uint8)
+        return ids, np.array([len(i) for i, _ in encoded], np.int64), learnt
+
 
 @lru_cache(maxsize=1)
 def _encoder(folder: str, tokenizer_hash: str) -> BulkEncoder:
     return BulkEncoder(Tokenizer.load(folder))
 
 
-def encode(folder: str, tokenizer_hash: str, splits: Sequence[tuple[list[str], list[str]]]) -> list[tuple[np.ndarray, ...]]:
-    """Encode the (texts, places) of each split with the tokenizer in `folder`: (ids, tokens, characters, byte tokens), the last three for
-    each document."""
+def encode(folder: str, tokenizer_hash: str, splits: Sequence[tuple[list[str], list[str]]], is_chat: bool) -> list[tuple[np.ndarray, ...]]:
+    """Encode the (texts, places) of each split with the tokenizer in `folder`: (ids, tokens, characters, byte tokens, learnt), three of
+    them for each document. Of conversations only the (chosen) answers' characters count; otherwise `learnt` is empty."""
     results, encoder = [], _encoder(folder, tokenizer_hash)
     for texts, places in splits:
         texts = [normalise(text) for text in texts]
-        ids, lengths = np.empty(0, np.uint16), np.empty(0, np.int64)
-        if texts:
+        ids, lengths, learnt = np.empty(0, np.uint16), np.empty(0, np.int64), np.empty(0, np.uint8)
+        if is_chat and texts:
+            parts = [text.split(NEXT) for text in texts]  # two of a pair
+            ids, lengths, learnt = encoder.encode_chats([parse_chat(part) for part in chain.from_iterable(parts)])
+            lengths = lengths.reshape(len(texts), -1).sum(1)
+            texts = ["".join(m["content"] for m in parse_chat(part[0]) if m["role"] == "assistant") for part in parts]
+        elif texts:
             ids, lengths = at_place(encoder.encode, texts, places)
         is_byte = (ids >= len(SPECIAL_TOKENS)) & (ids < len(FIXED_TOKENS))
         ends = np.cumsum(lengths)
         total = np.concatenate([[0], np.cumsum(is_byte, dtype=np.int64)])
-        results.append((ids, lengths, np.array([len(text) for text in texts], np.int64), total[ends] - total[ends - lengths]))
+        results.append((ids, lengths, np.array([len(text) for text in texts], np.int64), total[ends] - total[ends - lengths], learnt))
     return results

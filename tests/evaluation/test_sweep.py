@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from tritale.cli.main import main
 from tritale.cli.options import read_prompts
 from tritale.cli.sweep import table
+from tritale.common.run_folder import step_folders
 from tritale.data.shards import Split
 from tritale.evaluation.sweep import REPEATS, Sweep, every_nth, findings, first_step_that_lasts
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.evaluation.validation import part, validate
 from tritale.inference import LLM, Sampling
 from tritale.model.checkpoint import read_json, write_checksums
-from tritale.model.run_folder import step_folders
 from tritale.training import state
 
 SHORT = ["--samples", "2", "--max-new-tokens", "12"]
@@ -293,7 +293,7 @@ def test_settings_and_files_that_cannot_work_are_said_before_the_work(run_dir):
         with pytest.raises(SystemExit, match=re.escape(said)):
             main(["sweep", str(run_dir), *options])
     (run_dir / "sweep.html").write_text("my own notes", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not the result of a sweep"):
+    with pytest.raises(SystemExit, match="not the result of tritale sweep"):
         main(["sweep", str(run_dir)])
     assert (run_dir / "sweep.html").read_text(encoding="utf-8") == "my own notes" and not (run_dir / "sweep.json").exists()
 

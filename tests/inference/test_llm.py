@@ -17,6 +17,7 @@ from tests.runs import REPOSITORY
 from tritale.common.sampling import SamplingSettings
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
+from tritale.inference.cpu_runner import CPURunner
 from tritale.inference.sampling import candidates
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
@@ -130,14 +131,16 @@ def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, t
     decoder = llm.decoder(slots=500, capacity=16)
     for i in range(500):
         decoder.add(Sequence(list(ids), Sampling(seed=seed + i, **settings)))
-    counts, choose = torch.zeros(len(p), dtype=torch.float64), decoder._choose
+    runner = decoder._runner
+    assert isinstance(runner, CPURunner)
+    counts, choose = torch.zeros(len(p), dtype=torch.float64), runner._choose
 
     def choose_often(sequences, logits):  # each sequence draws its first token 40 times
         tokens = [choose(sequences, logits.clone()) for _ in range(n // 500)]
         counts.add_(torch.bincount(torch.tensor(tokens).flatten(), minlength=len(p)))
         return tokens[0]
 
-    decoder._choose = choose_often
+    runner._choose = choose_often
     decoder.step()
     assert counts.sum() == n
 

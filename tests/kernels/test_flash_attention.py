@@ -203,7 +203,7 @@ def test_offsets_of_heads_pass_32_bits(device):
     near = torch.randn(1, n, 3, 16, device=device, dtype=torch.float16)
     for q, k, grad in ((near, far, near), (far, near, far)):
         q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-        with Recorder(), blocks(16, 16):  # an address that is far off is told before it is read
+        with Recorder(), blocks(16, 16):  # an address that is far off is reported before it is read
             out = triton_attention(q, k, near)
             gradients = torch.autograd.grad(out, (q, k), grad)
         expected = reference.flash_attention(q, k, near)

@@ -296,7 +296,7 @@ def test_all_logits_are_never_held(device, strategy):
 def test_chunks_are_of_like_size_within_the_budget():
     assert chunk_rows(4096, 65536, 64.0) == 256
     assert chunk_rows(4096, 65536, 256.0, itemsize=2) == 2048
-    assert chunk_rows(4097, 65536, 256.0, itemsize=2) == 1408  # three of like size, not two and a row
+    assert chunk_rows(4097, 65536, 256.0, itemsize=2) == 1408  # three of about equal size, not two and a row
     assert chunk_rows(1, 65536, 1e-6) == 128
 
 

@@ -134,7 +134,7 @@ def test_one_sequence_may_give_the_positions_of_all(device, where):
     q, k = (randn(3, 5, h, 8, device=device) for h in (2, 1))
     cos, sin = tables(3, device, torch.float64)
     option: dict[str, Any] = places(where, 3, 5, device)
-    with Recorder():  # an address that is far off is told before it is read
+    with Recorder():  # an address that is far off is reported before it is read
         rotated = rope(q, k, cos, sin, **option)
     torch.testing.assert_close(rotated, reference.rope(q, k, cos, sin, **option))
     qkv, weights, sizes = randn(3, 5, 32, device=device), pair(lambda: randn(8, device=device)), {"n_head": 2, "n_kv_head": 1}

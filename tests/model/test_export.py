@@ -11,6 +11,7 @@ import torch
 
 from tritale.cli.main import main
 from tritale.common.errors import UserError
+from tritale.data.chat import chat_prompt
 from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM
 from tritale.model import GPT, GPTConfig, consumers
@@ -208,6 +209,24 @@ def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenize
             n_equal += is_equal
         print(f"{name}: {n_equal} of 1000 equal")
         assert n_equal > 700
+
+
+def test_llama_cpp_chats_as_we_do(tmp_path, tokenizer, seed):
+    """Its chat endpoint uses the exported template: the same ids before the answer, and the same answer."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed (pip install xllamacpp)")
+    pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
+    llm = LLM.load(checkpoint(tmp_path / "model", tokenizer), device="cpu")
+    llm.tokenizer.is_chat = True
+    export_gguf(llm.model, llm.tokenizer, tmp_path / "model.gguf", name="test")
+    post, messages = llama_cpp(tmp_path / "model.gguf", 96), [{"role": "user", "content": "\n写一个小兔的故事。 "}]
+    text = post("apply-template", {"messages": messages})["prompt"]
+    assert text.removeprefix("<|endoftext|>") == chat_prompt(messages)
+    ids = post("tokenize", {"content": chat_prompt(messages), "add_special": True, "parse_special": True})["tokens"]
+    assert ids == llm.encode_prompt(messages)
+    answer = post("v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 8, "cache_prompt": False})
+    text = answer["choices"][0]["message"]["content"].replace("\ufffd", "")  # for bytes that form no character, which we drop
+    assert text == llm.chat(messages, temperature=0, max_new_tokens=8)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
 @pytest.mark.parametrize("kind", ["hf", "litgpt", "gguf"])

@@ -38,11 +38,11 @@ def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
     """Three sequences of different lengths: first their beginnings in one pass, then one token of each per step."""
     model, tokens, lengths = small(**shape).requires_grad_(False), torch.randint(512, (3, 21)), (4, 9, 1)
     c = model.config
-    cache = torch.zeros(c.n_layer, 2, 5, 30, c.n_kv_head, c.head_dim, dtype=torch.float64)
+    cache = torch.full((c.n_layer, 2, 5, 30, c.n_kv_head, c.head_dim), torch.nan, dtype=torch.float64)
     rows = torch.cat([torch.full((n,), row) for row, n in enumerate(lengths)])
     positions = torch.cat([torch.arange(n) for n in lengths])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    where = CachedTokens(cache, rows, positions, max(lengths), cu_seqlens)
+    where = CachedTokens(cache, positions, rows, cu_seqlens)
     last = torch.tensor(lengths).cumsum(0) - 1
     expected = model(tokens)
     beginnings = model(tokens[rows, positions][None], cache=where, last=last)[0]
@@ -50,8 +50,8 @@ def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
     rows = torch.arange(3)
     for step in range(12):
         positions = torch.tensor(lengths) + step
-        where = CachedTokens(cache, rows, positions, int(positions.max()) + 1)
-        logits = model(tokens[rows, positions][None], cache=where, last=rows)[0]
+        where = CachedTokens(cache, positions)
+        logits = model(tokens[rows, positions][None], cache=where)[0]
         torch.testing.assert_close(logits, expected[rows, positions])
 
 

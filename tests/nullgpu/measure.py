@@ -1,4 +1,5 @@
-"""Counts on the null GPU: python -m tests.nullgpu.measure CASE prints JSON (in `build.environment()`); --write-budgets measures all cases.
+"""Counts on the null GPU: python -m tests.nullgpu.measure CASE prints JSON (in `build.environment()`). --write-budgets [CASE …] measures
+all or some cases and rewrites their budgets and the tables of docs/gpu.md.
 
 A launch is a call that gives the device work: a kernel, a matrix product, a copy, a fill, a collective or a graph. A graph counts as one
 launch; its operations are counted as nodes. Host time is the CPU time of the process, and excludes what a real driver would take.
@@ -35,22 +36,34 @@ STEPS = {
     "quickstart, compiled, muon": _step("quickstart", 8, "--optim.matrices muon"),
     "quickstart, eager, muon": _step("quickstart", 8, "--train.compile false --optim.matrices muon"),
 }
-GROUPED = "--model.n_head 8 --model.n_kv_head 2 --model.head_dim 64"
+GROUPED, ROWS = "--model.n_head 8 --model.n_kv_head 2 --model.head_dim 64", "--data.document_mask false"
+FP32, EAGER = "--train.precision fp32", "--train.compile false"
+SM_75, SM_80, SM_86, SM_120 = {"CC": 75, "SMS": 40}, {"CC": 80, "SMS": 108}, {"CC": 86, "SMS": 82}, {"CC": 120, "SMS": 170}
 MEMORY = {
     **{name: STEPS[name] for name in STEPS if name.startswith("44m") and "adamw" in name},
-    "44m, compiled, fp16": _step("microstories-44m", 32, "--train.precision fp16", CC=80, SMS=108),
-    "44m, compiled, fp32": _step("microstories-44m", 16, "--train.precision fp32"),
-    "44m, eager, fp32": _step("microstories-44m", 16, "--train.precision fp32 --train.compile false"),
+    "44m, compiled, fp32": _step("microstories-44m", 16, FP32),
+    "44m, eager, fp32": _step("microstories-44m", 16, f"{FP32} {EAGER}"),
     "44m, compiled, grouped heads": _step("microstories-44m", 32, GROUPED),
-    "44m, eager, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} --train.precision fp32 --train.compile false"),
-    "44m, compiled, sm_75": _step("microstories-44m", 16, "", CC=75, SMS=40),
-    "44m, compiled, sm_75, grouped heads": _step("microstories-44m", 16, GROUPED, CC=75, SMS=40),
-    "44m, compiled, qk norm, untied": _step("microstories-44m", 16, "--model.qk_norm true --model.tie_embeddings false", CC=86, SMS=82),
-}  # fmt: skip
+    "44m, compiled, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32}"),
+    "44m, eager, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER}"),
+    "44m, eager, grouped heads, fp32, no document mask": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER} {ROWS}"),
+    "44m, compiled, sm_75": _step("microstories-44m", 16, "", **SM_75),
+    "44m, compiled, sm_75, grouped heads": _step("microstories-44m", 16, GROUPED, **SM_75),
+    "44m, compiled, sm_75, no document mask": _step("microstories-44m", 16, ROWS, **SM_75),
+    "44m, compiled, sm_75, fp32": _step("microstories-44m", 16, FP32, **SM_75),
+    "44m, compiled, sm_80, fp16": _step("microstories-44m", 32, "--train.precision fp16", **SM_80),
+    "44m, eager, sm_86, qk norm, untied": _step(
+        "microstories-44m", 16, f"{EAGER} --model.qk_norm true --model.tie_embeddings false", **SM_86
+    ),
+    "44m, eager, sm_86, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER}", **SM_86),
+    "44m, eager, sm_120": _step("microstories-44m", 16, EAGER, **SM_120),
+    "44m, eager, sm_120, fp16, grouped heads": _step("microstories-44m", 16, f"{GROUPED} {EAGER} --train.precision fp16", **SM_120),
+    "44m, eager, sm_120, fp32": _step("microstories-44m", 16, f"{FP32} {EAGER}", **SM_120),
+}
 DECODE = {
-    "44m, one text, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
-    "44m, one text, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
-    "44m, eight texts, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
+    "44m, one sequence, sampled": {"what": "decode", "slots": 1, "temperature": 0.8, "card": {}},
+    "44m, one sequence, greedy": {"what": "decode", "slots": 1, "temperature": 0.0, "card": {}},
+    "44m, eight sequences, sampled": {"what": "decode", "slots": 8, "temperature": 0.8, "card": {}},
 }
 CASES = STEPS | MEMORY | DECODE | {"ops": {"what": "ops", "card": {}}}
 
@@ -83,9 +96,9 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     import torch
 
     from tests.nullgpu.harness import host_ms, never_overflows, recorded
+    from tritale.common.graphs import WARM_UP
     from tritale.training import processes
     from tritale.training.config import parse
-    from tritale.training.graphs import WARM_UP
     from tritale.training.plan import DataFacts, DeviceFacts, plan
     from tritale.training.step import TrainingStep, random_batch
 
@@ -109,11 +122,14 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     with recorded() as eager:
         training._forward_backward(*batch.on(here.device))
         training._clip_and_step()
+    with recorded() as update:
+        training.optimizers[-1].step()  # Muon's, where it is used
     operations = lambda launches: [f"{x.kind} {x.name} {x.grid} {x.block} {x.shared}" for x in launches if "copy to" not in x.name]
     return result | {
         "captured": operations(captures.captured),
         "not captured": operations(eager.launches),
         "capture faults": captures.faults,
+        "update": len(update.launches),
     }
 
 
@@ -192,51 +208,52 @@ def measured(case: str) -> dict:
     }
 
 
-def budget(found: dict) -> dict:
-    """What is kept of a result."""
+def budget(found: dict, unit: float) -> dict:
+    """What is kept of a result, with host times as on a machine whose small addition takes `unit` µs."""
+    scale = unit / found["unit_us"]
     if "ops" in found:
-        return {name: {"launches": row["launches"], "host_us": round(row["host_us"], 1)} for name, row in found["ops"].items()}
+        return {name: {"launches": row["launches"], "host_us": round(row["host_us"] * scale, 1)} for name, row in found["ops"].items()}
     kept = {key: found[key] for key in ("launches", "nodes")} | {"waits": sum(found["waits"].values())}
-    return kept | {"host_ms": round(found["host_ms"], 3)}
+    return kept | {"host_ms": round(found["host_ms"] * scale, 3)}
 
 
-def page(kept: dict, results: dict[str, dict]) -> str:
+def page(kept: dict) -> str:
     """The tables of docs/gpu.md."""
-    lines = ["| step or decode step | launches | operations | waits | host ms |", "|---|---|---|---|---|"]
+    small = f"{kept['unit_us']:.1f} µs"
+    lines = [f"Counted on the null GPU (H100), PyTorch {kept['torch']}; an addition of two small tensors takes {small} of host time.", ""]
+    lines += ["| step or decode step | launches | operations | waits | host ms |", "|---|---|---|---|---|"]
     for case in (*STEPS, *DECODE):
         row = kept[case]
         lines.append(f"| {case} | {row['launches']:g} | {row['nodes']:g} | {row['waits']:g} | {row['host_ms']:.2f} |")
     lines += ["", "| memory of a step | plan, GiB | allocator's peak, GiB |", "|---|---|---|"]
-    for case in MEMORY:
-        plan, peak = (results[case][key] / 2**30 for key in ("plan", "peak"))
+    for case in (case for case in MEMORY if case in kept["memory"]):
+        plan, peak = (kept["memory"][case][key] / 2**30 for key in ("plan", "peak"))
         lines.append(f"| {case} | {plan:.2f} | {peak:.2f} ({plan / peak - 1:+.1%}) |")
     lines += ["", "| op, without gradients | launches | host µs |", "|---|---|---|"]
     lines += [f"| `{name}` | {row['launches']} | {row['host_us']:.0f} |" for name, row in kept["ops"].items()]
-    small = f"{kept['unit_us']:.1f} µs"
-    return "\n".join(
-        [
-            f"Counted on the null GPU (H100), PyTorch {kept['torch']}; an addition of two small tensors takes {small} of host time.",
-            "",
-            *lines,
-        ]
-    )
+    return "\n".join(lines)
 
 
-def write_budgets() -> None:
+def write_budgets(cases: list[str]) -> None:
     import torch
 
-    results = {case: measured(case) for case in CASES}
-    kept: dict = {"torch": torch.__version__, "unit_us": round(sorted(r["unit_us"] for r in results.values())[len(results) // 2], 2)}
-    kept |= {case: budget(found) for case, found in results.items()}
-    lines = json.dumps(kept, indent=1)
-    BUDGETS.write_text(re.sub(r"\{([^{}]*)\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]).strip() + "}", lines) + "\n", encoding="utf-8")
+    kept: dict = json.loads(BUDGETS.read_text(encoding="utf-8")) | {"torch": torch.__version__.partition("+")[0]}
+    for case in cases:
+        found = measured(case)
+        if case in MEMORY:
+            kept.setdefault("memory", {})[case] = {key: found[key] for key in ("plan", "peak")}
+        if case not in MEMORY or case in STEPS:
+            kept[case] = budget(found, kept["unit_us"])
+        lines = json.dumps(kept, indent=1)
+        lines = re.sub(r"\{([^{}]*)\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]).strip() + "}", lines)
+        BUDGETS.write_text(lines + "\n", encoding="utf-8")
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{page(kept, results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{head}{BEGIN}\n{page(kept)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write-budgets":
-        write_budgets()
+        write_budgets(sys.argv[2:] or list(CASES))
     else:
         arguments = {k: v for k, v in CASES[sys.argv[1]].items() if k not in ("what", "card")}
         print(json.dumps(globals()[CASES[sys.argv[1]]["what"]](**arguments) | {"unit_us": unit_us()}))

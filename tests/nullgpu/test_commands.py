@@ -11,6 +11,7 @@ import pytest
 from runs import TINY
 
 from tests.nullgpu.build import REPOSITORY, environment, run
+from tritale.data import built_in
 
 CARDS = {  # compute capability: SMs, GB
     75: (40, 16), 80: (108, 80), 86: (82, 24), 89: (128, 24), 90: (132, 80), 100: (148, 180), 120: (170, 32),
@@ -74,8 +75,15 @@ def test_the_server_answers(card, tmp_path):
     assert answer["usage"]["completion_tokens"] == 5
 
 
-def test_two_processes_exchange_their_gradients_once_a_step(tmp_path):
-    commands = json.dumps([["train", *options(tmp_path / "run")]])
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Data that is written before two processes start: the barrier that the second waits at does nothing on the null GPU."""
+    built_in.write_built_in(tmp_path / "data", seed=1, stories=60, validation_stories=8, vocab_size=600)
+    return tmp_path / "data"
+
+
+def test_two_processes_exchange_their_gradients_once_a_step(data, tmp_path):
+    commands = json.dumps([["train", *options(tmp_path / "run", data__source=data)]])
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.nullgpu.commands", commands]
     done = results(run(*torchrun, DEVICES=2).stdout)
     assert len(done) == 2 and not any(result["faults"] for result in done)
@@ -84,7 +92,15 @@ def test_two_processes_exchange_their_gradients_once_a_step(tmp_path):
     assert (tmp_path / "run" / "step-00000006").is_dir()
 
 
+def test_tritale_train_starts_a_process_for_each_gpu(data, tmp_path):
+    run("-m", "tritale", "train", "--processes", 2, *options(tmp_path / "run", data__source=data), DEVICES=2)
+    assert (tmp_path / "run" / "step-00000006").is_dir()
+
+
 def test_more_processes_than_gpus_are_refused_in_one_line(tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "train.py", *options(tmp_path / "run")]
-    done = run(*torchrun, check=False, DEVICES=2)
+    train = ["train.py", *options(tmp_path / "run")]
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *train, check=False, DEVICES=2)
     assert done.returncode and "process 3 has no GPU: this machine has 2" in done.stderr
+    done = run("-m", "tritale", "train", "--processes", 3, *train[1:], check=False, DEVICES=2)
+    line = "tritale train: --processes is 3, and this machine has 2 GPUs; choose at most 2\n"
+    assert done.returncode and done.stdout + done.stderr == line

@@ -11,7 +11,7 @@ import json, torch
 from tests.nullgpu.harness import recorded
 from tritale.kernels import flash_attention, rms_norm
 from tritale.kernels.launch import launch_override
-from tritale.training.graphs import Graphed
+from tritale.common.graphs import Graphed
 on = lambda *shape: torch.zeros(shape, device="cuda")
 """
 
@@ -21,6 +21,16 @@ def outcome(code: str, **card) -> dict:
     return json.loads(run("-c", f"{HEAD}\nfound = {{}}\n{code}\nprint(json.dumps(found))", **card).stdout.splitlines()[-1])
 
 
+DECODER = """
+from tritale.common.sampling import Sampling
+from tritale.inference.decoder import Decoder
+from tritale.inference.sequence import Sequence
+from tritale.kernels import backend
+from tritale.model import GPT, GPTConfig
+
+def sequence(i, **settings):
+    return Sequence([0, 5, 6, 7][: i + 1], Sampling(seed=i, **settings))
+"""
 CAPTURES = {
     "a wait": ("x.sum().item()", "cudaStreamSynchronize while a graph is captured"),
     "a copy from the host": ("torch.ones(4).pin_memory().to('cuda', non_blocking=True)", "copy to the device while a graph is captured"),
@@ -103,3 +113,38 @@ found["again"] = len(calls)
 found["shape"] = list(result.shape)
 """
     assert outcome(code) == {"calls": 4, "graphs": 3, "again": 6, "shape": [4]}
+
+
+def test_a_decoder_captures_a_graph_for_each_power_of_two_of_rows_at_the_third_step():
+    code = f"""
+{DECODER}
+decoder = Decoder(GPT(GPTConfig.preset("tiny")).to("cuda", torch.float16).eval(), slots=5)
+kinds, sequences = [], [sequence(i % 4, temperature=i % 2) for i in range(5)]
+for n_added, n_step in ((1, 4), (2, 4), (1, 2), (1, 4)):  # 1, 3, 4 and 5 sequences
+    for _ in range(n_added):
+        decoder.add(sequences.pop())
+    for _ in range(n_step):
+        with recorded() as record:
+            decoder.step()
+        kinds.append("".join(sorted(x.kind[0] for x in record.launches if x.kind in ("graph", "triton"))))
+        assert not record.faults
+found["steps"] = [set(k) == {{"g"}} for k in kinds]
+"""
+    # The first step of each new sequence has its prompt too; 3 and 4 rows share a graph.
+    steps = outcome(code)["steps"]
+    assert steps == [False, False, True, True] * 2 + [False, True] + [False, False, True, True]
+
+
+def test_a_decoder_without_triton_is_captured_too():
+    code = f"""
+{DECODER}
+decoder = Decoder(GPT(GPTConfig.preset("tiny", qk_norm=True, window=9)).to("cuda").eval(), slots=2)
+for i in range(2):
+    decoder.add(sequence(i))
+with recorded() as record, backend("torch"):
+    for _ in range(4):
+        decoder.step()
+found["graphs"] = sum(x.kind == "graph" for x in record.launches)
+found["faults"] = record.faults
+"""
+    assert outcome(code) == {"graphs": 2, "faults": ""}

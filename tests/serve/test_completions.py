@@ -247,7 +247,7 @@ def test_long_prompts_do_not_stall_the_others(tmp_path, tokenizer, monkeypatch):
     """Each step processes a limited number of prompt tokens, and a short prompt does not wait for long ones."""
     if native.problem():
         pytest.skip("on the PyTorch path prompts are not divided")
-    monkeypatch.setattr("tritale.inference.decoder.PREFILL_WORK", 1)  # 8 tokens a step, the minimum
+    monkeypatch.setattr("tritale.inference.cpu_runner.PREFILL_WORK", 1)  # 8 tokens a step, the minimum
     folder, passes = tmp_path / "run", []
     write_checkpoint(folder / "step-00000001", tokenizer, tiny(tokenizer))
     forward = native.NativeForward.__call__
@@ -542,3 +542,65 @@ def test_openais_client_works(server, run):
     assert client.completions.create(**body | {"top_p": 0, "temperature": 1}).choices[0].text == expected
     with pytest.raises(openai.BadRequestError, match="top_p is 2"):
         client.completions.create(**body | {"top_p": 2})
+
+
+# --- conversations -------------------------------------------------------------------------------------------------------------------
+
+
+ANSWER = "从前有一只小兔"
+
+
+@pytest.fixture(scope="module")
+def chat_server(tmp_path_factory, tokenizer):
+    """A server with a model that answers ANSWER to everything, and ends it with `<|im_end|>`."""
+    folder = tmp_path_factory.mktemp("chat") / "run"
+    tokenizer.is_chat = True
+    model, ids = reciting(tokenizer, ANSWER), tokenizer.encode(ANSWER)
+    with torch.no_grad():
+        (line_end,) = tokenizer.encode("\n")
+        model.head[ids[0]] += model.embedding[line_end]
+        model.head[tokenizer.eot_id] -= model.embedding[ids[-1]]
+        model.head[tokenizer.im_end_id] += model.embedding[ids[-1]]
+    write_checkpoint(folder / "step-00000001", tokenizer, model)
+    tokenizer.is_chat = False
+    with running(folder) as server:
+        yield server
+
+
+def test_openais_client_holds_a_conversation(chat_server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{chat_server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    body = {"model": "step-00000001", "messages": [{"role": "user", "content": "写一个故事。"}], "temperature": 0}
+    whole = client.chat.completions.create(**body, n=2, max_completion_tokens=50)
+    assert [c.message.content for c in whole.choices] == [ANSWER] * 2 and whole.choices[0].message.role == "assistant"
+    assert whole.choices[1].finish_reason == "stop" and whole.object == "chat.completion" and whole.id.startswith("chatcmpl-")
+    chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens // 2
+    short = client.chat.completions.create(**body, max_tokens=1).choices[0]
+    assert short.finish_reason == "length" and ANSWER.startswith(short.message.content) and short.message.content != ANSWER
+    multi = [{"role": "system", "content": "讲故事。"}, *body["messages"], {"role": "assistant", "content": "好。"}, *body["messages"]]
+    assert client.chat.completions.create(**body | {"messages": multi}).choices[0].message.content == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages is not a list of messages"),
+        ([{"role": "teacher", "content": "x"}], "message 1 has the role 'teacher'; the roles are system, user, assistant"),
+        ([{"role": "user", "content": "<|im_end|>"}], "message 1 contains <|im_start|>, <|im_end|>"),
+        ([{"role": "user"}], "Field required"),
+        ("x", "Input should be a valid array"),
+        ([{"role": "user", "content": "好" * 2000}], "tokens and the model's context 512"),
+    ],
+)
+def test_bad_messages_give_openais_error_object(messages, message, chat_server):
+    response = httpx.post(f"{chat_server.url}/v1/chat/completions", json={"messages": messages}, timeout=60)
+    assert response.status_code == 400 and message in error(response)["message"], response.text
+
+
+def test_a_model_without_instructions_does_not_answer(client):
+    response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "写一个故事。"}]})
+    assert response.status_code == 400 and "was not trained on instructions" in error(response)["message"]
+    assert error(response)["param"] == "messages"

@@ -1,12 +1,15 @@
-"""The characters and things found in built-in stories and in stories with a planted fault."""
+"""The characters, things and features found in built-in stories and in stories with a planted fault."""
 
 import random
+import re
 
 import pytest
 
 from tritale.evaluation.measures import ends_properly
-from tritale.stories.facts import cast
+from tritale.stories.facts import cast, has_feature
 from tritale.stories.generator import story
+
+FEATURES = ("对话", "转折", "冲突", "伏笔", "寓意", "坏结局")
 
 
 def test_every_built_in_story_is_consistent_and_ends_properly(seed):
@@ -55,3 +58,19 @@ def test_a_person_or_a_thing_from_nowhere_is_noticed(seed):
         assert not cast(changed).is_consistent
         noticed += not cast(s.text + f"他拿出{rng.choice(['口琴', '望远镜'])}和贝壳。").is_consistent
     assert noticed == 100
+
+
+def test_a_feature_is_found_in_a_text_exactly_if_the_story_has_it(seed):
+    for i in range(1000):
+        s = story(seed, i)
+        assert {f for f in FEATURES if has_feature(s.text, f)} == set(s.features), s
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_story_without_the_sentence_that_shows_a_feature_does_not_have_it(feature, seed):
+    shown = [s for s in (story(seed, i) for i in range(200)) if feature in s.features]
+    assert shown
+    for s in shown:
+        sentences = [part for part in re.split(r"(?<=[。！？：”\n])", s.text) if part]
+        without = "".join(part for part in sentences if not has_feature(part, feature) and "“" not in part)
+        assert not has_feature(without, feature)

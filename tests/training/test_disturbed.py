@@ -71,10 +71,10 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(tiny_run
         assert fifth.wait(60)
         save(*args, **options)
 
-    def count(self, batches, factor, step=0):
+    def count(self, batches, factor, step=0, **options):
         if step == 4:
             fifth.set()
-        return run(self, batches, factor, step)
+        return run(self, batches, factor, step, **options)
 
     monkeypatch.setattr(checkpoint, "save_model", wait)
     monkeypatch.setattr(TrainingStep, "run", count)

@@ -242,6 +242,15 @@ def test_a_trainer_json_of_wrong_types_is_reported_and_the_checkpoint_before_it_
     assert f"trainer.json: {next(iter(values))} missing or of a wrong type" in out and "step-00000003" in out
 
 
+@pytest.mark.parametrize("file, key", [("config.json", "tritale_format"), ("trainer/trainer.json", "format")])
+def test_a_checkpoint_of_a_newer_format_is_not_resumed(file, key, copy):
+    path = copy / "step-00000006" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 2}))
+    write_checksums(path.parent)
+    with pytest.raises(UserError, match=rf"step-00000006/{file} has format 2"):
+        run_here(copy)
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.safetensors", "trainer/trainer.json"]
 )

@@ -10,13 +10,13 @@ import torch
 from runs import REPOSITORY, TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tritale.common.run_folder import step_folders
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
 from tritale.data.shards import Split
 from tritale.evaluation.compatibility import compatibility_warnings
 from tritale.kernels import dispatch
 from tritale.model import GPT
-from tritale.model.run_folder import step_folders
 from tritale.training import plan as planning
 from tritale.training.config import RunConfig, parse
 from tritale.training.plan import DataFacts, DeviceFacts, known_data, plan
@@ -306,6 +306,9 @@ def test_an_unfinished_split_is_not_used(tmp_path):
         ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
         ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 3090 Ti", 80),
         ("NVIDIA GeForce RTX 3090", 71),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),

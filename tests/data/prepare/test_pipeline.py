@@ -178,7 +178,7 @@ def test_planted_near_duplicates_and_leaks_are_all_removed(tmp_path, tokenizer_f
     assert kept >= set(texts[60:]) and len(kept) == 120
     assert set(validation) <= splits[1] and set(train) <= splits[0]
     chosen = report["selection"]
-    assert (chosen["near_duplicates"], chosen["near_across_sides_removed"], chosen["near_leaks"]) == (60, n_leaks, 0)
+    assert (chosen["near_duplicates"], chosen["near_across_splits_removed"], chosen["near_leaks"]) == (60, n_leaks, 0)
 
 
 def test_the_near_leak_check_sees_planted_leaks(tmp_path, seed, monkeypatch):
@@ -297,7 +297,7 @@ def test_groups_stay_together_and_equal_texts_of_two_groups_do_not_leak(tmp_path
     assert set(validation) == held_out_texts
     assert sorted(train + validation) == sorted(texts) and report["selection"]["exact_leaks"] == 0
     n_leaks = sum((groups[i] in held_out) != (all_groups[240 + j] in held_out) for j, i in enumerate(copies))
-    assert report["selection"]["exact_across_sides_removed"] == n_leaks > 0
+    assert report["selection"]["exact_across_splits_removed"] == n_leaks > 0
     off = run([file], tmp_path / "off", tokenizer_folder, fields=fields, val_fraction=0.3, dedup="off")
     assert off["selection"]["exact_leaks"] == n_leaks  # found and reported
     assert "share documents" in (tmp_path / "off" / "report.html").read_text(encoding="utf-8")

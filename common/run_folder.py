@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..common.errors import UserError
-from ..common.files import final_name
+from .errors import UserError
+from .files import final_name
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json")

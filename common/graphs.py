@@ -34,7 +34,8 @@ class Graphed:
                 own.copy_(given)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # thread_local: the server's other thread may load a checkpoint meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._result = self._function(*self._inputs)
         self._graph.replay()
         return cast(Tensor, self._result)

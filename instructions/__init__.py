@@ -1,0 +1,1 @@
+"""What an instruction requires of a story, whether a story meets it, and instruction data made from stories."""
