@@ -199,6 +199,7 @@ def test_only_answers_are_targets_and_the_rest_of_a_cut_one_is_not(tokenizer, to
     for step in range(batches.steps_per_epoch):
         for batch in batches.step(step):
             tokens, targets = batch.tokens[0], batch.targets[0]
+            assert batch.cu_seqlens is not None
             borders = batch.cu_seqlens.unique().tolist()
             for begin, end in pairwise(borders):
                 part = tokens[begin:end].tolist()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def test_the_reported_losses_are_those_of_the_answers(tiny_run, instructions, tm
     batches = Batches(train, context=CONTEXT, micro_batch=2, global_batch=4, seed=42)
     total = 0.0
     for batch in batches.step(0):
-        for begin, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        assert batch.cu_seqlens is not None
+        for begin, end in pairwise(batch.cu_seqlens.tolist()):
             if end > begin:
                 total += nats(batch.tokens[0, begin:end].tolist(), batch.targets[0, begin:end].tolist())
     assert total / batches.n_targets(0) == pytest.approx(losses(tmp_path / "run")[1], rel=1e-5)
@@ -181,7 +183,7 @@ def test_dpo_loss_is_its_formula(is_normalised, seed):
     assert values["reward_accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
     assert values["reward_margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
     padded = [torch.cat([t, torch.zeros(2, 2)]) for t in (log_probs, reference, counts)]  # pairs without answers
-    loss_of_padded, sums_of_padded = dpo_loss(*padded, config)
+    loss_of_padded, sums_of_padded = dpo_loss(padded[0], padded[1], padded[2], config)
     torch.testing.assert_close((loss_of_padded.sum(), sums_of_padded), (loss.sum(), sums))
 
 
