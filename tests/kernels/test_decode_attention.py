@@ -1,7 +1,5 @@
 """Attention to the KV cache: numbers against float64, memory, and what the step writes into the cache."""
 
-from typing import Any, cast
-
 import pytest
 import torch
 
@@ -77,6 +75,7 @@ def test_wrong_arguments_say_what_is_allowed(change, message):
     if "values" in change:
         given["values"] = given["values"][..., 0]
     with pytest.raises(ValueError, match=message):
-        decode_attention(**cast(Any, given | {"window": change.get("window")}))
+        decode_attention(**given, window=change.get("window"))
     with pytest.raises(ValueError, match="one dtype"):
-        decode_attention(**{name: torch.zeros(shape) for name, shape in shapes.items()} | {"q": torch.zeros(2, 4, 16).half()})
+        q, *others = (torch.zeros(shape) for shape in shapes.values())
+        decode_attention(q.half(), *others)
