@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from ..common.console import end_with
 from ..common.errors import UserError
 from ..common.run_folder import find_checkpoint
-from ..model.checkpoint import gpt_config, read_json
+from ..model.checkpoint import read_shape
 from ..model.gpt import PRESETS, GPTConfig
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
@@ -366,7 +366,7 @@ class RunConfig:
         if not self.init_from:
             return self.model.build(vocab_size)
         folder = find_checkpoint(Path(self.init_from))
-        shape = gpt_config(read_json(folder, "config.json"))
+        shape = read_shape(folder)
         if vocab_size not in (None, shape.vocab_size):
             raise UserError(
                 f"{folder} has a vocabulary of {shape.vocab_size}, the data one of {vocab_size}; make the data with "
