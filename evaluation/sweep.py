@@ -53,7 +53,7 @@ class Sweep:
         self.prompts = [prompt for prompt in prompts for _ in range(samples)]
         self.samplings = [replace(sampling, seed=seed + i) for i in range(len(self.prompts))]
         self.llm, self.weights = LLM.load(run.newest, device=device, ema=ema), EMA if ema else WEIGHTS
-        self._tokenizer_json = (run.newest / "tokenizer.json").read_text(encoding="utf-8")
+        self._tokenizer_json = (run.newest / "tokenizer.json").read_bytes()
         for prompt in prompts:
             self.llm.encode_prompt(prompt)  # raises if it is too long, before the slow work
         tokenizer = run.data_tokenizer(self.llm.tokenizer, data)
@@ -86,7 +86,7 @@ class Sweep:
         shape."""
         if read_shape(folder) != self.llm.model.config:
             raise UserError(f"{folder} has another shape than the newest checkpoint")
-        if (folder / "tokenizer.json").read_text(encoding="utf-8") != self._tokenizer_json:
+        if (folder / "tokenizer.json").read_bytes() != self._tokenizer_json:
             raise UserError(f"{folder} has another tokenizer than the newest checkpoint")
         load_weights(self.llm.model, folder, name=self.weights)
 

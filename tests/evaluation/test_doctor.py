@@ -3,6 +3,7 @@
 Real runs are trained here, on tiny models. Made runs have metrics that the real Log wrote from given curves (tests/made_runs.py).
 """
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def names(out_dir: Path) -> list[str]:
 
 def check(out_dir: Path, name: str, *words: str) -> None:
     """The run has one diagnosis, with this name, and these words are in its evidence and remedy."""
-    (found,) = diagnose(RunFacts.read(out_dir))
+    (found, *others) = diagnose(RunFacts.read(out_dir))
+    assert not others
     assert found.name == name
     for word in words:
         assert word in found.evidence + found.remedy, found
@@ -72,18 +74,16 @@ def test_a_real_run_with_a_rate_that_is_too_high(data, tmp_path):
 
 
 def test_a_real_run_that_becomes_nan(data, tmp_path, monkeypatch):
-    update = TrainingStep.update
+    update, calls = TrainingStep.update, itertools.count()
 
     def burst(self):
-        if (count := getattr(self, "count", 0)) == 8:
+        if next(calls) >= 56:
             self.model.embedding.grad.fill_(float("inf"))
-        self.count = count + 1
         return update(self)
 
     monkeypatch.setattr(TrainingStep, "update", burst)
-    with pytest.raises(FloatingPointError):
-        run_here(tmp_path / "run", **REAL, data__source=data, train__max_steps=12)
-    check(tmp_path / "run", "not_finite", "step 9: gradient norm is", "optim.lr: 0.0033")
+    run_here(tmp_path / "run", **REAL, data__source=data, train__max_steps=60)
+    check(tmp_path / "run", "not_finite", "4 of 60 steps were skipped", "optim.lr: 0.0033")
 
 
 def test_a_real_run_on_shuffled_text_learns_only_frequencies(data, tmp_path):

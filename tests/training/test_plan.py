@@ -71,6 +71,10 @@ def warnings(data=DATA, device=CPU, **changes) -> str:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_of_the_project_can_be_planned(path):
     config = parse(["--config", str(path)])
+    if config.init_from:
+        with pytest.raises(FileNotFoundError, match=f"{config.init_from} is not a folder; give a run"):
+            config.shape(None)
+        return
     planned = plan(config, DataFacts("given", config.data.vocab_size, 2_000_000_000), CPU)
     assert planned.parameters > 0 and not any("anneals" in w.text for w in planned.warnings)
 
