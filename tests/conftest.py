@@ -43,7 +43,7 @@ SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixt
 def pytest_addoption(parser):
     parser.addoption("--null-gpu", action="store_true", help="also run tests/nullgpu, with PyTorch's CUDA build (docs/gpu.md)")
 
-    parser.addoption("--signals", type=int, default=3, help="signals that each test of tests/training/test_disturbed.py sends to a run")
+    parser.addoption("--signals", type=int, default=1, help="signals that each test of tests/training/test_disturbed.py sends to a run")
 
 
 def pytest_sessionstart(session):
