@@ -93,9 +93,9 @@ def measure() -> list[dict]:
     add("linear_cross_entropy recompute", "both", run, [targets], 2 * size(x) + size(weight) + 4 * weight.numel(), formula, note)
 
     q, k, v = (torch.randn(4, h, 48).bfloat16() for h in (4, 2, 2))
-    keys, values = torch.randn(2, 4, 200, 2, 48).bfloat16()
-    run = lambda: kernels.decode_attention(q, k, v, keys, values, torch.full((4,), 199))
-    add("decode_attention", "forward", run, [], size(q, q, k, v, keys, values), note="a sequence's last token is at position 199")
+    cache = torch.randn(2, 4, 200, 2, 48).bfloat16()
+    run = lambda: kernels.decode_attention(q, k, v, cache[0], cache[1], torch.full((4,), 199))
+    add("decode_attention", "forward", run, [], size(q, q, k, v, cache), note="a sequence's last token is at position 199")
 
     q, k, v = (leaf(1, 256, 2, 48) for _ in range(3))
     blocks = [launch_options(f"flash_attention_{name}", q, head_dim=48, itemsize=2) for name in ("fwd", "bwd_dq", "bwd_dkv")]
