@@ -1,14 +1,12 @@
 """The results of an evaluation as files: evaluate.json, and evaluate.html, a page that makes no network request."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from ..common.charts import render_page
-from ..common.files import atomic_file
 from ..data.shards import evenly
-from .sweep_page import csp_hash
+from .sweep_page import csp_hash, write_json_and_page
 
 SHOWN = 60  # instructions whose stories are on the page
 KINDS = {
@@ -97,8 +95,4 @@ def page(report: dict) -> str:
 
 
 def write_evaluation(report: dict, json_path: Path, html_path: Path) -> None:
-    """Write both files. A report that cannot be written as JSON (ValueError) or as a page leaves earlier files unchanged."""
-    as_json = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for path, text in ((html_path, page(report)), (json_path, as_json)):
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_json_and_page(report, page, json_path, html_path, indent=1)

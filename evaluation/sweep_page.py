@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,9 +72,13 @@ def page(report: dict) -> str:
     )
 
 
-def write_sweep(report: dict, json_path: Path, html_path: Path) -> None:
+def write_json_and_page(report: dict, page: Callable[[dict], str], json_path: Path, html_path: Path, *, indent: int) -> None:
     """Write both files. A report that cannot be written as JSON (ValueError) or as a page leaves earlier files unchanged."""
-    as_json = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    as_json = json.dumps(report, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     for path, text in ((html_path, page(report)), (json_path, as_json)):
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_sweep(report: dict, json_path: Path, html_path: Path) -> None:
+    write_json_and_page(report, page, json_path, html_path, indent=2)

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 from statistics import median
 
@@ -215,7 +215,8 @@ class NativeForward:
         tables = [self._pointer(t, fp32, c.context, c.head_dim // 2) for t in (model.cos, model.sin)]
         tables = [self._pointer(model.norm, fp32, c.width), *tables]
         self._model = _Model(*sizes, dtype == torch.bfloat16, c.norm_eps, *pointers, *tables, layers)
-        self._threads: dict[int, ThreadChoice] = {}  # by the number of bits of the number of tokens
+        # By the number of bits of the number of tokens.
+        self._threads: dict[int, ThreadChoice] = defaultdict(lambda: ThreadChoice(torch.get_num_threads()))
         self._cache_shape = (c.n_layer, 2, c.n_kv_head, c.head_dim)
         self._vocab_size, self._scratch, self._logits = c.vocab_size, torch.empty(0), torch.empty(0)
 
@@ -233,7 +234,7 @@ class NativeForward:
 
         The index tensors are int64 on the CPU. Raises ValueError if one is out of range or a tensor has another form."""
         n, n_last = len(tokens), len(last)
-        threads = self._threads.setdefault(n.bit_length(), ThreadChoice(torch.get_num_threads()))
+        threads = self._threads[n.bit_length()]
         n_thread = threads.n_thread
         for name, t in {"tokens": tokens, "rows": rows, "positions": positions, "last": last}.items():
             if t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (n_last if name == "last" else n,) or not t.is_contiguous():
