@@ -26,7 +26,6 @@ class ForeignTokenizer(Tokenizer):
         backend.no_padding()
         backend.no_truncation()
         self._backend, self.eot_id, self.pad_id, self.bos_id, self.is_chat = backend, eot_id, pad_id, bos_id, False
-        self.im_start_id = self.im_end_id = -1  # no id
         vocab, model = backend.get_vocab(), json.loads(backend.to_str())
         special = {token.get("id") for token in model["added_tokens"] if token.get("special")}
         bytes_of, is_byte_level = _byte_of_character(), '"ByteLevel"' in json.dumps([model.get("pre_tokenizer"), model.get("decoder")])

@@ -178,6 +178,11 @@ class Tokenizer:
             temporary.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text. Only a model for conversations has learnt `<|im_end|>`, its last one."""
+        return (self.eot_id, self.im_end_id) if self.is_chat else (self.eot_id,)
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """The ids that `save_model` writes."""
         ids = {"eos_token_id": self.eot_id, "pad_token_id": self.pad_id}

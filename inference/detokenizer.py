@@ -32,7 +32,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that one more token completes, often empty. Sets `finish_reason` if the sequence ends here."""
-        if token in (self._tokenizer.eot_id, self._tokenizer.im_end_id):
+        if token in self._tokenizer.end_ids:
             self.finish_reason = "end"
         else:
             self._tokens.append(token)

@@ -164,12 +164,13 @@ def newton_schulz(g: Tensor, *, coefficients: tuple[float, float, float], steps:
     https://kellerjordan.github.io/posts/muon/). With its coefficients singular values converge to 0.7 … 1.2."""
     a, b, c = coefficients
     is_tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if is_tall else g
+    x = (g.mT if is_tall else g).reshape(-1, min(g.shape[-2:]), max(g.shape[-2:]))
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram², rounded once
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
+    return (x.mT if is_tall else x).reshape(g.shape)
 
 
 def attention_mask(n_query: int, n_key: int, *, is_causal: bool, window: int | None, cu_seqlens: Tensor | None, device) -> Tensor | None:

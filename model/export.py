@@ -107,7 +107,7 @@ def export_litgpt(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     with atomic_folder(out) as folder:
         torch.save(litgpt_state(model), folder / "lit_model.pth")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(litgpt_config(c), sort_keys=False), encoding="utf-8")
-        tokens = {"eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
+        tokens = {"eos_token_id": tokenizer.end_ids[-1], "pad_token_id": tokenizer.pad_id}
         write_json(folder / "config.json", hf_config(c, **tokens))
         write_json(folder / "generation_config.json", {"bos_token_id": tokenizer.eot_id, **tokens})
         tokenizer.save(folder, context=c.context)
@@ -258,7 +258,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, out: Path, *, name: str) -> No
         writer.add_token_scores(scores)
         writer.add_token_types(types)
         writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with `<|endoftext|>`
-        writer.add_eos_token_id(tokenizer.eot_id)
+        writer.add_eos_token_id(tokenizer.end_ids[-1])
         writer.add_pad_token_id(tokenizer.pad_id)
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)

@@ -1,4 +1,4 @@
-"""Shared by all tests: kernels decorated for Triton's interpreter, a printed seed, and a finished tiny run.
+"""Shared by all tests: kernels decorated for Triton's interpreter, a seed for each test, and a finished tiny run.
 
 Without a GPU the kernels are imported for Triton's interpreter before any test module imports them (harness/interpreter.py). The
 environment does not change: all other tests, and the processes they start, use the PyTorch path. A kernel test requests the fixture
@@ -11,6 +11,7 @@ With a GPU the kernel tests run natively. All other tests and all child processe
 import importlib
 import os
 import sys
+import zlib
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: the workers share the cores. This must happen before torch counts its threads
@@ -26,7 +27,7 @@ from runs import train
 from tests.kernels.harness.interpreter import interpret_kernels
 
 # No shrinking: in the interpreter it would repeat a failing case some hundred times, for minutes.
-settings.register_profile("tritale", deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+settings.register_profile("tritale", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 settings.load_profile("tritale")
 
 if torch.cuda.is_available():
@@ -41,8 +42,8 @@ SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixt
 
 
 def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="draw other random numbers in all tests")
     parser.addoption("--null-gpu", action="store_true", help="also run tests/nullgpu, with PyTorch's CUDA build (docs/gpu.md)")
-
     parser.addoption("--signals", type=int, default=1, help="signals that each test of tests/training/test_disturbed.py sends to a run")
 
 
@@ -78,11 +79,10 @@ def isolated(request, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def seed() -> int:
-    """A fresh seed, set in torch and printed so that a failure can be reproduced."""
-    value = torch.seed() % 2**32
-    print(f"seed {value}")
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """The seed of torch's random numbers: the same in every run of a test, another for each test and each `--seed`."""
+    value = zlib.crc32(f"{request.node.nodeid} {request.config.option.seed}".encode())
     torch.manual_seed(value)
     return value
 

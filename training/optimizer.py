@@ -74,6 +74,7 @@ class Muon(torch.optim.Muon):
                 results = newton_schulz([updates[i] for i in places], factors, **options)
             else:
                 x = reference.newton_schulz(torch.stack([updates[i] for i in places]).to(self.dtype), **options)
+                x = x.contiguous()  # _fused_sgd_ on a CPU takes no strides into account
                 results = (x.to(updates[0].dtype) * (0.2 * math.sqrt(max(shape)))).unbind()
             for i, result in zip(places, results, strict=True):
                 directions[i] = result

@@ -157,7 +157,7 @@ def test_report_rejects_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("op", ops.CONTENDERS)
-def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_found(op, seed):
+def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_found(op):
     case = ops.case(op, "tiny", "fp32")
     definition = case.functions[ops.REFERENCE]
     grads = ops.output_gradients(definition, case.inputs)
@@ -174,7 +174,7 @@ def test_contenders_compute_what_the_reference_does_and_a_wrong_one_is_found(op,
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_fused_loss_without_the_softmax_in_its_gradient_is_found(dtype, seed):
+def test_a_fused_loss_without_the_softmax_in_its_gradient_is_found(dtype):
     case = ops.case("linear_cross_entropy", "tiny", dtype)
     grads = [torch.ones(())]
     want = ops.exact(case.functions[ops.REFERENCE], case.inputs, grads)

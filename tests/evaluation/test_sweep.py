@@ -126,7 +126,7 @@ def test_each_nth_checkpoint_and_the_last_are_taken(tmp_path):
         every_nth(checkpoints, 0)
 
 
-def test_part_of_a_split_is_judged_like_the_split(tiny_run, seed):
+def test_part_of_a_split_is_judged_like_the_split(tiny_run):
     llm, split = LLM.load(tiny_run / "step-00000006", device="cpu"), Split.open(tiny_run / "data" / "validation")
     sizes = {"context": 64, "micro_batch": 2, "document_mask": True}
     assert part(split, llm.tokenizer, split.n_documents) is split
@@ -177,7 +177,7 @@ def test_the_sentence_names_the_step_from_which_repetition_stays_low():
     )
 
 
-def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run, seed):
+def test_a_looping_model_is_told_from_one_that_writes_stories(tiny_run):
     sweep = Sweep(TrainedRun.open(tiny_run), prompts=["小兔"], samples=1, sampling=Sampling(max_new_tokens=4))
     real = sweep.run.split("train", sweep.llm.tokenizer)
     text = sweep.llm.tokenizer.decode(real.document(5).tolist())

@@ -18,7 +18,7 @@ SETTINGS = [
 
 
 @pytest.fixture(params=SHAPES)
-def model(request, seed) -> GPT:
+def model(request) -> GPT:
     """Large random weights, so that the logits differ clearly."""
     model = GPT(GPTConfig.preset("tiny", n_head=4, n_kv_head=2, head_dim=14, **SHAPES[request.param])).requires_grad_(False).eval()
     for p in model.parameters():
@@ -95,7 +95,7 @@ def test_weights_that_are_not_finite_are_named(temperature, model, on_gpu):
 
 
 @pytest.mark.parametrize("n_token", [50, 5000])
-def test_the_device_draws_what_the_cpu_draws(n_token, seed):
+def test_the_device_draws_what_the_cpu_draws(n_token):
     """The definition of `sample` with the CPU's choice, for each filter."""
     filters = [
         {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}, {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.0},

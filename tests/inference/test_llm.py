@@ -52,7 +52,7 @@ SHAPES = {"mistral": {"window": 20}, "qwen3": {"qk_norm": True, "tie_embeddings"
 
 
 @pytest.fixture(params=SHAPES)
-def folder(request, tmp_path, tokenizer, seed):
+def folder(request, tmp_path, tokenizer):
     """Both architectures: Mistral with a window, Qwen3 with QK-norm."""
     return save(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
 
@@ -76,7 +76,7 @@ def llm(folder, path) -> LLM:
 
 
 @pytest.mark.parametrize("form", ["trained", "mistral", "qwen3"])
-def test_greedy_tokens_are_those_of_transformers(form, request, tmp_path, tokenizer, monkeypatch, seed):
+def test_greedy_tokens_are_those_of_transformers(form, request, tmp_path, tokenizer, monkeypatch):
     """20 prompts in one batch; a trained checkpoint, and both architectures with random weights."""
     transformers = pytest.importorskip("transformers")
     if form == "trained":
@@ -157,7 +157,7 @@ def test_20000_first_tokens_are_distributed_as_in_transformers(name, tmp_path, t
 
 @pytest.mark.parametrize("vocab_size", [50, 5000])  # below and above FIRST_LOOK
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "repetition_penalty"])
-def test_filters_keep_what_transformers_keeps(name, vocab_size, seed):
+def test_filters_keep_what_transformers_keeps(name, vocab_size):
     settings = OFF | FILTERS[name] | {"repetition_penalty": 1.0}
     for spread in (0.1, 2.0, 6.0):  # nearly flat to nearly certain
         logits = torch.randn(4, vocab_size) * spread
@@ -168,7 +168,7 @@ def test_filters_keep_what_transformers_keeps(name, vocab_size, seed):
         torch.testing.assert_close(p, expected, atol=2e-3 / vocab_size if spread < 1 else 1e-5, rtol=1e-4)
 
 
-def test_tokens_as_likely_as_the_kth_stay(seed):
+def test_tokens_as_likely_as_the_kth_stay():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
     p, ids = candidates(logits, temperature=1.0, top_k=2, top_p=1.0, min_p=0.0)
     assert ids is not None
@@ -177,7 +177,7 @@ def test_tokens_as_likely_as_the_kth_stay(seed):
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-300])
-def test_a_temperature_near_0_draws_the_likeliest_token(temperature, seed):
+def test_a_temperature_near_0_draws_the_likeliest_token(temperature):
     logits = torch.randn(4, 50) * 30
     for top_k in (None, 5):
         p, ids = candidates(logits, temperature=temperature, top_k=top_k, top_p=1.0, min_p=0.0)
@@ -203,7 +203,7 @@ def test_more_prompts_than_slots_give_the_same_completions(llm, monkeypatch, see
     assert llm.complete(prompts, seed=seed, max_new_tokens=12) == expected
 
 
-def test_adding_and_removing_sequences_does_not_change_the_others(llm, seed):
+def test_adding_and_removing_sequences_does_not_change_the_others(llm):
     prompts = [llm.tokenizer.encode(p, bos=True) for p in random_prompts(12)]
     alone = []
     for ids in prompts:
@@ -228,7 +228,7 @@ def test_adding_and_removing_sequences_does_not_change_the_others(llm, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_logits_match_pytorch_and_do_not_depend_on_the_batch(dtype, folder, seed):
+def test_native_logits_match_pytorch_and_do_not_depend_on_the_batch(dtype, folder):
     if problem := native.problem():
         pytest.skip(problem)
     llm = LLM.load(folder, device="cpu", dtype=dtype)
@@ -246,7 +246,7 @@ def test_native_logits_match_pytorch_and_do_not_depend_on_the_batch(dtype, folde
 
 
 @pytest.mark.parametrize("n_col", [1, 7, 8, 1001])
-def test_native_argmax_is_the_first_of_the_largest(n_col, seed):
+def test_native_argmax_is_the_first_of_the_largest(n_col):
     if problem := native.problem():
         pytest.skip(problem)
     logits = torch.randn(5, n_col + 3)[:, :n_col]
@@ -313,6 +313,17 @@ def test_a_character_of_several_bytes_is_returned_whole(tokenizer):
     assert "".join(pieces_of(tokenizer, tokens[:5], max_new_tokens=5)) == "龘"
 
 
+def test_only_a_model_for_conversations_ends_at_its_end_of_a_message(tokenizer):
+    """transformers ends a text of a model at the ids in its generation_config.json, which names `<|im_end|>` for conversations alone."""
+    chat = Tokenizer.train((story(1, i).text for i in range(50)), 400)
+    chat.is_chat = True
+    for model, ends in ((tokenizer, [0]), (chat, [0, 2])):
+        reasons = {token: Detokenizer(model, Sampling(), 1, 100) for token in range(4)}
+        for token, detokenizer in reasons.items():
+            detokenizer.push(token)
+        assert [token for token, detokenizer in reasons.items() if detokenizer.finish_reason == "end"] == ends
+
+
 def test_a_completion_ends_before_a_stop_string(llm, seed):
     settings = {"max_new_tokens": 40, "seed": seed, "temperature": 1.0, "top_k": None}
     text = llm.generate("小兔", **settings)
@@ -371,7 +382,7 @@ def test_a_seed_repeats_and_seeds_differ(llm, seed):
 # --- Likelihood ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_perplexity_is_that_of_a_plain_computation(llm, seed):
+def test_perplexity_is_that_of_a_plain_computation(llm):
     for text in ("小兔子说：“天气真好。”", "a", story(3, 5).text[:40]):
         ids = torch.tensor([llm.tokenizer.encode(text, bos=True)])
         nll = F.cross_entropy(llm.model(ids[:, :-1])[0].double(), ids[0, 1:], reduction="sum").item()
@@ -380,7 +391,7 @@ def test_perplexity_is_that_of_a_plain_computation(llm, seed):
 
 
 @pytest.mark.parametrize("n", [64, 65, 95, 96, 97, 200])  # tokens to predict; the context is 64
-def test_a_long_text_is_read_in_windows_half_a_context_apart(n, llm, seed):
+def test_a_long_text_is_read_in_windows_half_a_context_apart(n, llm):
     text = "".join(string.ascii_letters[i] for i in torch.randint(52, (n,)).tolist())  # one token per letter
     ids = torch.tensor(llm.tokenizer.encode(text, bos=True))
     assert len(ids) == n + 1
@@ -512,7 +523,7 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, monkeypatch):
     assert kept[0].read_bytes() == complete
 
 
-def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder, seed):
+def test_it_compiles_for_an_x86_without_avx(tmp_path, monkeypatch, folder):
     if native.problem() or platform.machine() != "x86_64":
         pytest.skip("not an x86 with a compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -631,7 +642,7 @@ def test_model_is_a_keyword_and_a_run_means_its_newest_checkpoint(tmp_path, toke
     assert torch.equal(LLM.load(model=str(tmp_path / "run"), device="cpu").model.embedding, newest.model.embedding)
 
 
-def test_top_p_0_takes_the_most_likely_token(llm, seed):
+def test_top_p_0_takes_the_most_likely_token(llm):
     prompts = random_prompts(5)
     expected = llm.generate(prompts, temperature=0, max_new_tokens=12)
     assert llm.generate(prompts, temperature=0.8, top_p=0, top_k=30, max_new_tokens=12) == expected

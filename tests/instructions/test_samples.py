@@ -52,7 +52,7 @@ def test_every_story_meets_what_it_was_asked_for_and_no_story_is_in_both_splits(
     assert any(order[::-1] in orders for order in orders)
 
 
-def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in, seed):
+def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in):
     known = {story(7, i).text for i in range(300)}
     train, held_out = open_stories(built_in)
     assert not known & {held_out.get(i)[0] for i in range(100)}

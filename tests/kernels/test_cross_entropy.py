@@ -15,7 +15,7 @@ from tritale.kernels.common import tanh
 from tritale.kernels.cross_entropy import cross_entropy
 from tritale.kernels.triton_compat import jit, tl
 
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 quick = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SMALL = {"BLOCK_N": 2, "BLOCK_V": 16}  # several programs, and several turns of each loop, at small shapes

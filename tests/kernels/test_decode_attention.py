@@ -6,7 +6,6 @@ import torch
 from tests.kernels.harness import check_memory, check_numbers
 from tritale.kernels import decode_attention, reference
 
-pytestmark = pytest.mark.usefixtures("seed")
 # (sequences, heads, heads of keys, head_dim, entries of a row, window): one program's keys are divided if there are few sequences.
 SHAPES = [
     (1, 1, 1, 16, 1, None), (1, 1, 1, 48, 600, None), (1, 8, 2, 20, 300, None), (2, 3, 3, 14, 37, 1), (3, 6, 2, 64, 70, 33),

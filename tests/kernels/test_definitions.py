@@ -10,13 +10,6 @@ from tritale import kernels
 from tritale.kernels import reference
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = torch.seed() % 2**32
-    print(f"seed {value}")
-    torch.manual_seed(value)
-
-
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 

@@ -93,7 +93,6 @@ OPTIONS = {
 options_strategy = st.sampled_from(list(OPTIONS.values()))
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("dtype", DTYPES)
 @quick
 @given(
@@ -112,7 +111,6 @@ def test_errors_are_at_most_twice_those_of_pytorch(device, dtype, n_query, n_key
         check_numbers(triton_attention, plain_attention, [q, k, v], gradient_terms=gradient_terms(q, k, v, options.get("scale")), **options)
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("dtype", DTYPES)
 @quick
 @given(
@@ -130,7 +128,6 @@ def test_packed_documents_have_the_errors_of_pytorch(device, dtype, lengths, hea
         )  # fmt: skip
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("head_dim", [16, 24, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256])
 def test_every_head_size_is_exact_in_float64(device, head_dim):
     q, k, v = heads(device, 35, 35, 2, 1, head_dim)
@@ -138,7 +135,6 @@ def test_every_head_size_is_exact_in_float64(device, head_dim):
         check_numbers(triton_attention, reference.flash_attention, [q, k, v], factor=4.0)
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("block_m, block_n", [(16, 64), (64, 16)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, block_n, name):
@@ -152,7 +148,6 @@ def test_every_option_is_exact_in_float64_whatever_the_blocks(device, block_m, b
             )  # fmt: skip
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n != "scale of zero"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_in_float64(device, name, packed):
@@ -172,7 +167,6 @@ def packed_qkv(device, n_query, n_head, n_kv_head, head_dim, dtype):
     return [t.requires_grad_() for t in qkv.split((n_head, n_kv_head, n_kv_head), dim=2)]
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("name, head_dim", [("causal", 20), ("everything", 48), ("window", 16), ("all", 48)])  # one, masked, two tiles
 def test_touches_only_its_tensors_in_any_order(device, name, head_dim):
     dtype = torch.float32
@@ -187,7 +181,6 @@ def test_touches_only_its_tensors_in_any_order(device, name, head_dim):
         check_memory(lambda *t: torch.ops.tritale.flash_attention(*t, **options)[0], [*packed, *ends])
 
 
-@pytest.mark.usefixtures("seed")
 def test_heads_that_do_not_lie_side_by_side(device):
     q, k, v = (randn(1, 16, 2, 20, device=device, dtype=torch.float32) for _ in range(3))
     turned = [t.detach().transpose(1, 3).requires_grad_() for t in (q, k, v)]  # (1, D, H, T) read as (1, T, H, D)
@@ -195,7 +188,6 @@ def test_heads_that_do_not_lie_side_by_side(device):
     check_numbers(triton_attention, plain_attention, turned)
 
 
-@pytest.mark.usefixtures("seed")
 def test_offsets_of_heads_pass_32_bits(device):
     stride, n = 2**30, 3  # as in a cache (B, H, S, D): the third head starts at element 2³¹; only the touched pages are real
     far = torch.empty(2 * stride + 16 * n, dtype=torch.float16, device=device).as_strided((1, n, 3, 16), (0, 16, stride, 1))
@@ -211,7 +203,6 @@ def test_offsets_of_heads_pass_32_bits(device):
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, (q, k), grad), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.usefixtures("seed")
 def test_a_query_without_keys_gives_zero_and_no_gradient(device):
     q, k, v = heads(device, 40, 7, 2, 2, 16, torch.float32)
     with blocks(16, 16):
@@ -224,7 +215,6 @@ def test_a_query_without_keys_gives_zero_and_no_gradient(device):
     assert (out == 0).all() and (torch.autograd.grad(out.sum(), q)[0] == 0).all()
 
 
-@pytest.mark.usefixtures("seed")
 def test_scores_a_thousand_apart_do_not_overflow(device):
     q, k, v = heads(device, 40, 40, 1, 1, 16, torch.float32, scale=30.0)
     with blocks(16, 16):
@@ -235,7 +225,6 @@ def test_scores_a_thousand_apart_do_not_overflow(device):
     torch.testing.assert_close(equal, v.mean(1, keepdim=True).expand_as(equal), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usefixtures("seed")
 def test_the_grid_does_not_depend_on_the_documents(device):
     if device == "cuda":
         pytest.skip("grids are recorded in the interpreter")
@@ -262,7 +251,6 @@ def pairs_walked(n_query, n_key, block, is_causal=True, window=None, lengths=Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize(
     "options", [{}, {"is_causal": False}, {"window": 20}, {"lengths": [50, 7, 64, 23]}, {"window": 20, "lengths": [50, 7, 64, 23]}],
     ids=lambda o: "-".join(o) or "causal",
@@ -291,7 +279,6 @@ def test_traffic_is_its_formula(device, options):
     assert backward["stored"] == tensor + vector + 2 * n * n_kv_head * row
 
 
-@pytest.mark.usefixtures("seed")
 def test_ops_pass_opcheck(device):
     q, k, v = heads(device, 19, 19, 2, 1, 16, torch.float32)
     start, end = (t.to(device, torch.int32) for t in (torch.tensor([0] * 7 + [7] * 12), torch.tensor([7] * 7 + [19] * 12)))
@@ -302,7 +289,6 @@ def test_ops_pass_opcheck(device):
         torch.library.opcheck(torch.ops.tritale.flash_attention_backward, (torch.randn_like(out), *plain, out, lse, *options))
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_whole_equals_eager(device, packed):
     q, k, v = heads(device, 24, 24, 4, 2, 16, torch.float32)
@@ -319,7 +305,6 @@ def test_compiled_whole_equals_eager(device, packed):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.usefixtures("seed")
 def test_autocast_makes_it_half_precision(device):
     q, k, v = heads(device, 20, 20, 2, 1, 16, torch.float32)
     with torch.autocast(device, torch.bfloat16):
@@ -328,7 +313,6 @@ def test_autocast_makes_it_half_precision(device):
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
 
-@pytest.mark.usefixtures("seed")
 def test_second_derivative_says_what_to_do(device):
     q, k, v = heads(device, 4, 4, 1, 1, 16, torch.float32)
     (dq,) = torch.autograd.grad(triton_attention(q, k, v).square().sum(), q, create_graph=True)
@@ -362,7 +346,6 @@ def test_auto_takes_no_kernel_that_the_architecture_cannot_run_well(monkeypatch)
     assert choose("sm_90", is_cuda=False, device=torch.device("cpu")) == "sdpa"
 
 
-@pytest.mark.usefixtures("seed")
 def test_backends_agree(device):
     q, k, v = heads(device, 33, 33, 4, 2, 20)
     documents = {"cu_seqlens": bounds([10, 23], device)}
@@ -376,7 +359,6 @@ def test_backends_agree(device):
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.usefixtures("seed")
 def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):
     """The package stands in as the definition behind its documented arguments: window (left, right), causal, cu_seqlens per side."""
 

@@ -15,7 +15,6 @@ from tests.kernels.harness import Recorder
 from tritale.kernels import patch_transformers, unpatch
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("seed")
 
 SHAPE = dict(vocab_size=60, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40, use_cache=False)
 CONFIGS = {  # heads × head size is not the width, where the architecture allows it

@@ -16,7 +16,7 @@ from tritale.kernels import backend, launch, reference
 from tritale.kernels.linear_cross_entropy import IGNORED, chunk_rows, linear_cross_entropy
 
 module = importlib.import_module("tritale.kernels.linear_cross_entropy")  # its name in the package is the function's
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = ["chunk", "recompute"]
 quick = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])

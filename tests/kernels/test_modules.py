@@ -9,8 +9,6 @@ from torch import nn
 
 from tritale.kernels import LinearCrossEntropy, RMSNorm, RotaryEmbedding, SwiGLU, reference
 
-pytestmark = pytest.mark.usefixtures("seed")
-
 
 @pytest.fixture(params=["torch", "triton"])
 def where(request) -> str:

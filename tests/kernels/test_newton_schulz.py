@@ -32,8 +32,9 @@ def test_error_is_that_of_the_definition(device, steps, scale):
     updates, factors = draw(device, scale=scale), tuple(0.1 * (i + 1) for i in range(len(SHAPES)))
     results = newton_schulz(updates, factors, steps=steps, **OPTIONS)
     assert [r.shape for r in results] == [u.shape for u in updates] and all(r.dtype == torch.float32 for r in results)
-    for mine, theirs, largest in errors(results, updates, factors, steps):
-        assert mine <= 2 * theirs + 2**-8 * largest
+    found = list(errors(results, updates, factors, steps))
+    assert all(mine <= 2 * theirs + 2**-6 * largest for mine, theirs, largest in found)
+    assert sum(mine / largest for mine, _, largest in found) <= 1.5 * sum(theirs / largest for _, theirs, largest in found)
 
 
 def test_singular_values_come_close_to_one(device):

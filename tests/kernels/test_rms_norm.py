@@ -12,7 +12,7 @@ from tests.kernels.harness import check_memory, check_numbers, traffic
 from tritale.kernels import launch, reference
 from tritale.kernels.rms_norm import add_rms_norm, rms_norm
 
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

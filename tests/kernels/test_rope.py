@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.kernels.harness import Recorder, check_memory, check_numbers, guarded_outputs, traffic
 from tritale.kernels import backend, launch, qk_norm_rope, reference, rope
 
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shapes = {

@@ -6,7 +6,6 @@ import torch
 from tests.kernels.harness import check_memory
 from tritale.kernels import launch, reference, sample
 
-pytestmark = pytest.mark.usefixtures("seed")
 OFF = {"temperature": 1.0, "top_k": torch.inf, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0}
 SETTINGS = [
     {}, {"temperature": 0.0, "penalty": 1.2}, {"temperature": 0.6}, {"temperature": 1e-40}, {"top_p": 0.0}, {"top_k": 1}, {"top_k": 12},

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.kernels.harness import check_memory, check_numbers, traffic
 from tritale.kernels import geglu, launch, reference, swiglu
 
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 PAIRS = [(swiglu, reference.swiglu), (geglu, reference.geglu)]
 quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

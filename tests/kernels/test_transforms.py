@@ -7,7 +7,7 @@ from torch.func import grad, jvp, vmap
 from tritale import kernels
 from tritale.kernels import backend, reference
 
-pytestmark = pytest.mark.usefixtures("device", "seed")
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def cases():

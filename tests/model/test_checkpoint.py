@@ -34,7 +34,7 @@ def write(folder, model):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hugging_face_gives_the_same_logits(shape, tmp_path, seed):
+def test_hugging_face_gives_the_same_logits(shape, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = random_model(**SHAPES[shape])
     assert model.config.n_head * model.config.head_dim != model.config.width
@@ -46,7 +46,7 @@ def test_hugging_face_gives_the_same_logits(shape, tmp_path, seed):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loading_gives_the_same_model(shape, tmp_path, seed):
+def test_loading_gives_the_same_model(shape, tmp_path):
     model = random_model(**SHAPES[shape])
     again = load_model(write(tmp_path / "m", model))
     assert again.config == model.config
@@ -59,7 +59,7 @@ def test_loading_gives_the_same_model(shape, tmp_path, seed):
     assert (half.head is half.embedding) == model.config.tie_embeddings
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint_complete(tmp_path, seed):
+def test_a_failed_save_leaves_the_earlier_checkpoint_complete(tmp_path):
     model = random_model()
     folder = write(tmp_path / "m", model)
     with pytest.raises(OSError, match="No space"), atomic_folder(folder) as temporary:
@@ -172,7 +172,7 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path, seed):
 
 @pytest.mark.parametrize("damage", ["empty", "missing", "half", "other"])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "checksums.json"])
-def test_a_damaged_file_is_found_by_its_checksum(name, damage, tmp_path, seed):
+def test_a_damaged_file_is_found_by_its_checksum(name, damage, tmp_path):
     folder = write(tmp_path / "m", random_model())
     write_checksums(folder)
     path = folder / name

@@ -48,7 +48,7 @@ def checkpoint(folder, tokenizer, **changes):
 
 
 @pytest.fixture(params=list(SHAPES))
-def model_folder(request, tmp_path, tokenizer, seed):
+def model_folder(request, tmp_path, tokenizer):
     return checkpoint(tmp_path / "step-00000001", tokenizer, **SHAPES[request.param])
 
 
@@ -70,7 +70,7 @@ def test_litgpt_loads_the_export_and_gives_the_same_logits(model_folder, tmp_pat
     torch.testing.assert_close(found, ours, atol=1e-3, rtol=0)
 
 
-def test_the_lines_of_a_litgpt_user_run_on_the_export(tmp_path, tokenizer, seed):
+def test_the_lines_of_a_litgpt_user_run_on_the_export(tmp_path, tokenizer):
     litgpt = pytest.importorskip("litgpt", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
     out = tmp_path / "step-00001000"
     ours = LLM.load(checkpoint(tmp_path / "step-00000001", tokenizer), device="cpu")
@@ -182,7 +182,7 @@ def varied_strings(n: int) -> list[str]:
     return ["".join(choose(1 + i % 12)) for i in range(n)]
 
 
-def test_transformers_gives_the_same_ids_for_1000_strings(tmp_path, tokenizer, english, seed):
+def test_transformers_gives_the_same_ids_for_1000_strings(tmp_path, tokenizer, english):
     transformers = pytest.importorskip("transformers")
     for name, ours in (("chinese", tokenizer), ("english", english)):
         theirs = transformers.AutoTokenizer.from_pretrained(checkpoint(tmp_path / name, ours))
@@ -192,7 +192,7 @@ def test_transformers_gives_the_same_ids_for_1000_strings(tmp_path, tokenizer, e
             assert theirs.decode(ids[1:], clean_up_tokenization_spaces=False) == text
 
 
-def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenizer, english, seed):
+def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenizer, english):
     """They are ours but for ▁ and for words after several spaces, which `check_gguf` reports."""
     pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed (pip install xllamacpp)")
     pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
@@ -211,7 +211,7 @@ def test_llama_cpp_gives_the_ids_of_gguf_ids_for_1000_strings(tmp_path, tokenize
         assert n_equal > 700
 
 
-def test_llama_cpp_chats_as_we_do(tmp_path, tokenizer, seed):
+def test_llama_cpp_chats_as_we_do(tmp_path, tokenizer):
     """Its chat endpoint uses the exported template: the same ids before the answer, and the same answer."""
     pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed (pip install xllamacpp)")
     pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
@@ -266,7 +266,7 @@ def test_a_program_that_cannot_be_imported_is_named(model_folder, tmp_path, monk
         check_litgpt(tmp_path / "litgpt", LLM.load(model_folder).model, Tokenizer.load(model_folder), [])
 
 
-def test_an_export_that_is_not_possible_is_refused(tmp_path, tokenizer, seed):
+def test_an_export_that_is_not_possible_is_refused(tmp_path, tokenizer):
     folder, out = checkpoint(tmp_path / "step-00000001", tokenizer, window=8), tmp_path / "there"
     out.mkdir()
     with pytest.raises(SystemExit, match="exists and is not overwritten"):
@@ -282,7 +282,7 @@ def test_an_export_that_is_not_possible_is_refused(tmp_path, tokenizer, seed):
         main(["export", str(tmp_path / ".step-00000002.0123abcd.tmp"), "--to", "litgpt", "--out", str(tmp_path / "lit")])
 
 
-def test_a_missing_package_gguf_is_named(tmp_path, tokenizer, seed, monkeypatch):
+def test_a_missing_package_gguf_is_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(SystemExit, match="pip install gguf"):
         main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "model.gguf")])
@@ -305,7 +305,7 @@ def test_strings_that_llama_cpp_encodes_differently_are_reported(tmp_path, token
     assert "WARNING" not in check_gguf(tmp_path / "chinese.gguf", model, tokenizer, usual)
 
 
-def test_the_gguf_file_has_a_template_that_changes_nothing(tmp_path, tokenizer, seed):
+def test_the_gguf_file_has_a_template_that_changes_nothing(tmp_path, tokenizer):
     jinja2 = pytest.importorskip("jinja2")
     main(["export", str(checkpoint(tmp_path / "m", tokenizer)), "--to", "gguf", "--out", str(tmp_path / "m.gguf")])
     template = jinja2.Template(read_gguf(tmp_path / "m.gguf")[0]["tokenizer.chat_template"])

@@ -24,7 +24,7 @@ def test_microstories_has_the_architecture_of_the_series():
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_packed_documents_give_the_same_logits_as_alone(qk_norm, seed):
+def test_packed_documents_give_the_same_logits_as_alone(qk_norm):
     model, tokens = small(qk_norm=qk_norm, context=32), torch.randint(512, (1, 40))  # longer than the context in total
     cu_seqlens = torch.tensor([0, 7, 8, 31, 40, 40], dtype=torch.int32)
     packed = model(tokens, cu_seqlens=cu_seqlens)
@@ -34,7 +34,7 @@ def test_packed_documents_give_the_same_logits_as_alone(qk_norm, seed):
 
 
 @pytest.mark.parametrize("shape", [{}, {"window": 6}, {"qk_norm": True, "tie_embeddings": False}])
-def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
+def test_cached_steps_give_the_logits_of_one_pass(shape):
     """Three sequences of different lengths: first their beginnings in one pass, then one token of each per step."""
     model, tokens, lengths = small(**shape).requires_grad_(False), torch.randint(512, (3, 21)), (4, 9, 1)
     c = model.config
@@ -55,7 +55,7 @@ def test_cached_steps_give_the_logits_of_one_pass(shape, seed):
         torch.testing.assert_close(logits, expected[rows, positions])
 
 
-def test_loss_is_the_mean_of_the_logits_cross_entropy(seed):
+def test_loss_is_the_mean_of_the_logits_cross_entropy():
     model, tokens, targets = small(tie_embeddings=False), torch.randint(512, (2, 30)), torch.randint(512, (2, 30))
     targets[0, :9] = -100
     expected = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())

@@ -53,7 +53,7 @@ def save_foreign_tokenizer(folder, texts, kind: str) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("family, kind", [("Llama", "spaces"), ("Mistral", "spaces"), ("Qwen3", "byte-level")])
-def test_a_hugging_face_model_gives_the_same_completions(family, kind, texts, tmp_path, seed):
+def test_a_hugging_face_model_gives_the_same_completions(family, kind, texts, tmp_path):
     transformers = pytest.importorskip("transformers")
     source = tmp_path / "source"
     source.mkdir()
@@ -85,7 +85,7 @@ def test_a_hugging_face_model_gives_the_same_completions(family, kind, texts, tm
 
 
 @pytest.fixture
-def lit(tmp_path, seed):
+def lit(tmp_path):
     """(our model, a litgpt run with two equal checkpoints of it)"""
     tokenizer = Tokenizer.train([story(3, i).text for i in range(100)], 600)
     model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, n_head=4, n_kv_head=2, head_dim=14, tie_embeddings=False))
@@ -208,7 +208,7 @@ def test_a_run_is_imported_as_far_as_possible_and_continued(lit, tmp_path, capsy
     assert "step-00002000 exists and is kept" in said and "step-00001000 is written" in said
 
 
-def test_checkpoints_of_litgpt_itself_give_the_same_logits(texts, tmp_path, monkeypatch, seed):
+def test_checkpoints_of_litgpt_itself_give_the_same_logits(texts, tmp_path, monkeypatch):
     """Written by the function that `litgpt pretrain` uses, with the optimizer's state."""
     pretrain = pytest.importorskip("litgpt.pretrain", reason="litgpt is not installed (pip install --no-deps litgpt lightning)")
     from lightning.fabric import Fabric  # pyright: ignore[reportMissingImports] (optional)

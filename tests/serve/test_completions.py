@@ -81,7 +81,7 @@ def random_prompts(n: int) -> list[str]:
 # --- completions ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_text_is_that_of_LLM_generate(client, run, seed):
+def test_greedy_text_is_that_of_LLM_generate(client, run):
     prompts, llm = ["", *random_prompts(5)], LLM.load(run / "step-00000900", device="cpu")
     expected = llm.complete(prompts, temperature=0, max_new_tokens=40)
     answer = ask(client, model="step-00000900", prompt=prompts, temperature=0, max_tokens=40)

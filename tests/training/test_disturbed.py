@@ -233,7 +233,7 @@ def test_passed_over_steps_of_the_data_add_up():
     assert [progress.batch(i) for i in range(4)] == [0, 9, 10, 11]
 
 
-def test_a_spike_is_reported_and_a_falling_noisy_loss_is_not(seed):
+def test_a_spike_is_reported_and_a_falling_noisy_loss_is_not():
     health, noise = Health(), 0.05 * torch.randn(2000)
     for i in range(2000):
         health.add(float(2 + 5 * 0.99**i + noise[i]) + (1.0 if i in (1500, 1502) else 0.0), 1.0, threshold=6.0)

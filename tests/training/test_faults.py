@@ -255,7 +255,7 @@ def test_a_checkpoint_of_a_newer_format_is_not_resumed(file, key, copy):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "trainer/state.safetensors", "trainer/trainer.json"]
 )
-def test_a_flipped_bit_is_reported_and_the_checkpoint_before_it_used(name, copy, capsys, seed):
+def test_a_flipped_bit_is_reported_and_the_checkpoint_before_it_used(name, copy, capsys):
     path = copy / "step-00000006" / name
     data = bytearray(path.read_bytes())
     data[int(torch.randint(len(data), ()))] ^= 1 << int(torch.randint(8, ()))

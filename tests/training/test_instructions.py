@@ -151,7 +151,7 @@ def test_another_model_or_tokenizer_is_refused(tiny_run, instructions, tmp_path)
 # --- log-probabilities and preference training -------------------------------------------------------------------------------------------
 
 
-def test_token_log_probs_are_those_of_the_softmax(seed):
+def test_token_log_probs_are_those_of_the_softmax():
     x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     weight, token_weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((11, 7), (2, 5)))
     targets = torch.randint(11, (2, 5))
@@ -170,7 +170,7 @@ def draw_pairs(n: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("is_normalised", [False, True])
-def test_dpo_loss_is_its_formula(is_normalised, seed):
+def test_dpo_loss_is_its_formula(is_normalised):
     log_probs, reference, counts = draw_pairs()
     config = DPOConfig(beta=0.2, length_normalised=is_normalised, sft_weight=0.3)
     loss, sums = dpo_loss(log_probs, reference, counts, config)
@@ -187,7 +187,7 @@ def test_dpo_loss_is_its_formula(is_normalised, seed):
     torch.testing.assert_close((loss_of_padded.sum(), sums_of_padded), (loss.sum(), sums))
 
 
-def test_dpo_loss_is_that_of_trl(seed):
+def test_dpo_loss_is_that_of_trl():
     trainer = pytest.importorskip("trl").DPOTrainer
     log_probs, reference, counts = draw_pairs(50)
     theirs = object.__new__(trainer)

@@ -51,7 +51,7 @@ def step_of(tiny_run, **changes):
     return TrainingStep(planned, HERE), Batches(split, context=64, micro_batch=2, global_batch=4, seed=config.seed)
 
 
-def test_all_rates_rise_together_and_steps_are_made(tiny_run, seed):
+def test_all_rates_rise_together_and_steps_are_made(tiny_run):
     step, batches = step_of(tiny_run, optim__lr=0.01, optim__embedding_lr=0.03)
     before = [p.detach().clone() for p in step.model.parameters()]
     rates = []

@@ -187,14 +187,14 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_what_the_forward_pass_saves(shape, seed):
+def test_activations_are_what_the_forward_pass_saves(shape):
     p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=900), CPU)
     model = GPT(p.shape)
     assert saved_bytes(model, random_batch(p, 4)) == pytest.approx(expected_saved(p, 4), rel=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_of_the_gpu_path_are_what_the_forward_pass_saves(shape, seed, monkeypatch):
+def test_activations_of_the_gpu_path_are_what_the_forward_pass_saves(shape, monkeypatch):
     """bf16 through the ops of the Triton kernels, on fake tensors of the real shapes."""
     if not dispatch.has_triton() or torch.cuda.is_available():
         pytest.skip("needs the Triton ops on a CPU")
@@ -221,7 +221,7 @@ def allocated_peak(work) -> int:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab_size", [900, 20_000])
-def test_the_peak_of_a_step_is_within_a_tenth_of_the_estimate(shape, vocab_size, seed):
+def test_the_peak_of_a_step_is_within_a_tenth_of_the_estimate(shape, vocab_size):
     """Weights, gradients, optimizer state, activations, and the loss's chunk or one more gradient of the embedding, in a real step."""
     p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=vocab_size), CPU)
     batch, held = random_batch(p, 8), list[TrainingStep]()
