@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     context = ["--context", context_of(base)]
     data = args.data or data_of([base])
     folder = args.base.parent if is_checkpoint(args.base) else args.base
-    out = args.out or folder.with_name(f"{folder.name}-taught")
+    out = args.out or folder.parent / f"{folder.resolve().name}-taught"
     held_out, answers = out / "samples" / "held_out.jsonl", out / "answers"
     sft, last = (step_folder(out / name, n) for name, n in zip(("sft", "sft-best"), args.steps, strict=True))
 
