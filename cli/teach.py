@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> None:
         record["seconds"][name] = round(time.perf_counter() - began, 1)
         write_json(path, record)
     report = json.loads((out / "evaluation" / "evaluate.json").read_text(encoding="utf-8"))
-    report["stages"] = [(name, shlex.join(["tritale", *commands[name]]), seconds) for name, seconds in record["seconds"].items()]
+    done = [(name, shlex.join(["tritale", *commands[name]]), seconds) for name, seconds in record["seconds"].items()]
     with atomic_file(out / "teach.html") as temporary:
-        temporary.write_text(page(report), encoding="utf-8")
+        temporary.write_text(page(report, done), encoding="utf-8")
     minutes = sum(record["seconds"].values()) / 60
     console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}")
     console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。", markup=False)

@@ -33,10 +33,10 @@ def run(tmp_path_factory):
     write_split(folder / "stories" / "train", texts[:-80], tokenizer)
     write_split(folder / "stories" / "validation", texts[-80:], tokenizer)
     keys = {k: v for k, v in TINY.items() if not k.startswith(("data.", "train.max", "train.ch", "train.val"))}
-    keys |= {"train.global_batch": 16, "train.micro_batch": 16, "optim.lr": 0.01, "optim.embedding_lr": 0.03, "train.validate_every": 1000}
+    keys |= {"train.global_batch": 8, "train.micro_batch": 8, "optim.lr": 0.01, "optim.embedding_lr": 0.03, "train.validate_every": 1000}
     keys |= {"log.every": 50, "log.prompts": "['写一个故事。']"}
     flags = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    source = ["--data.source", str(folder / "stories"), "--out_dir", str(folder / "run"), "--train.max_steps", "150"]
+    source = ["--data.source", str(folder / "stories"), "--out_dir", str(folder / "run"), "--train.max_steps", "120"]
     main(["train", *flags, *source, "--model.context", "128"])
     flags = [part for pair in zip(flags[::2], flags[1::2], strict=True) if not pair[0].startswith("--model") for part in pair]
     return folder / "run", flags
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run, tmp_path, capsys):
     base, flags = run
     out = tmp_path / "taught"
-    command = ["teach", str(base), "--out", str(out), *"--conversations 3000 --steps 200 20 --asked 60 --held-out 40".split()]
+    command = ["teach", str(base), "--out", str(out), *"--conversations 2000 --steps 160 10 --asked 60 --held-out 40".split()]
     main([*command, *flags])
     printed = capsys.readouterr().out
     assert printed.count("\n$ tritale ") == 7 and "minutes." in printed
@@ -62,7 +62,7 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     pairs = [json.loads(line) for line in (out / "answers" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     by_prompt = {json.dumps(list(sample.prompt)): sample.story for sample in best}
     assert pairs and all(by_prompt[json.dumps(pair["prompt"])] == pair["chosen"] != pair["rejected"] for pair in pairs)
-    main(["prepare", "--task", "dpo", "--input", str(out / "answers" / "pairs.jsonl"), "--tokenizer", str(out / "sft" / "step-00000200"),
+    main(["prepare", "--task", "dpo", "--input", str(out / "answers" / "pairs.jsonl"), "--tokenizer", str(out / "sft" / "step-00000160"),
           "--out", str(tmp_path / "dpo")])  # fmt: skip
     assert len(asked) > 10
     html = (out / "teach.html").read_text(encoding="utf-8")
