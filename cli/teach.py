@@ -96,5 +96,5 @@ def run(args: argparse.Namespace) -> None:
     with atomic_file(out / "teach.html") as temporary:
         temporary.write_text(page(report, done), encoding="utf-8")
     minutes = sum(record["seconds"].values()) / 60
-    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}")
+    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}", markup=False)
     console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。", markup=False)
