@@ -24,12 +24,14 @@ from . import (
     import_,
     instruct,
     lr_find,
+    pairs,
     plan,
     prepare,
     report,
     serve,
     status,
     sweep,
+    teach,
     train,
     verify,
 )
@@ -37,7 +39,8 @@ from . import (
 COMMANDS: dict[str, ModuleType] = {
     "prepare": prepare, "instruct": instruct, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report,
     "doctor": doctor, "verify": verify, "generate": generate,
-    "sweep": sweep, "evaluate": evaluate, "average": average, "export": export, "import": import_, "serve": serve,
+    "sweep": sweep, "evaluate": evaluate, "pairs": pairs, "teach": teach,
+    "average": average, "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
 # Names of our options in other programs, where the spelling is not similar.
