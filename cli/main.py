@@ -14,7 +14,7 @@ from typing import NoReturn
 import tritale
 
 from ..common.console import replace_unencodable_output, wrapped
-from ..common.errors import UserError
+from ..common.errors import UserError, sentence
 from . import (
     average,
     doctor,
@@ -105,7 +105,7 @@ def run(arguments: list[str] | None) -> None:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        sys.exit(wrapped(f"tritale {args.command}: {error}"))
+        sys.exit(wrapped(f"tritale {args.command}: {sentence(error)}"))
 
 
 def hint(option: str, parser: argparse.ArgumentParser) -> str:

@@ -24,7 +24,7 @@ from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
 from .health import ROWS, Health, Recorder
-from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates
+from .optimizer import Together, build_optimizers, lr_factor, set_rates
 from .plan import Plan, size
 from .preference import STATISTICS, answer_log_probs, dpo_loss
 
@@ -84,10 +84,7 @@ class TrainingStep:
         self.recorder, self.health = Recorder(here.device), Health()
         self.n_recorded = 0  # steps that `health` has not counted yet
         for optimizer in self.optimizers:
-            if isinstance(optimizer, Muon):
-                optimizer.is_good = self.recorder.is_good
-            else:
-                optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # AdamW's kernel skips if it is 1
+            optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # their kernels skip if it is 1
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
         self.ema_rate = torch.zeros((), device=here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
@@ -163,8 +160,6 @@ class TrainingStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
         self.recorder.record(self.loss, grad_norm)
-        if len(self.optimizers) > 1:  # Muon computes with the gradients of a bad step, the kernel of AdamW does not
-            self.gradients.masked_fill_(self.recorder.is_bad.bool(), 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:
