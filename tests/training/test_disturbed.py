@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.disturbed import disturbed
 from tritale.cli.main import main as tritale
+from tritale.common.run_folder import step_folder, step_folders
 from tritale.data.batches import Batches
 from tritale.inference import LLM
 from tritale.model import checkpoint
@@ -112,6 +113,26 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_checkpoints_that_fill_a_disk_stop_the_saves_and_not_the_run(tiny_run, small_disk, capsys):
+    """All checkpoints are kept. The earlier ones stay whole, and with more room the same command resumes from the last."""
+    out_dir = small_disk / "run"
+    options = dict(data__source=tiny_run / "data", train__max_steps=60, train__checkpoint_every=1, train__validate_every=1000)
+    result = train(out_dir, check=False, train__keep_last=0, **options)
+    folders = step_folders(out_dir)
+    last = folders[max(folders)]
+    assert result.returncode == 1 and "step 60/60" in result.stdout
+    assert list(folders) == list(range(1, len(folders) + 1)) and 60 not in folders
+    told = result.stdout[result.stdout.index(f"the checkpoint {step_folder(out_dir, len(folders) + 1)} could not be written") :]
+    assert "No space left" in told and "earlier checkpoints are complete" in told and "free some space. The run goes on" in told
+    assert result.stderr.startswith(f"train.py: the checkpoint {step_folder(out_dir, 60)} could not be written")
+    tritale(["verify", str(out_dir)])
+    assert capsys.readouterr().out.count(": whole, 7 files\n") == len(folders) and not list(out_dir.glob(".step-*"))
+    for folder in list(folders.values())[:-1]:
+        shutil.rmtree(folder)
+    assert f"resuming from {last}" in train(out_dir, resume="force", train__keep_last=1, **options).stdout
+    assert list(step_folders(out_dir)) == [60] and list(losses(out_dir)) == list(range(1, 61))
 
 
 def test_a_full_disk_stops_the_saves_and_not_the_run(tiny_run, small_disk):
