@@ -102,7 +102,8 @@ class TrainingStep:
                     self.clip_and_step = Graphed(self._clip_and_step)
         # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
-        self.preference = torch.zeros(len(STATISTICS) + 1, device=here.device)  # sums since the last `mean_preference`, number of pairs
+        # STATISTICS and the number of pairs: sums of the step, and of the steps since the last `mean_preference`
+        self.step_preference, self.preference = torch.zeros(2, len(STATISTICS) + 1, device=here.device)
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
@@ -141,7 +142,7 @@ class TrainingStep:
         assert cu_seqlens is not None
         log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
         loss, values = dpo_loss(log_probs, reference, counts, self.config.dpo)
-        self.preference += values
+        self.step_preference += values
         return loss.sum() / self.normalizer
 
     def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
@@ -163,6 +164,10 @@ class TrainingStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
         self.recorder.record(self.loss, grad_norm)
+        if self.config.objective == "dpo":
+            is_finite = (self.loss + self.step_preference.sum()).isfinite()
+            self.preference += torch.where(is_finite, self.step_preference, 0)
+            self.step_preference.zero_()
         if len(self.optimizers) > 1:  # Muon computes with the gradients of a bad step, the kernel of AdamW does not
             self.gradients.masked_fill_(self.recorder.is_bad.bool(), 0)
         self.scaler.step(self.optimizer)
@@ -182,12 +187,13 @@ class TrainingStep:
                 call.release()
 
     def mean_preference(self) -> dict[str, float]:
-        """STATISTICS of preference training, averaged over the pairs since the last call; {} without."""
+        """STATISTICS of preference training, averaged over the pairs since the last call whose step has a finite loss. {} if there are
+        none."""
         if self.config.objective != "dpo":
             return {}
         *sums, n_pairs = processes.total(self.preference).tolist()
         self.preference.zero_()
-        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)}
+        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)} if n_pairs else {}
 
     def count(self) -> None:
         """Count the steps since the last call in `health`. Waits for the device."""
@@ -196,7 +202,8 @@ class TrainingStep:
         self.n_recorded = 0
 
     def mean_loss(self) -> float:
-        """The loss in nats per token, averaged over the processes and the good steps since the last call; NaN if there was none."""
+        """The loss in nats per token, averaged over the processes and the steps since the last call in which it is finite; NaN if there was
+        none."""
         self.count()
         return self.health.take_loss()
 

@@ -203,6 +203,23 @@ def test_a_bad_step_changes_nothing_and_is_counted(matrices, tmp_path, monkeypat
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 5, 6]
 
 
+def test_a_bad_step_with_a_finite_loss_shows_it(tiny_run, tmp_path, monkeypatch, capsys):
+    backward, came = TrainingStep.backward, []
+
+    def spoil(self, batch):
+        backward(self, batch)
+        came.append(batch)
+        if len(came) == 4 * 2:  # the last micro-batch of step 4
+            self.grads[3].fill_(float("inf"))
+
+    monkeypatch.setattr(TrainingStep, "backward", spoil)
+    run_here(tmp_path / "run")
+    (line,) = (line for line in metrics(tmp_path / "run") if line["step"] == 4)
+    assert line["loss"] == losses(tiny_run)[4] and line["bad_steps"] == 1 and "grad_norm" not in line
+    assert f"step 4/6  loss {line['loss']:.3f} " in capsys.readouterr().out
+    assert ["grad_norm" in line for line in metrics(tmp_path / "run") if "tokens" in line] == [True] * 3 + [False] + [True] * 2
+
+
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_after_bad_steps_the_run_goes_back_and_passes_over_their_batches(matrices, tmp_path, monkeypatch, capsys):
     options = dict(optim__matrices=matrices, train__max_bad_steps=3, train__max_steps=12, train__ema=0.9)
