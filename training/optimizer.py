@@ -13,6 +13,7 @@ from ..kernels import reference
 from ..kernels.newton_schulz import is_fused, newton_schulz
 from ..model.gpt import GPT
 from .config import OptimConfig
+from .sharding import Shards
 
 
 class Muon(torch.optim.Muon):
@@ -23,7 +24,8 @@ class Muon(torch.optim.Muon):
     columns together; other matrices are batched by shape. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/. The update is scaled to the size of AdamW's: arXiv 2502.16982.
 
-    With `is_good`, a scalar on the device, a step where it is 0 changes neither weights nor state. The gradients must be finite.
+    With `is_good`, a scalar on the device, a step where it is 0 changes neither weights nor state. The gradients must be finite. With
+    `shards` the parameters are parts of matrices; each process gathers the updates and orthogonalizes whole matrices.
     """
 
     FUSED = 2048  # of the smaller dimension; larger matrices fill a GPU one by one, and PyTorch's products are faster
@@ -32,6 +34,7 @@ class Muon(torch.optim.Muon):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.dtype = dtype
         self.is_good: Tensor | None = None
+        self.shards: Shards | None = None
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure
@@ -48,7 +51,11 @@ class Muon(torch.optim.Muon):
             torch._foreach_add_(buffers, differences, alpha=1 - group["momentum"])
             del differences
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-            changes = self._directions(list(updates), group)
+            if self.shards:
+                whole = [self.shards.whole(u, p) for u, p in zip(updates, params, strict=True)]
+                changes = [self.shards.part(d, p) for d, p in zip(self._directions(whole, group), params, strict=True)]
+            else:
+                changes = self._directions(list(updates), group)
             torch._fused_sgd_(  # params ← params − lr (changes + weight_decay · params) in one pass; lr may be a tensor on the device
                 params, changes, [], lr=lr, weight_decay=group["weight_decay"],
                 momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
