@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tritale.common.console import end_with, replace_unencodable_output, wrapped
-from tritale.common.errors import UserError
+from tritale.common.errors import UserError, sentence
 from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
 from tritale.data.batches import Batches, PairBatches
@@ -229,7 +229,7 @@ if __name__ == "__main__":
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:
-        end_with(f"train.py: {error}")
+        end_with(f"train.py: {sentence(error)}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         if os.environ.get("RANK", "0") == "0":

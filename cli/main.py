@@ -14,7 +14,7 @@ from typing import NoReturn
 import tritale
 
 from ..common.console import replace_unencodable_output, wrapped
-from ..common.errors import UserError
+from ..common.errors import UserError, sentence
 from . import (
     average,
     doctor,
@@ -24,12 +24,14 @@ from . import (
     import_,
     instruct,
     lr_find,
+    pairs,
     plan,
     prepare,
     report,
     serve,
     status,
     sweep,
+    teach,
     train,
     verify,
 )
@@ -37,7 +39,8 @@ from . import (
 COMMANDS: dict[str, ModuleType] = {
     "prepare": prepare, "instruct": instruct, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report,
     "doctor": doctor, "verify": verify, "generate": generate,
-    "sweep": sweep, "evaluate": evaluate, "average": average, "export": export, "import": import_, "serve": serve,
+    "sweep": sweep, "evaluate": evaluate, "pairs": pairs, "teach": teach,
+    "average": average, "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
 # Names of our options in other programs, where the spelling is not similar.
@@ -102,7 +105,7 @@ def run(arguments: list[str] | None) -> None:
     except BrokenPipeError:
         raise
     except (UserError, OSError) as error:
-        sys.exit(wrapped(f"tritale {args.command}: {error}"))
+        sys.exit(wrapped(f"tritale {args.command}: {sentence(error)}"))
 
 
 def hint(option: str, parser: argparse.ArgumentParser) -> str:

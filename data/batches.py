@@ -218,6 +218,7 @@ def eval_batches(split: Split, *, context: int, micro_batch: int, document_mask:
     loss does not depend on `micro_batch`. Raises UserError if `context` or `micro_batch` is below 1."""
     if context < 1 or micro_batch < 1:
         raise UserError(f"context ({context}) and micro_batch ({micro_batch}) must be at least 1")
+    micro_batch = min(micro_batch, -(-split.n_tokens // context))  # no more than the split fills
     n = micro_batch * context
     if document_mask:
         starts, lengths = _pieces(split, context)

@@ -80,11 +80,12 @@ def missed(sample: dict, story: dict) -> str:
     return " ".join(r["kind"] for r, v in zip(sample["requirements"], story["verdicts"], strict=True) if v["is_met"] is False)
 
 
-def page(report: dict) -> str:
-    """The report as HTML, with all text of models and users escaped."""
+def page(report: dict, stages: list[tuple[str, str, float]] | None = None) -> str:
+    """The report as HTML, with all text of models and users escaped. `stages`: the (folder, command, seconds) that made the models."""
     return render_page(
         Path(__file__).with_name("instructions_page.html"),
         report=report,
+        stages=stages,
         figures=figures(report),
         shown=evenly(len(report["samples"]), SHOWN),
         kinds=KINDS,

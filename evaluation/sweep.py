@@ -180,7 +180,10 @@ def findings(rows: list[dict], reference: dict, about: dict) -> list[str]:
 
 
 def check_outputs(folder: Path, command: str = "sweep", format: str = FORMAT) -> list[Path]:
-    """Those of <command>.json and <command>.html that exist in the folder. Raises UserError if the command has not written one of them."""
+    """Those of <command>.json and <command>.html that exist in the folder, which is created if it is missing.
+
+    Raises UserError if the command has not written one of them, OSError if the folder cannot be created."""
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes of work
     marks = {f"{command}.json": f'"format": "{format}"', f"{command}.html": f'name="generator" content="tritale {command}"'}
     existing = [folder / name for name in marks if (folder / name).exists()]
     for path in existing:

@@ -113,10 +113,15 @@ class TrainedRun:
     def validation_settings(self, model: GPT) -> dict:
         """The arguments that the run itself gave to `validate`, for a model of this shape: on a GPU with autocast, unless it trained in
         fp32; on a CPU without."""
-        device = model.embedding.device
+        device, context = model.embedding.device, self.config["train.context"] or model.config.context
+        if context > model.config.context:
+            raise UserError(
+                f"{self.newest / 'trainer' / 'trainer.json'} has a train.context of {context}, longer than the model's "
+                f"({model.config.context}); the file was changed after the run, use a copy of the run"
+            )
         is_half = device.type == "cuda" and self.config["train.precision"] != "fp32"
         return {
-            "context": self.config["train.context"] or model.config.context,
+            "context": context,
             "micro_batch": self.config["train.micro_batch"],
             "document_mask": self.config["data.document_mask"],
             "autocast": processes.autocast(device, processes.choose_precision("auto", device) if is_half else "fp32"),

@@ -38,6 +38,7 @@ class CPURunner:
         c, self._n_token = model.config, n_token
         runs_native = native.can_run(model)
         self._forward = native.NativeForward(model) if runs_native else TorchForward(model)
+        self._runs_native = runs_native
         self._argmax = native.argmax if runs_native else lambda logits: logits.argmax(-1)
         work = c.n_matrix - c.vocab_size * c.width  # multiply-adds per token without the head
         self._max_prefill = max(8, PREFILL_WORK // work) if runs_native and limits_prefill else None
@@ -90,7 +91,16 @@ class CPURunner:
                 tokens = self._argmax(part)
             else:
                 u = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequences[row].generator) for row in rows])
-                tokens = draw(*candidates(part, **dict(filters)), u)
+                tokens = self._draw(part, u, **dict(filters))
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 chosen[row] = token
         return chosen
+
+    def _draw(self, logits: Tensor, u: Tensor, *, top_k: int | None, **filters: float) -> Tensor:
+        """A token of each row of logits (B, V). Raises UserError if they are not finite."""
+        if not self._runs_native or top_k is None or top_k >= logits.shape[1]:
+            return draw(*candidates(logits, top_k=top_k, **filters), u)
+        tokens = native.draw(logits, u, top_k=top_k, **filters)
+        if (tokens < 0).any():
+            raise UserError(NOT_FINITE)
+        return tokens

@@ -1,4 +1,4 @@
-/* The forward pass of gpt.py on a CPU, for generation. Weights are fp32 or bf16, everything else is fp32.
+/* The forward pass of gpt.py on a CPU and the choice of a token, for generation. Weights are fp32 or bf16, everything else is fp32.
  *
  * A step with one sequence takes as long as reading the weights once; a step with many is bound by the products. PyTorch is slower at both:
  * one call per op and layer takes as long as reading the weights, bf16 products without bf16 instructions reach a hundredth of the fp32
@@ -13,6 +13,7 @@
  */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef _OPENMP
@@ -438,5 +439,93 @@ void argmax(const float *x, int64_t n_row, int64_t n_col, int64_t stride, int64_
             if (xi[j] > most) most = xi[j]; /* not MAX, which returns NaN */
         for (j = 0; j < n_col && xi[j] != most; j++) {}
         index[i] = j;
+    }
+}
+
+/* --- the choice of a token ----------------------------------------------------------------------------------------------------------- */
+
+/* A score and a column as one number: larger for a larger score, and for the earlier column of equal ones. */
+static inline uint64_t ranked(float score, int64_t column) {
+    uint32_t bits;
+    score += 0.0f; /* -0 and 0 are equal */
+    memcpy(&bits, &score, 4);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (uint64_t)bits << 32 | (0xffffffffu - (uint32_t)column);
+}
+
+static inline int64_t column_of(uint64_t rank) { return 0xffffffffu - (uint32_t)rank; }
+
+static int descending(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x < y) - (x > y);
+}
+
+/* Put `value` in the place of the smallest of a heap of k. */
+static void replace_smallest(float *heap, int64_t k, float value) {
+    int64_t i = 0;
+    for (int64_t child; (child = 2 * i + 1) < k; i = child) {
+        if (child + 1 < k && heap[child + 1] < heap[child]) child++;
+        if (value <= heap[child]) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = value;
+}
+
+enum { BLOCK = 4 * LANES }; /* columns that are compared with the k-th largest at once */
+
+static inline float largest(const float *x) {
+    vec top = *(const vec *)x;
+    for (int i = 1; i < BLOCK / LANES; i++) {
+        vec xi = *(const vec *)(x + i * LANES);
+        words is_more = (words)(xi > top);
+        top = (vec)(((words)xi & is_more) | ((words)top & ~is_more));
+    }
+    float most = top[0];
+    for (int lane = 1; lane < LANES; lane++) most = MAX(most, top[lane]);
+    return most;
+}
+
+/* One column of each row of n_col logits x, for rows that are `stride` apart, by the filters of sampling.py: the k largest and those equal to
+ * the k-th, then top_p, then min_p. u[i] in [0, 1) chooses in row i. A row that holds NaN or infinity gets -1. k < n_col.
+ * scores: n_col floats, heap: k floats, kept: n_col numbers of scratch. */
+void draw(const float *x, int64_t n_row, int64_t n_col, int64_t stride, float temperature, int64_t k, double top_p, double min_p,
+          const double *u, int64_t *chosen, float *scores, float *heap, uint64_t *kept) {
+    for (int64_t row = 0; row < n_row; row++) {
+        const float *xi = x + row * stride;
+        int is_finite = 1;
+        for (int64_t j = 0; j < n_col; j++) {
+            scores[j] = xi[j] / temperature;
+            is_finite &= xi[j] - xi[j] == 0;
+        }
+        chosen[row] = -1;
+        if (!is_finite) continue;
+
+        for (int64_t j = 0; j < k; j++) heap[j] = -INFINITY;
+        for (int64_t j = 0; j < n_col; j += BLOCK) {
+            if (j + BLOCK <= n_col && !(largest(scores + j) > heap[0])) continue;
+            for (int64_t c = j; c < MIN(j + BLOCK, n_col); c++)
+                if (scores[c] > heap[0]) replace_smallest(heap, k, scores[c]);
+        }
+        int64_t n = 0;
+        for (int64_t j = 0; j < n_col; j += BLOCK) {
+            if (j + BLOCK <= n_col && largest(scores + j) < heap[0]) continue;
+            for (int64_t c = j; c < MIN(j + BLOCK, n_col); c++)
+                if (scores[c] >= heap[0]) kept[n++] = ranked(scores[c], c);
+        }
+        qsort(kept, n, sizeof *kept, descending);
+
+        double top = scores[column_of(kept[0])], all = 0, rest = 0, before = 0;
+        for (int64_t i = 0; i < n; i++) all += exp(scores[column_of(kept[i])] - top);
+        for (int64_t i = 0; i < n; i++) { /* more likely ones come first, so the filters keep the first ones */
+            double p = exp(scores[column_of(kept[i])] - top) / all;
+            if (i && ((top_p < 1 && rest >= top_p) || p * all < min_p)) n = i; /* all: 1 / the highest probability */
+            else rest += p;
+        }
+        int64_t i = 0;
+        for (; i < n - 1; i++) {
+            before += exp(scores[column_of(kept[i])] - top) / all;
+            if (before > u[row] * rest) break;
+        }
+        chosen[row] = column_of(kept[i]);
     }
 }

@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..kernels.reference import COLDEST
 from ..model.gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -24,6 +25,7 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 DTYPES = (torch.float32, torch.bfloat16)
 TRY = 5  # passes
+WORTH = 1.1  # how many times as fast all threads must be
 
 
 class _Layer(ctypes.Structure):
@@ -169,16 +171,20 @@ class ThreadChoice:
             self._left -= 1
         elif self._left:
             self._left = 0
-            self.n_thread = min(self._seconds, key=lambda n: median(self._seconds[n]))
+            self.n_thread = min(self._seconds, key=lambda n: median(self._seconds[n]) * (1 if n == 1 else WORTH))
         elif self._wait <= 0 and len(self._seconds) > 1:
             self._left, self._wait = TRY, 0.0
             self.n_thread = next(n for n in self._seconds if n != self.n_thread)
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """The index of the first maximum of each row of logits (B, V), fp32 on the CPU, with any row stride: (B,) int64."""
+def _check_logits(logits: Tensor) -> None:
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.ndim != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {_describe(logits)}; they must be 2-d fp32 on the CPU with stride 1 along the last axis")
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The index of the first maximum of each row of logits (B, V), fp32 on the CPU, with any row stride: (B,) int64."""
+    _check_logits(logits)
     index, integer = torch.empty(len(logits), dtype=torch.int64), ctypes.c_int64
     n_thread = max(1, min(torch.get_num_threads(), logits.numel() >> 18))  # 0.1 ms of work for each
     library().argmax(
@@ -186,6 +192,26 @@ def argmax(logits: Tensor) -> Tensor:
         ctypes.c_void_p(index.data_ptr()), integer(n_thread),
     )  # fmt: skip
     return index
+
+
+def draw(logits: Tensor, u: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """What `sampling.draw(*candidates(…), u)` chooses, up to rounding: (B,) int64, -1 for a row that is not finite.
+
+    logits (B, V) as in `argmax`, u (B, 1) fp64. Raises ValueError unless 1 ≤ top_k < V."""
+    _check_logits(logits)
+    (n, vocab_size), integer = logits.shape, ctypes.c_int64
+    if not 1 <= top_k < vocab_size or vocab_size >= 2**32:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the columns of the logits")
+    if u.dtype != torch.float64 or u.device.type != "cpu" or u.shape != (n, 1) or not u.is_contiguous():
+        raise ValueError(f"u is {_describe(u)}; it must be contiguous fp64 on the CPU, one number per row")
+    chosen, kept = torch.empty(n, dtype=torch.int64), torch.empty(vocab_size, dtype=torch.int64)
+    scores, heap = torch.empty(vocab_size), torch.empty(top_k)
+    library().draw(
+        ctypes.c_void_p(logits.data_ptr()), *map(integer, (n, vocab_size, logits.stride(0))), ctypes.c_float(max(temperature, COLDEST)),
+        integer(top_k), ctypes.c_double(top_p), ctypes.c_double(min_p),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (u, chosen, scores, heap, kept)),
+    )  # fmt: skip
+    return chosen
 
 
 def _describe(t: Tensor) -> str:

@@ -36,6 +36,7 @@ from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
 from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
+BLOCK = 2**20  # logits that are in a CPU's cache at a time
 IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
 
 
@@ -50,9 +51,22 @@ def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: 
 # The step of a chunk: logits → the results of its rows, and the gradient in place of the logits.
 
 
-def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
+def _torch_step(logits, targets, row_scale, results, *options):
+    # On a CPU a few rows at a time, so that the passes over them read the cache and not the memory.
+    n, block = logits.shape[0], max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+    wide = results[0].dtype
+    buffer = None if wide == logits.dtype else logits.new_empty(min(block, n), logits.shape[1], dtype=wide)
+    for start in range(0, n, block):
+        rows = slice(start, min(start + block, n))
+        s = logits[rows] if buffer is None else buffer[: rows.stop - start].copy_(logits[rows])
+        _torch_rows(s, targets[rows], row_scale[rows], [result[rows] for result in results], *options)
+        if buffer is not None:
+            logits[rows] = s
+    return logits
+
+
+def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
     loss, nll, lse, correct = results
-    s = logits.to(loss.dtype)  # (rows, V)
     vocab_size, is_ignored = s.shape[1], targets == IGNORED
     index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
     slope = None
@@ -85,7 +99,6 @@ def _torch_step(logits, targets, row_scale, results, label_smoothing, z_loss, so
             p.mul_(slope)
     for row in (loss, nll, lse):
         row.masked_fill_(is_ignored, 0)
-    return p.to(logits.dtype)
 
 
 def _triton_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):

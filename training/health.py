@@ -67,16 +67,15 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         self._rows, self._place = torch.zeros(ROWS, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        self.is_bad, self.is_good = torch.zeros((), device=device), torch.ones((), device=device)  # 0 or 1, of the last step
+        self.is_bad = torch.zeros((), device=device)  # 0 or 1, of the last step
 
     def record(self, loss: Tensor, norm: Tensor) -> None:
-        """Keep the loss and the norm of a step, fp32 scalars, and set `is_bad` and `is_good`."""
+        """Keep the loss and the norm of a step, fp32 scalars, and set `is_bad`."""
         row = torch.stack((loss, norm))
         self._rows.index_copy_(0, self._place, row[None])
         self._place.add_(1)
         zero = row.sum().mul_(0)  # NaN if one of them is not finite
         torch.ne(zero, zero, out=self.is_bad)
-        torch.eq(zero, zero, out=self.is_good)
 
     def take(self, n: int) -> list[list[float]]:
         """The (loss, norm) of the last `n` steps, all since the last call. Waits for the device."""

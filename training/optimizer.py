@@ -4,7 +4,7 @@
 # torch._foreach_* and torch._fused_sgd_ are the functions that torch.optim is built on.
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Muon(torch.optim.Muon):
     columns together; other matrices are batched by shape. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/. The update is scaled to the size of AdamW's: arXiv 2502.16982.
 
-    With `is_good`, a scalar on the device, a step where it is 0 changes neither weights nor state. The gradients must be finite. With
+    With `found_inf`, a scalar on the device as of PyTorch's fused optimizers, a step where it is 1 changes neither weights nor state. With
     `shards` the parameters are parts of matrices; each process gathers the updates and orthogonalizes whole matrices.
     """
 
@@ -33,7 +33,7 @@ class Muon(torch.optim.Muon):
     def __init__(self, params, *, dtype: torch.dtype, **options):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.dtype = dtype
-        self.is_good: Tensor | None = None
+        self.found_inf: Tensor | None = None
         self.shards: Shards | None = None
 
     @torch.no_grad()
@@ -43,23 +43,17 @@ class Muon(torch.optim.Muon):
             if not params:
                 continue
             grads, buffers = [cast(Tensor, p.grad) for p in params], [self._momentum(p) for p in params]
-            lr, differences = group["lr"], torch._foreach_sub(grads, buffers)
-            if self.is_good is not None:
-                is_good = self.is_good if isinstance(lr, Tensor) else self.is_good.item()  # a CPU need not wait for it
-                torch._foreach_mul_(differences, is_good)
-                lr = lr * is_good
-            torch._foreach_add_(buffers, differences, alpha=1 - group["momentum"])
-            del differences
+            settings: dict[str, Any] = dict(momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False, found_inf=self.found_inf)
+            # buffers ← buffers − (1 − momentum) (buffers − grads), in one pass that found_inf skips
+            torch._fused_sgd_(buffers, grads, [], lr=1 - group["momentum"], weight_decay=1.0, maximize=True, **settings)
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
             if self.shards:
                 whole = [self.shards.whole(u, p) for u, p in zip(updates, params, strict=True)]
                 changes = [self.shards.part(d, p) for d, p in zip(self._directions(whole, group), params, strict=True)]
             else:
                 changes = self._directions(list(updates), group)
-            torch._fused_sgd_(  # params ← params − lr (changes + weight_decay · params) in one pass; lr may be a tensor on the device
-                params, changes, [], lr=lr, weight_decay=group["weight_decay"],
-                momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
-            )  # fmt: skip
+            # params ← params − lr (changes + weight_decay · params); lr may be a tensor on the device
+            torch._fused_sgd_(params, changes, [], lr=group["lr"], weight_decay=group["weight_decay"], maximize=False, **settings)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -81,9 +81,6 @@ class TrainingStep:
         if config.train.parallel == "fsdp" and here.world_size > 1:
             if precision == "fp16":
                 raise UserError("train.parallel fsdp does not take fp16; add --train.precision fp32, or train.parallel ddp")
-            if config.train.compile and not planned.device.compiler_missing:
-                for block in self.model.blocks:  # within the calls that gather their weights
-                    block.forward = torch.compile(block.forward, dynamic=False)
             whole, self.shards = self.parameters, Shards(self.model, here)
             self.parameters = self.shards.parts
             part_of: dict[Tensor, nn.Parameter] = dict(zip(whole, self.parameters, strict=True))
@@ -101,10 +98,9 @@ class TrainingStep:
         self.recorder, self.health = Recorder(here.device), Health()
         self.n_recorded = 0  # steps that `health` has not counted yet
         for optimizer in self.optimizers:
+            optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # their kernels skip if it is 1
             if isinstance(optimizer, Muon):
-                optimizer.is_good, optimizer.shards = self.recorder.is_good, self.shards
-            else:
-                optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # AdamW's kernel skips if it is 1
+                optimizer.shards = self.shards
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema and not self.shards else None
         self.averages: list[Tensor] = [*self.ema.parameters()] if self.ema else []
         if config.train.ema and self.shards:
@@ -194,8 +190,6 @@ class TrainingStep:
             is_finite = (self.loss + self.step_preference.sum()).isfinite()
             self.preference += torch.where(is_finite, self.step_preference, 0)
             self.step_preference.zero_()
-        if len(self.optimizers) > 1:  # Muon computes with the gradients of a bad step, the kernel of AdamW does not
-            self.gradients.masked_fill_(self.recorder.is_bad.bool(), 0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averages:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,27 @@ def test_without_a_command_it_prints_help(capsys):
     main([])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: tritale") and all(f"    {name} " in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["prepare --input {text} --out {file}/x", "train --config {config} --out_dir {file}/x", "export {run} --to hf --out {file}",
+     "evaluate {run} --out {file}/x", "instruct {run}/data --out {file}/x"],
+)  # fmt: skip
+def test_a_path_below_a_file_is_said_in_words(command, tiny_run, tmp_path):
+    (tmp_path / "text.txt").write_text("从前有一只小兔子。\n" * 50, encoding="utf-8")
+    (tmp_path / "file").touch()
+    paths = {
+        "text": tmp_path / "text.txt",
+        "file": tmp_path / "file",
+        "run": tiny_run,
+        "tmp": tmp_path,
+        "config": REPOSITORY / "configs" / "quickstart.yaml",
+    }
+    done = tritale(*command.format(**paths).split())
+    printed = done.stderr.decode()
+    assert done.returncode == 1 and "Errno" not in printed and "Traceback" not in printed
+    assert re.search(r"file(/x)?\S* (exists|cannot be used)", printed.replace("\n", " ")), printed
 
 
 def test_version(capsys):

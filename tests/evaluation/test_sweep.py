@@ -238,6 +238,16 @@ def test_a_run_whose_config_is_not_there_is_said(run_dir, command):
             main([command[0], str(run_dir), *command[1:]])
 
 
+def test_a_context_beyond_the_models_is_said(run_dir):
+    file = run_dir / "step-00000006" / "trainer" / "trainer.json"
+    trainer = json.loads(file.read_text(encoding="utf-8"))
+    trainer["config"]["train.context"] = 10**9
+    file.write_text(json.dumps(trainer), encoding="utf-8")
+    write_checksums(file.parent)
+    with pytest.raises(SystemExit, match=r"trainer.json has a train.context of 1000000000, longer than the model's \(\d+\)"):
+        main(["sweep", str(run_dir), *SHORT])
+
+
 def test_a_damaged_checkpoint_is_left_out_and_named(run_dir, capsys):
     weights = run_dir / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

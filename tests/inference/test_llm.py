@@ -260,6 +260,49 @@ def test_native_argmax_is_the_first_of_the_largest(n_col):
         assert native.argmax(wrong).item() == 0
 
 
+@pytest.mark.parametrize("n_col", [2, 63, 64, 1000, 5003])
+@pytest.mark.parametrize("scale", [0.3, 4.0])
+@pytest.mark.parametrize("top_k", [1, 30, 900])
+def test_native_draw_chooses_as_the_definition(n_col, scale, top_k):
+    """With rows that are not contiguous, ties with the k-th logit, and all filters."""
+    if problem := native.problem():
+        pytest.skip(problem)
+    top_k = min(top_k, n_col - 1)
+    logits = (torch.randn(40, n_col + 5) * scale)[:, :n_col]
+    logits[1::4] = logits[1::4].round()  # many ties
+    logits[2] = 0.0
+    for filters in ({}, {"top_p": 0.9}, {"min_p": 0.07}, {"top_p": 0.53, "min_p": 0.011}):
+        options: dict = {"temperature": 0.8, "top_k": top_k, "top_p": 1.0, "min_p": 0.0} | filters
+        p, ids = candidates(logits, **options)
+        for _ in range(5):
+            u = torch.rand(40, 1, dtype=torch.float64)
+            ours = native.draw(logits, u, **options)
+            total = (p.double() / p.double().sum(-1, keepdim=True)).cumsum(-1)
+            assert ids is not None
+            # Ties have no order in `topk`, and a sum rounds: compare the logit, and where it differs, the place of u between two tokens.
+            theirs = ids.gather(-1, (total <= u).sum(-1, keepdim=True).clamp(max=ids.shape[1] - 1))
+            is_equal = logits.gather(-1, ours[:, None]) == logits.gather(-1, theirs)
+            is_border = (total - u).abs().min(-1, keepdim=True).values < 1e-5
+            assert (is_equal | is_border).all() and is_equal.float().mean() > 0.9
+
+
+def test_native_draw_takes_the_largest_for_zero_and_the_last_kept_for_almost_one():
+    if problem := native.problem():
+        pytest.skip(problem)
+    logits = torch.tensor([[0.0, 3.0, -1.0, 3.0, 2.0, -9.0]]).repeat(3, 1)
+    logits[1, 5] = torch.nan
+    options: dict = {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "min_p": 0.0}
+    ends = [native.draw(logits, torch.full((3, 1), u, dtype=torch.float64), **options).tolist() for u in (0.0, 1 - 2**-53)]
+    assert ends == [[1, -1, 1], [4, -1, 4]]
+    options["top_k"] = 1  # with its tie
+    assert native.draw(logits, torch.full((3, 1), 0.51, dtype=torch.float64), **options).tolist() == [3, -1, 3]
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match=r"from 1 to 5"):
+            native.draw(logits, torch.zeros(3, 1, dtype=torch.float64), **(options | {"top_k": wrong}))
+    with pytest.raises(ValueError, match="one number per row"):
+        native.draw(logits, torch.zeros(2, 1, dtype=torch.float64), **options)
+
+
 def test_weights_that_are_not_finite_are_named(llm):
     for value in (torch.nan, torch.inf):
         llm.model.norm.data[3] = value

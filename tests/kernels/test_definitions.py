@@ -1,5 +1,6 @@
 """The definitions against PyTorch's own functions, and the faster forms against the definitions, in float64."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -94,6 +95,21 @@ def test_linear_cross_entropy_is_its_definition(options, memory_budget_mb):
     assert_close(stats, expected_stats)
     pull = torch.randn_like(loss)
     assert_close(gradients((loss * pull).sum(), x, weight), gradients((expected * pull).sum(), x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_blocks_of_rows_on_a_cpu_give_the_same_bits(dtype, options, monkeypatch):
+    x, weight = torch.randn(50, 12).to(dtype).requires_grad_(), torch.randn(37, 12).to(dtype).requires_grad_()
+    targets = torch.randint(37, (50,))
+    targets[::5] = -100
+    found = []
+    for block in (2**20, 7 * 37, 1):
+        monkeypatch.setattr(sys.modules["tritale.kernels.linear_cross_entropy"], "BLOCK", block)
+        loss, stats = kernels.linear_cross_entropy(x, weight, targets, return_stats=True, **options)
+        found.append((loss, *stats.values(), *gradients(loss.sum(), x, weight)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_all_targets_ignored_gives_zero_not_nan():

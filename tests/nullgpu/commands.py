@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 
-from tests.nullgpu.harness import never_overflows, recorded
+from tests.nullgpu.harness import losses_fall, never_overflows, recorded
 from tritale.cli.main import main
 
 
@@ -28,5 +28,6 @@ def run(arguments: list[str]) -> dict:
 
 if __name__ == "__main__":
     never_overflows()
+    losses_fall()
     for command in json.loads(sys.argv[1]):
         print("\n" + json.dumps(run(command)), flush=True)

@@ -21,6 +21,7 @@ CARDS = {  # compute capability: SMs, GB
 def options(out_dir: Path, **changes: object) -> list[str]:
     """The tiny config, compiled and in the card's own precision."""
     given = TINY | {"out_dir": out_dir, "train.compile": "true", "train.precision": "auto", "log.every": 3}
+    given |= {"log.sample_tokens": 1}  # before the third step of a decoder, so that the graphs are those of training
     given |= {key.replace("__", "."): value for key, value in changes.items()}
     return [part for key, value in given.items() for part in (f"--{key}", str(value))]
 
@@ -55,6 +56,7 @@ def test_every_command_runs_from_start_to_end(card, tmp_path):
     assert not [f"{result['command']}: {result['faults']}" for result in done if result["faults"]]
     trained, resumed, eager = done[:3]
     assert trained["kinds"]["graph"] and resumed["kinds"]["graph"] and "graph" not in eager["kinds"]
+    assert all(result["kinds"]["graph"] for result in done if result["command"] in ("sweep", "generate"))
     assert sorted(path.name for path in run_dir.glob("step-*")) == [f"step-{i:08d}" for i in (3, 6, 9)]
 
 

@@ -56,3 +56,19 @@ def test_the_rate_warms_up_and_ends_at_its_minimum(schedule):
     assert all(a >= b for a, b in pairwise(factors[10:]))
     if schedule == "wsd":
         assert factors[58] == 1 > factors[61]
+
+
+def test_muon_changes_nothing_if_found_inf_is_1():
+    start, grads = torch.randn(2, 16, 40), torch.randn(3, 2, 16, 40)
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    a, b = (Muon(p, dtype=torch.float32, lr=0.02, weight_decay=0.1) for p in (ours, theirs))
+    for step in (grads[0], grads[1] / 0, grads[2]):
+        a.found_inf = torch.tensor(float(not step.isfinite().all()))
+        for p, q, g in zip(ours, theirs, step, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        a.step()
+        if not a.found_inf:
+            b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q) and torch.equal(a.state[p]["momentum_buffer"], b.state[q]["momentum_buffer"])
+    assert not any(torch.equal(p, s) for p, s in zip(ours, start, strict=True))

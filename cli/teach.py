@@ -1,0 +1,100 @@
+"""tritale teach: a pre-trained run learns to follow instructions. Each stage is another command, into a folder of its own."""
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+
+from ..common.errors import UserError
+from . import options
+
+HELP = "teach a run to follow instructions: data, training, training on its own best stories, evaluation"
+TAKES_CONFIG = True
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
+SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003)  # the second training changes little
+FORMAT = "tritale-teaching"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
+    p.add_argument("--conversations", type=int, default=20_000, metavar="N", help="conversations of the first training")
+    p.add_argument("--steps", type=int, nargs=2, default=(600, 150), metavar="N", help="steps of both trainings")
+    p.add_argument("--asked", type=int, default=1000, metavar="N", help="instructions that the taught model answers itself")
+    p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
+    p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from ..common.files import atomic_file, read_json_object, write_json
+    from ..common.run_folder import find_checkpoint, is_checkpoint, step_folder
+    from ..evaluation.instructions import context_of, data_of
+    from ..evaluation.instructions_page import page
+    from .main import main
+
+    base = find_checkpoint(args.base)
+    context = ["--context", context_of(base)]
+    data = args.data or data_of([base])
+    folder = args.base.parent if is_checkpoint(args.base) else args.base
+    out = args.out or folder.parent / f"{folder.resolve().name}-taught"
+    held_out, answers = out / "samples" / "held_out.jsonl", out / "answers"
+    sft, last = (step_folder(out / name, n) for name, n in zip(("sft", "sft-best"), args.steps, strict=True))
+
+    def prepare(source: Path, name: str) -> list:
+        return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
+
+    def train(start: Path, source: str, to: Path, steps: int, *more: object) -> list:
+        what = ["--init_from", start, "--data.source", out / source, "--data.replay", data, "--out_dir", to, "--train.max_steps", steps]
+        return ["train", "--config", CONFIG, *what, *more, *args.overrides]
+
+    stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
+        "samples": (
+            ["instruct", data, "--out", out / "samples", *context, "--samples", args.conversations, "--held-out", args.held_out],
+            held_out,
+        ),
+        "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
+        "sft": (train(base, "instructions", out / "sft", args.steps[0]), sft),
+        "answers": (
+            ["pairs", sft, "--data", data, "--out", answers, "--asked", args.asked, "--samples", args.samples],
+            answers / "pairs.jsonl",
+        ),
+        "best": (prepare(answers / "best.jsonl", "best"), out / "best" / "report.json"),
+        "sft-best": (train(sft, "best", out / "sft-best", args.steps[1], *SECOND), last),
+        "evaluation": (
+            ["evaluate", base, sft, last, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
+            out / "evaluation" / "evaluate.json",
+        ),
+    }
+    commands = {name: [str(part) for part in command] for name, (command, _) in stages.items()}
+    record: dict = {"format": FORMAT, "commands": commands, "seconds": {}}
+    path = out / "teach.json"
+    if path.is_file():
+        record = read_json_object(path, remedy="move it away")
+        if record.get("format") != FORMAT or record["commands"] != commands:
+            raise UserError(f"{path} is that of other options; give the same ones to go on, or another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and was not made by tritale teach; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    console = Console(highlight=False, soft_wrap=True)
+    for name, (_, written) in stages.items():
+        if name in record["seconds"] and written.exists():
+            console.print(f"{out / name} is finished", style="dim", markup=False)
+            continue
+        console.print(f"\n$ {shlex.join(['tritale', *commands[name]])}", style="bold", markup=False)
+        began = time.perf_counter()
+        main(commands[name])  # ends this process after an error
+        record["seconds"][name] = round(time.perf_counter() - began, 1)
+        write_json(path, record)
+    report = json.loads((out / "evaluation" / "evaluate.json").read_text(encoding="utf-8"))
+    done = [(name, shlex.join(["tritale", *commands[name]]), seconds) for name, seconds in record["seconds"].items()]
+    with atomic_file(out / "teach.html") as temporary:
+        temporary.write_text(page(report, done), encoding="utf-8")
+    minutes = sum(record["seconds"].values()) / 60
+    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}", markup=False)
+    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。", markup=False)

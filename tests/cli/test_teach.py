@@ -1,0 +1,84 @@
+"""tritale teach on a tiny model: ordinary folders, answers that do what they were asked for, and a second call that repeats nothing."""
+
+import json
+from random import Random
+
+import pytest
+from runs import TINY
+
+from tritale.cli.main import main
+from tritale.data.shards import write_split
+from tritale.data.tokenizer import Tokenizer
+from tritale.instructions.samples import read_samples
+
+NAMES, PLACES = "小兔 小狗 小猫 小熊 小鸟 小羊".split(), "公园 河边 山上 学校 森林 田里".split()
+THINGS = "苹果 气球 帽子 雨伞 铃铛 风筝".split()
+
+
+def short_story(rng: Random) -> str:
+    name, place, thing = rng.choice(NAMES), rng.choice(PLACES), rng.choice(THINGS)
+    end = rng.choice((f"{name}说：“真好！”", f"{name}很高兴。", f"{name}把{thing}带回家。"))
+    return f"{name}去{place}玩。{name}看见了{thing}。{end}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the tiny model on stories of three sentences, and its flags for another training."""
+    folder = tmp_path_factory.mktemp("teach")
+    rng = Random(5)
+    texts = sorted({short_story(rng) for _ in range(3000)})
+    rng.shuffle(texts)
+    tokenizer = Tokenizer.train(texts, 400)
+    tokenizer.save(folder / "stories" / "tokenizer")
+    write_split(folder / "stories" / "train", texts[:-80], tokenizer)
+    write_split(folder / "stories" / "validation", texts[-80:], tokenizer)
+    keys = {k: v for k, v in TINY.items() if not k.startswith(("data.", "train.max", "train.ch", "train.val"))}
+    keys |= {"train.global_batch": 8, "train.micro_batch": 8, "optim.lr": 0.01, "optim.embedding_lr": 0.03, "train.validate_every": 1000}
+    keys |= {"log.every": 50, "log.prompts": "['写一个故事。']"}
+    flags = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    source = ["--data.source", str(folder / "stories"), "--out_dir", str(folder / "run"), "--train.max_steps", "120"]
+    main(["train", *flags, *source, "--model.context", "128"])
+    flags = [part for pair in zip(flags[::2], flags[1::2], strict=True) if not pair[0].startswith("--model") for part in pair]
+    return folder / "run", flags
+
+
+def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run, tmp_path, capsys):
+    base, flags = run
+    out = tmp_path / "taught"
+    command = ["teach", str(base), "--out", str(out), *"--conversations 2000 --steps 160 10 --asked 60 --held-out 40".split()]
+    main([*command, *flags])
+    printed = capsys.readouterr().out
+    assert printed.count("\n$ tritale ") == 7 and "minutes." in printed
+    report = json.loads((out / "evaluation" / "evaluate.json").read_text(encoding="utf-8"))
+    assert [row["is_asked"] for row in report["models"]] == [False, True, True]
+    before, after, last = (row["together"]["1"]["rate"] for row in report["models"])
+    assert before < min(after, last)
+
+    asked = {json.dumps(sample.prompt) for sample in read_samples(out / "samples" / "held_out.jsonl")}
+    best = read_samples(out / "answers" / "best.jsonl")
+    assert best and len({sample.story for sample in best}) > 1
+    for sample in best:
+        assert all(verdict.is_met for verdict in sample.judge(sample.story)) and sample.story.endswith(("。", "”"))
+    pairs = [json.loads(line) for line in (out / "answers" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_prompt = {json.dumps(list(sample.prompt)): sample.story for sample in best}
+    assert pairs and all(by_prompt[json.dumps(pair["prompt"])] == pair["chosen"] != pair["rejected"] for pair in pairs)
+    main(["prepare", "--task", "dpo", "--input", str(out / "answers" / "pairs.jsonl"), "--tokenizer", str(out / "sft" / "step-00000160"),
+          "--out", str(tmp_path / "dpo")])  # fmt: skip
+    assert len(asked) > 10
+    html = (out / "teach.html").read_text(encoding="utf-8")
+    assert "tritale teach" in html and "sft-best" in html and "--steps" not in html
+
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name not in ("teach.json", "teach.html")}
+    capsys.readouterr()
+    main([*command, *flags])
+    printed = capsys.readouterr().out
+    assert printed.count("is finished") == 7 and "$ tritale" not in printed
+    (out / "answers" / "pairs.jsonl").unlink()
+    main([*command, *flags])
+    assert capsys.readouterr().out.count("\n$ tritale ") == 1
+    later = {path: path.stat().st_mtime_ns for path in times}
+    assert {path.parent.name for path in times if later[path] != times[path]} == {"answers"}
+    with pytest.raises(SystemExit, match="is that of other options"):
+        main([*command, *flags, "--optim.lr", "0.1"])
+    with pytest.raises(SystemExit, match="was not made by tritale teach"):
+        main(["teach", str(base), "--out", str(out / "sft"), *flags])
