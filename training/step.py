@@ -179,6 +179,7 @@ class TrainingStep:
             self.count()
         return grad_norm
 
+    @torch.no_grad()  # or the averages keep a graph of all steps
     def _clip_and_step(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.get_total_norm(self.grads)
