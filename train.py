@@ -100,7 +100,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
     shared = {"here": here, "autocast": step.autocast}
     if config.objective == "dpo" and base:
         name = sha256_of(base / "model.safetensors")[:16]
-        references = [reference_log_probs(step.model, s, name, **sizes, **shared) for s in (train_split, validation_split)]
+        references = [reference_log_probs(step.whole_model(), s, name, **sizes, **shared) for s in (train_split, validation_split)]
         batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
         evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)
     else:
@@ -173,30 +173,30 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
             if validates or saves:
                 step.check_finite(done)
             if validates:
-                val_loss, val_bits = evaluate(step.model)
+                val_loss, val_bits = evaluate(step.whole_model())
                 step.check_finite(done, **{"validation loss": val_loss})
                 values = {"val_loss": val_loss, "val_bits_per_char": val_bits}
-                if step.ema:
-                    values |= dict(zip(("ema_val_loss", "ema_val_bits_per_char"), evaluate(step.ema), strict=True))
+                if step.averages:
+                    values |= dict(zip(("ema_val_loss", "ema_val_bits_per_char"), evaluate(step.whole_model(ema=True)), strict=True))
                 log.metrics(step=done, **values, seconds=seconds_before + time.perf_counter() - start)
                 log.print(f"step {done}: validation {val_bits:.3f} bits per character, loss {val_loss:.3f}")
                 if saves and (progress.best_loss is None or val_loss < progress.best_loss):
                     progress.best_step, progress.best_loss = done, val_loss
-            if here.is_main and train.sample_every and done % train.sample_every == 0 and not is_last:
-                log.print(f"step {done}: samples")
-                print_samples(step.model, tokenizer, config, log, done)
+            if train.sample_every and done % train.sample_every == 0 and not is_last:
+                model = step.whole_model()
+                if here.is_main:
+                    log.print(f"step {done}: samples")
+                    print_samples(model, tokenizer, config, log, done)
             if saves:
                 progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
-                if here.is_main:
-                    saver.save(progress)
+                saver.save(progress)
             paused += time.perf_counter() - pause
 
         is_stopped = done < train.max_steps  # by a signal
         if is_stopped and done != progress.step:
             step.check_finite(done)
             progress.step, progress.seconds = done, seconds_before + time.perf_counter() - start
-            if here.is_main:
-                saver.save(progress)
+            saver.save(progress)
         saver.finish()
         processes.barrier()
     if is_stopped:
@@ -208,8 +208,9 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         sys.exit(stop.status)
 
     # ---- the end ----------------------------------------------------------------------------------------------------------------------
+    model = step.whole_model()
     if math.isnan(val_bits):  # the run had already reached max_steps
-        _, val_bits = evaluate(step.model)
+        _, val_bits = evaluate(model)
     if here.is_main:
         entropy = (validation_split.entropy_bits or 0) / validation_split.characters  # of the built-in stories
         above = f" ({val_bits / entropy:.2f} × the {entropy:.3f} bits of entropy of the built-in stories)" if entropy else ""
@@ -217,7 +218,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         minutes = (seconds_before + time.perf_counter() - start) / 60
         log.print(f"\n{train.max_steps} steps in {minutes:.1f} minutes. Validation: {val_bits:.3f} bits per character{above}.")
         log.print(f"Checkpoint: {last}\n\nSamples:")
-        print_samples(step.model, tokenizer, config, log, train.max_steps)
+        print_samples(model, tokenizer, config, log, train.max_steps)
         example = "--instruct --prompt 写一个小兔的故事。" if tokenizer.is_chat else "--prompt 小兔"
         log.print(f"Next: tritale generate --model {last} {example}", soft_wrap=True)  # a command is not broken
     log.close()

@@ -268,17 +268,22 @@ def copy_weights(model: GPT, state: dict[str, Tensor], where: Path) -> None:
         tensor.copy_(state[name])
 
 
+def empty_model(config: GPTConfig, device: torch.device | str, dtype: torch.dtype = torch.float32) -> GPT:
+    """A model whose weights are not set. The rotary tables are, in fp32."""
+    with torch.device("meta"):  # initializes nothing
+        model = GPT(config)
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_embeddings:
+        model.head = model.embedding
+    model.cos, model.sin = (table.to(device) for table in rotary_tables(config.context, config.head_dim, config.rope_theta))
+    return model
+
+
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, name: str = WEIGHTS) -> GPT:
     """The model of a checkpoint folder, on `device` and in `dtype`; the rotary tables stay fp32. `name` as in `load_weights`.
 
     Raises FileNotFoundError if a file is missing, UserError if one is damaged or of another architecture."""
     folder = Path(folder)
-    with torch.device("meta"):  # allocates and initializes nothing: all weights come from the file
-        model = GPT(read_shape(folder))
-    model = model.to(dtype).to_empty(device=device)
-    if model.config.tie_embeddings:
-        model.head = model.embedding
-    c = model.config
-    model.cos, model.sin = (table.to(device) for table in rotary_tables(c.context, c.head_dim, c.rope_theta))
+    model = empty_model(read_shape(folder), device, dtype)
     load_weights(model, folder, name=name)
     return model

@@ -23,8 +23,11 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from runs import command, losses, metrics  # noqa: E402
 
-STEPS = 20  # of a run, for each signal
-OPTIONS = {"train__validate_every": 50, "train__checkpoint_every": 5, "train__keep_last": 3, "log__every": 2, "train__ema": 0.9}
+STEPS = 10  # of a run, for each signal
+OPTIONS = {
+    "train__validate_every": 50, "train__checkpoint_every": 4, "train__keep_last": 3, "log__every": 2, "train__ema": 0.9,
+    "model__n_layer": 1, "train__global_batch": 2, "train__micro_batch": 1,
+}  # fmt: skip
 
 
 def start(out_dir: Path, processes: int, **options) -> subprocess.Popen:
@@ -52,7 +55,7 @@ def wait_for_moment(run: subprocess.Popen, out_dir: Path, in_save: bool) -> None
         time.sleep(0.01)
     while in_save and run.poll() is None and not list(out_dir.glob(".step-*.tmp")) and time.time() < deadline:
         time.sleep(0.0005)
-    time.sleep(random.uniform(0, 0.05))
+    time.sleep(random.uniform(0, 0.01 if in_save else 0.05))
 
 
 def check_files(out_dir: Path) -> None:

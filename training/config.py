@@ -197,6 +197,8 @@ class TrainConfig:
         micro_batch: Sequences per process and forward pass. Lower it when memory runs out; a step keeps its number of tokens.
         context: Tokens per sequence; null uses the model's context.
         precision: auto, bf16, fp16 or fp32. auto is bf16 if the hardware supports it, else fp16 on a GPU and fp32 on a CPU.
+        parallel: How several processes share the work: ddp (each holds all weights) or fsdp (each holds a part of the weights, the
+            gradients and the optimizer state).
         compile: Whether to use torch.compile.
         grad_clip: Maximum norm of the gradient.
         z_loss: Coefficient of lse² in the loss, which keeps the logits small; 0 for none.
@@ -217,6 +219,7 @@ class TrainConfig:
     micro_batch: int = between(32, 1, 2**20)
     context: int | None = between(None, 1, 2**20)
     precision: str = one_of("auto", "bf16", "fp16", "fp32")
+    parallel: str = one_of("ddp", "fsdp")
     compile: bool = True
     grad_clip: float = between(1.0, 1e-6, float("inf"))
     z_loss: float = between(0.0, 0.0, 1.0)
@@ -394,7 +397,8 @@ def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     """The keys in which a saved flat config and this one differ, as "key: before → now", without keys that may change at any time."""
     after = flatten(config)
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
-    free = ("out_dir", "resume", "log.", *(f"train.{key}" for key in ("micro_batch", "compile", "keep_", "profile", "max_bad_", "spike")))
+    changeable = ("micro_batch", "parallel", "compile", "keep_", "profile", "max_bad_", "spike")
+    free = ("out_dir", "resume", "log.", *(f"train.{key}" for key in changeable))
     keys = [k for k in {**before, **after} if not k.startswith((*free, *events))]
     return [f"{k}: {before.get(k)} → {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 

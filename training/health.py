@@ -23,18 +23,19 @@ class Health:
     norm: float = 0.0  # of the gradient in the last good step
     mean: float = 0.0  # of the losses of good steps, running
     variance: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of the good steps since the last `take_loss`
+    losses: list[float] = field(default_factory=list)  # the finite ones since the last `take_loss`
     reports: list[str] = field(default_factory=list)  # of spikes, since the last `take_reports`
 
     def add(self, loss: float, norm: float, threshold: float) -> None:
         """Count a step. Its loss is a spike if it is above the running mean by more than `threshold` × the running spread (0: never)."""
         self.steps += 1
+        if math.isfinite(loss):
+            self.losses.append(loss)
         if not math.isfinite(loss + norm):
             self.bad_steps += 1
             self.bad_in_row += 1
             return
         self.bad_in_row, self.good_steps, self.norm = 0, self.good_steps + 1, norm
-        self.losses.append(loss)
         difference, spread = loss - self.mean, math.sqrt(self.variance)
         is_spike = 0 < threshold * spread < difference and self.good_steps > SEEN
         rate = max(RATE, 1 / self.good_steps)
@@ -47,7 +48,7 @@ class Health:
         self.variance = (1 - rate) * (self.variance + rate * difference**2)
 
     def take_loss(self) -> float:
-        """The mean loss of the good steps since the last call, NaN if there was none."""
+        """The mean of the finite losses since the last call, NaN if there was none."""
         losses, self.losses = self.losses, []
         return sum(losses) / len(losses) if losses else math.nan
 
@@ -56,8 +57,8 @@ class Health:
         return reports
 
     def values(self, loss: float) -> dict[str, float]:
-        """What a line of metrics.jsonl says. Without good steps there is no loss."""
-        found = {"loss": loss, "grad_norm": self.norm} if math.isfinite(loss) else {}
+        """What a line of metrics.jsonl says: the loss if one was finite, and the gradient norm if the last step was good."""
+        found = ({"loss": loss} if math.isfinite(loss) else {}) | ({} if self.bad_in_row else {"grad_norm": self.norm})
         return found | {name: getattr(self, name) for name in ("bad_steps", "spikes") if getattr(self, name)}
 
 

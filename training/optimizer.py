@@ -13,6 +13,7 @@ from ..kernels import reference
 from ..kernels.newton_schulz import is_fused, newton_schulz
 from ..model.gpt import GPT
 from .config import OptimConfig
+from .sharding import Shards
 
 
 class Muon(torch.optim.Muon):
@@ -23,7 +24,8 @@ class Muon(torch.optim.Muon):
     columns together; other matrices are batched by shape. Update, state and settings are PyTorch's. Muon: Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/. The update is scaled to the size of AdamW's: arXiv 2502.16982.
 
-    With `found_inf`, a scalar on the device as of PyTorch's fused optimizers, a step where it is 1 changes neither weights nor state.
+    With `found_inf`, a scalar on the device as of PyTorch's fused optimizers, a step where it is 1 changes neither weights nor state. With
+    `shards` the parameters are parts of matrices; each process gathers the updates and orthogonalizes whole matrices.
     """
 
     FUSED = 2048  # of the smaller dimension; larger matrices fill a GPU one by one, and PyTorch's products are faster
@@ -32,6 +34,7 @@ class Muon(torch.optim.Muon):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.dtype = dtype
         self.found_inf: Tensor | None = None
+        self.shards: Shards | None = None
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure
@@ -44,7 +47,11 @@ class Muon(torch.optim.Muon):
             # buffers ← buffers − (1 − momentum) (buffers − grads), in one pass that found_inf skips
             torch._fused_sgd_(buffers, grads, [], lr=1 - group["momentum"], weight_decay=1.0, maximize=True, **settings)
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-            changes = self._directions(list(updates), group)
+            if self.shards:
+                whole = [self.shards.whole(u, p) for u, p in zip(updates, params, strict=True)]
+                changes = [self.shards.part(d, p) for d, p in zip(self._directions(whole, group), params, strict=True)]
+            else:
+                changes = self._directions(list(updates), group)
             # params ← params − lr (changes + weight_decay · params); lr may be a tensor on the device
             torch._fused_sgd_(params, changes, [], lr=group["lr"], weight_decay=group["weight_decay"], maximize=False, **settings)
 

@@ -317,10 +317,12 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     loss = 4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head)
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)
+    parts = device.count if config.train.parallel == "fsdp" else 1
+    gathered = 4 * parameters if parts > 1 else 0  # at most: all weights at a validation, those and the gradients of a block in a step
     return Memory(
-        weights=4 * parameters * (2 if config.train.ema else 1),
-        gradients=4 * parameters,
-        optimizer=optimizer,
+        weights=4 * parameters * (2 if config.train.ema else 1) // parts + gathered,
+        gradients=4 * parameters // parts,
+        optimizer=optimizer // parts,
         activations=activations,
         loss=loss,
         workspace=device.workspace * (2 if is_compiled else 1),  # CUDA graphs have a stream of their own

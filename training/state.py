@@ -32,10 +32,8 @@ from ..model.checkpoint import (
     read_shape,
     save_tensors,
 )
-from ..model.gpt import GPT
 from .config import RunConfig, differences, flatten
 from .health import Health
-from .optimizer import state_shapes
 from .plan import size
 from .step import TrainingStep
 
@@ -137,22 +135,30 @@ class Saver:
         self._error: Exception | None = None  # of the last checkpoint
 
     def save(self, progress: Progress) -> None:
-        """Copy the state to the main memory and start writing it, after the checkpoint before is written."""
+        """Copy the state to the main memory and start writing it, after the checkpoint before is written. All processes call this; only the
+        main one writes."""
         self.close()
         if self._error and not isinstance(self._error, OSError):
             raise self._error
         step, folder = self._step, step_folder(Path(self._step.config.out_dir), progress.step)
-        names = parameter_names(step.model)
+        device, is_main = torch.device("cpu") if step.shards else step.here.device, step.here.is_main
         tensors = {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         for optimizer in step.optimizers:
             for p, state in optimizer.state.items():
-                tensors |= {f"{names[p]}/{key}": value for key, value in state.items()}
+                for key, value in state.items():
+                    if step.shards and key != "step":
+                        value = step.shards.whole(value, p).to("cpu")
+                    if is_main:
+                        tensors[f"{step.names[p]}/{key}"] = value
+        models = {WEIGHTS: step.whole_model(device=device)} | ({EMA: step.whole_model(ema=True, device=device)} if step.averages else {})
         step.count()
+        if not is_main:
+            return
         trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
         trainer["health"] = asdict(step.health)
-        weights = {WEIGHTS: copied(hf_state(step.model))} | ({EMA: copied(hf_state(step.ema))} if step.ema else {})
+        weights = {name: copied(hf_state(model)) for name, model in models.items()}
         arguments = folder, weights, copied(tensors), trainer
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
@@ -236,12 +242,14 @@ def load(folder: Path, step: TrainingStep) -> Progress:
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
     read_shape(folder)  # refuses a newer format
-    load_weights(step.model, folder)
-    if step.ema:  # an earlier part of the run may have had none
-        load_weights(step.ema, folder, name=EMA if (folder / EMA).is_file() else WEIGHTS)
+    for ema in (False, True) if step.averages else (False,):
+        model = step.whole_model(ema=ema, device=torch.device("cpu"))
+        has_ema = ema and (folder / EMA).is_file()  # an earlier part of the run may have had none
+        load_weights(model, folder, name=EMA if has_ema else WEIGHTS)
+        step.set_weights(model, ema=ema)
     tensors = load_tensors(folder / "trainer", "state.safetensors")
     rng, rng_cuda = tensors.pop("rng.cpu", None), tensors.pop("rng.cuda", None)
-    shapes = state_shapes(step.optimizers, parameter_names(step.model))
+    shapes = step.state_shapes
     if trainer["grad_scaler"] and not tensors:
         shapes = {}  # the gradient scaler has skipped all steps so far
     wrong = [name for name in shapes.keys() | tensors.keys() if not is_valid(tensors.get(name), shapes.get(name))]
@@ -256,12 +264,14 @@ def load(folder: Path, step: TrainingStep) -> Progress:
     torch.set_rng_state(rng)
     if rng_cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng_cuda)
-    parameters = dict(step.model.named_parameters())
+    parameters = {name: p for p, name in step.names.items()}
     owner = {id(p): optimizer for optimizer in step.optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, tensor in tensors.items():
         parameter_name, key = name.split("/")
         p = parameters[parameter_name]
         state = owner[id(p)].state[p]
+        if step.shards and key != "step":
+            tensor = step.shards.part(tensor, p)
         if key in state:  # in place, since a CUDA graph of the step uses this memory
             state[key].copy_(tensor)
         else:
@@ -296,10 +306,6 @@ def go_back(out_dir: Path, step: TrainingStep, progress: Progress, done: int, tr
 
 def is_valid(tensor: torch.Tensor | None, shape: torch.Size | None) -> bool:
     return tensor is not None and tensor.shape == shape and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
-
-
-def parameter_names(model: GPT) -> dict[torch.Tensor, str]:
-    return {p: name for name, p in model.named_parameters()}
 
 
 def remove_old(out_dir: Path, *, newest: int, keep_last: int, best_step: int | None) -> None:

@@ -24,9 +24,10 @@ from ..model.gpt import GPT
 from . import processes
 from .config import RunConfig, divisors
 from .health import ROWS, Health, Recorder
-from .optimizer import Together, build_optimizers, lr_factor, set_rates
+from .optimizer import Muon, Together, build_optimizers, lr_factor, set_rates, state_shapes
 from .plan import Plan, size
 from .preference import STATISTICS, answer_log_probs, dpo_loss
+from .sharding import Shards
 
 MEASURE_SECONDS = 10  # after the compilation
 
@@ -55,7 +56,7 @@ class TrainingStep:
     """A fresh model with its optimizers; `run` makes one optimizer step.
 
     A bad step, whose loss or gradient norm is not finite, changes no weight and no state of the optimizers; `health` counts it. With
-    `train.ema`, `ema` is a model with the running mean of the weights. On a GPU, `train.compile` also captures a micro-batch and the update
+    `train.ema`, `averages` is the running mean of the weights. On a GPU, `train.compile` also captures a micro-batch and the update
     as CUDA graphs, each launched by one call."""
 
     def __init__(self, planned: Plan, here: processes.Processes):
@@ -71,27 +72,45 @@ class TrainingStep:
         self.model = GPT(planned.shape).to(here.device)
         if config.init_from:
             load_weights(self.model, find_checkpoint(Path(config.init_from)))
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[nn.Parameter] = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
+        self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        self.state_shapes = state_shapes(self.optimizers, names)
+        self.shards = None
+        if config.train.parallel == "fsdp" and here.world_size > 1:
+            if precision == "fp16":
+                raise UserError("train.parallel fsdp does not take fp16; add --train.precision fp32, or train.parallel ddp")
+            whole, self.shards = self.parameters, Shards(self.model, here)
+            self.parameters = self.shards.parts
+            part_of: dict[Tensor, nn.Parameter] = dict(zip(whole, self.parameters, strict=True))
+            names = {part_of[p]: name for p, name in names.items()}
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                group["params"] = [part_of[p] for p in group["params"]]
+        self.names: dict[Tensor, str] = names  # of the parameters; with FSDP of their parts in this process
         # The gradients and the step's loss are views of one tensor, so that clearing and exchanging them is one operation each.
         self.gradients = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=here.device)
         *views, loss = self.gradients.split([*(p.numel() for p in self.parameters), 1])
         self.grads, self.loss = [view.view_as(p) for p, view in zip(self.parameters, views, strict=True)], loss[0]
         for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad
-        self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         self.optimizer = Together(self.optimizers)
         self.recorder, self.health = Recorder(here.device), Health()
         self.n_recorded = 0  # steps that `health` has not counted yet
         for optimizer in self.optimizers:
             optimizer.found_inf = self.recorder.is_bad  # pyright: ignore[reportAttributeAccessIssue]  # their kernels skip if it is 1
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
+            if isinstance(optimizer, Muon):
+                optimizer.shards = self.shards
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema and not self.shards else None
+        self.averages: list[Tensor] = [*self.ema.parameters()] if self.ema else []
+        if config.train.ema and self.shards:
+            self.averages = [p.detach().clone() for p in self.parameters]
         self.ema_rate = torch.zeros((), device=here.device)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=precision == "fp16")
         self.autocast = processes.autocast(here.device, precision)
         self.module: nn.Module = self.model
         self.forward_backward, self.clip_and_step = self._forward_backward, self._clip_and_step
-        if config.train.compile and not planned.device.compiler_missing:
+        if config.train.compile and not planned.device.compiler_missing and not self.shards:
             self.module = cast(nn.Module, torch.compile(self.module, dynamic=False))
             if here.device.type == "cuda":
                 self.forward_backward = Graphed(self._forward_backward)
@@ -99,7 +118,8 @@ class TrainingStep:
                     self.clip_and_step = Graphed(self._clip_and_step)
         # The loss of a micro-batch is its sum over the targets, divided by their number in the step over all processes.
         self.normalizer = torch.tensor(planned.tokens_per_step, dtype=torch.float32, device=here.device)
-        self.preference = torch.zeros(len(STATISTICS) + 1, device=here.device)  # sums since the last `mean_preference`, number of pairs
+        # STATISTICS and the number of pairs: sums of the step, and of the steps since the last `mean_preference`
+        self.step_preference, self.preference = torch.zeros(2, len(STATISTICS) + 1, device=here.device)
         self.data_seconds = 0.0  # that `run` waited for batches; the caller resets it
 
     def lr_factor(self, step: int) -> float:
@@ -116,7 +136,7 @@ class TrainingStep:
         set_rates(self.optimizers, lr_factor)
         if n_targets:
             self.normalizer.fill_(n_targets)
-        if self.ema:
+        if self.averages:
             self.ema_rate.fill_(1 - min(self.config.train.ema or 0.0, (1 + step) / (10 + step)))
         waiting_since = time.perf_counter()
         for batch in batches:
@@ -138,37 +158,63 @@ class TrainingStep:
         assert cu_seqlens is not None
         log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
         loss, values = dpo_loss(log_probs, reference, counts, self.config.dpo)
-        self.preference += values
+        self.step_preference += values
         return loss.sum() / self.normalizer
 
     def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
         loss = self._loss(tokens, targets, cu_seqlens, reference)
-        # Not backward(), which would add the gradients one by one.
-        torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
+        if self.shards:
+            loss.backward()
+            torch._foreach_add_(self.grads, self.shards.take_gradients())
+        else:  # not backward(), which would add the gradients one by one
+            torch._foreach_add_(self.grads, torch.autograd.grad(self.scaler.scale(loss), self.parameters))
         return self.loss.add_(loss.detach())
 
     def update(self) -> Tensor:
         """Sum the gradients over the processes, clip them, step the optimizers, clear the gradients. Returns the norm before clipping."""
-        processes.total(self.gradients)
+        processes.total(self.loss if self.shards else self.gradients)
         grad_norm = self.clip_and_step()
         self.n_recorded += 1
         if self.n_recorded == ROWS:
             self.count()
         return grad_norm
 
+    @torch.no_grad()  # or the averages keep a graph of all steps
     def _clip_and_step(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.train.grad_clip)
+        grad_norm = nn.utils.get_total_norm(self.grads)
+        if self.shards:
+            grad_norm = processes.total(grad_norm.square()).sqrt()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.train.grad_clip, grad_norm)
         self.recorder.record(self.loss, grad_norm)
+        if self.config.objective == "dpo":
+            is_finite = (self.loss + self.step_preference.sum()).isfinite()
+            self.preference += torch.where(is_finite, self.step_preference, 0)
+            self.step_preference.zero_()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema:
-            averages: list[Tensor] = [*self.ema.parameters()]
-            changes = list(torch._foreach_sub([*self.parameters], averages))
+        if self.averages:
+            changes = list(torch._foreach_sub([*self.parameters], self.averages))
             torch._foreach_mul_(changes, self.ema_rate)
-            torch._foreach_add_(averages, changes)
+            torch._foreach_add_(self.averages, changes)
         self.gradients.zero_()
         return grad_norm
+
+    def whole_model(self, *, ema: bool = False, device: torch.device | None = None) -> GPT:
+        """The model, or with `ema` the one with the running mean of the weights. With FSDP it is a copy on `device` that holds all weights,
+        and all processes must call this."""
+        if self.shards:
+            return self.shards.whole_model(self.averages if ema else self.parameters, device or self.here.device)
+        model = self.ema if ema else self.model
+        assert model is not None
+        return model
+
+    @torch.no_grad()
+    def set_weights(self, model: GPT, *, ema: bool = False) -> None:
+        """With FSDP, take this process's part of the weights of a whole model, which `whole_model` has returned."""
+        if self.shards:
+            for part, p, whole in zip(self.averages if ema else self.parameters, self.parameters, model.parameters(), strict=True):
+                part.copy_(self.shards.part(whole, p))
 
     def release_memory(self) -> None:
         """Give back the memory that only the next step needs, before other work on the device."""
@@ -177,12 +223,13 @@ class TrainingStep:
                 call.release()
 
     def mean_preference(self) -> dict[str, float]:
-        """STATISTICS of preference training, averaged over the pairs since the last call; {} without."""
+        """STATISTICS of preference training, averaged over the pairs since the last call whose step has a finite loss. {} if there are
+        none."""
         if self.config.objective != "dpo":
             return {}
         *sums, n_pairs = processes.total(self.preference).tolist()
         self.preference.zero_()
-        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)}
+        return {name: value / n_pairs for name, value in zip(STATISTICS, sums, strict=True)} if n_pairs else {}
 
     def count(self) -> None:
         """Count the steps since the last call in `health`. Waits for the device."""
@@ -191,7 +238,8 @@ class TrainingStep:
         self.n_recorded = 0
 
     def mean_loss(self) -> float:
-        """The loss in nats per token, averaged over the processes and the good steps since the last call; NaN if there was none."""
+        """The loss in nats per token, averaged over the processes and the steps since the last call in which it is finite; NaN if there was
+        none."""
         self.count()
         return self.health.take_loss()
 
@@ -200,7 +248,8 @@ class TrainingStep:
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not values:
             tensors = [*self.parameters, *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
-            if not torch.stack(torch._foreach_norm([t.detach() for t in tensors], math.inf)).isfinite().all():
+            norms = torch._foreach_norm([t.detach() for t in tensors if t.numel()], math.inf)  # a process may have no part of a parameter
+            if processes.total(torch.stack(norms).isfinite().logical_not().sum()):
                 wrong = ["a weight or the optimizer's state is not finite"]
         if wrong:
             raise self.diverged(step, f"{', '.join(wrong)}; nothing of it was saved")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.disturbed import disturbed
 from tritale.cli.main import main as tritale
+from tritale.common.run_folder import step_folder, step_folders
 from tritale.data.batches import Batches
 from tritale.inference import LLM
 from tritale.model import checkpoint
@@ -114,6 +115,26 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def test_checkpoints_that_fill_a_disk_stop_the_saves_and_not_the_run(tiny_run, small_disk, capsys):
+    """All checkpoints are kept. The earlier ones stay whole, and with more room the same command resumes from the last."""
+    out_dir = small_disk / "run"
+    options = dict(data__source=tiny_run / "data", train__max_steps=60, train__checkpoint_every=1, train__validate_every=1000)
+    result = train(out_dir, check=False, train__keep_last=0, **options)
+    folders = step_folders(out_dir)
+    last = folders[max(folders)]
+    assert result.returncode == 1 and "step 60/60" in result.stdout
+    assert list(folders) == list(range(1, len(folders) + 1)) and 60 not in folders
+    told = result.stdout[result.stdout.index(f"the checkpoint {step_folder(out_dir, len(folders) + 1)} could not be written") :]
+    assert "No space left" in told and "earlier checkpoints are complete" in told and "free some space. The run goes on" in told
+    assert result.stderr.startswith(f"train.py: the checkpoint {step_folder(out_dir, 60)} could not be written")
+    tritale(["verify", str(out_dir)])
+    assert capsys.readouterr().out.count(": whole, 7 files\n") == len(folders) and not list(out_dir.glob(".step-*"))
+    for folder in list(folders.values())[:-1]:
+        shutil.rmtree(folder)
+    assert f"resuming from {last}" in train(out_dir, resume="force", train__keep_last=1, **options).stdout
+    assert list(step_folders(out_dir)) == [60] and list(losses(out_dir)) == list(range(1, 61))
+
+
 def test_a_full_disk_stops_the_saves_and_not_the_run(tiny_run, small_disk):
     """The log cannot be written either. When there is room again, the next checkpoint is written and no line is missing."""
     out_dir, filler = small_disk / "run", small_disk / "filler"
@@ -180,6 +201,23 @@ def test_a_bad_step_changes_nothing_and_is_counted(matrices, tmp_path, monkeypat
     lines = metrics(tmp_path / "run")
     assert [line.get("bad_steps", 0) for line in lines if "tokens" in line] == [0, 0, 0, 1, 1, 1]
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 5, 6]
+
+
+def test_a_bad_step_with_a_finite_loss_shows_it(tiny_run, tmp_path, monkeypatch, capsys):
+    backward, came = TrainingStep.backward, []
+
+    def spoil(self, batch):
+        backward(self, batch)
+        came.append(batch)
+        if len(came) == 4 * 2:  # the last micro-batch of step 4
+            self.grads[3].fill_(float("inf"))
+
+    monkeypatch.setattr(TrainingStep, "backward", spoil)
+    run_here(tmp_path / "run")
+    (line,) = (line for line in metrics(tmp_path / "run") if line["step"] == 4)
+    assert line["loss"] == losses(tiny_run)[4] and line["bad_steps"] == 1 and "grad_norm" not in line
+    assert f"step 4/6  loss {line['loss']:.3f} " in capsys.readouterr().out
+    assert ["grad_norm" in line for line in metrics(tmp_path / "run") if "tokens" in line] == [True] * 3 + [False] + [True] * 2
 
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])

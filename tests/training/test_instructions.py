@@ -1,7 +1,9 @@
 """Training on conversations and on pairs of answers: exact masks, exact resuming, and the preference loss against its definition."""
 
 import json
+import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +25,7 @@ from tritale.model.checkpoint import load_model
 from tritale.stories.generator import story
 from tritale.training.config import DPOConfig
 from tritale.training.preference import STATISTICS, dpo_loss
+from tritale.training.step import TrainingStep
 
 CONTEXT = 64  # of the tiny model
 
@@ -198,6 +201,26 @@ def test_dpo_loss_is_that_of_trl():
     loss, sums = dpo_loss(log_probs, reference, counts, DPOConfig(beta=0.1))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(sums[1:3], torch.stack([chosen.sum(), rejected.sum()]), atol=1e-4, rtol=1e-5)
+
+
+def test_a_bad_step_leaves_the_mean_statistics_finite(tiny_run, instructions, tmp_path, monkeypatch):
+    """Steps 2, 5 and 6 have a NaN in a reference. A line for two steps shows the statistics of step 1 then, and none for 5 and 6."""
+    options = {"objective": "dpo", "train__max_steps": 6, "train__checkpoint_every": 6, "train__validate_every": 6}
+    teach(tmp_path / "good", tiny_run, instructions["dpo"], **options)
+    backward, came = TrainingStep.backward, []
+
+    def spoil(self, batch):
+        came.append(batch)
+        if (len(came) - 1) // 2 in (1, 4, 5):  # two micro-batches a step
+            batch = replace(batch, reference=batch.reference * float("nan"))
+        backward(self, batch)
+
+    monkeypatch.setattr(TrainingStep, "backward", spoil)
+    teach(tmp_path / "bad", tiny_run, instructions["dpo"], log__every=2, **options)
+    good, bad = ({line["step"]: line for line in metrics(tmp_path / name) if "tokens" in line} for name in ("good", "bad"))
+    assert all(bad[2][name] == pytest.approx(good[1][name], rel=1e-5) for name in STATISTICS)
+    assert all(math.isfinite(bad[4][name]) for name in STATISTICS) and bad[6]["bad_steps"] == 3
+    assert not bad[6].keys() & {"loss", "grad_norm", *STATISTICS}
 
 
 def test_preference_training_prefers_the_chosen_answers(tiny_run, instructions, tmp_path):

@@ -74,6 +74,13 @@ def test_an_update_clears_all_gradients_at_once_and_allocates_no_state(tmp_path)
     assert all(p.grad is not None and not p.grad.any() for p in step.model.parameters())
 
 
+def test_the_running_mean_keeps_no_graph(tmp_path):
+    """It would grow by some nodes for each parameter and step."""
+    step = tiny_step(tmp_path, train__ema=0.9)
+    step.run([random_batch(plan_of(step), 2)], 1.0)
+    assert step.averages and not any(t.requires_grad or t.grad_fn for t in step.averages)
+
+
 def test_a_process_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

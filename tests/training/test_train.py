@@ -99,6 +99,26 @@ def test_two_processes_make_the_same_steps(tiny_run, tmp_path):
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in ours)
 
 
+@pytest.mark.parametrize("parallel, matrices", [("ddp", "muon"), ("fsdp", "muon"), ("fsdp", "adamw")])
+def test_a_run_goes_on_with_another_number_of_processes(parallel, matrices, tmp_path):
+    """Two, one and two processes have the losses of one; after each part the checkpoints from its second on are removed, so that the next
+    part resumes from its first. 599 rows of the embedding cannot be divided evenly."""
+    options: dict = dict(train__checkpoint_every=2, train__ema=0.9, optim__matrices=matrices, data__vocab_size=599)
+    out_dir, one = tmp_path / "run", tmp_path / "one"
+    run_here(one, **options)
+    for processes, kept in ((2, 2), (1, 4), (2, 6)):
+        result = train(out_dir, processes=processes, train__parallel=parallel, **options)
+        assert ("resuming from" in result.stdout) == (kept > 2)
+        for step in range(kept + 2, 7, 2):
+            shutil.rmtree(out_dir / f"step-{step:08d}")
+    assert losses(out_dir) == pytest.approx(losses(one), rel=1e-4)
+    for name in ("model.safetensors", "ema.safetensors", "trainer/state.safetensors"):
+        ours, theirs = (load_file(folder / "step-00000006" / name) for folder in (out_dir, one))
+        assert ours.keys() == theirs.keys() and all(t.shape == theirs[key].shape for key, t in ours.items())
+    last, expected = ([line for line in metrics(folder) if "val_loss" in line][-1] for folder in (out_dir, one))
+    assert all(last[name] == pytest.approx(expected[name], rel=1e-4) for name in ("val_loss", "ema_val_loss"))
+
+
 def test_accumulating_micro_batches_does_not_change_the_steps(tmp_path):
     """Without a document mask: with one, the end of a micro-batch also limits attention."""
     for size in (1, 4):
