@@ -119,7 +119,9 @@ def small_disk(tmp_path):
 def test_checkpoints_that_fill_a_disk_stop_the_saves_and_not_the_run(tiny_run, small_disk, capsys):
     """All checkpoints are kept. The earlier ones stay whole, and with more room the same command resumes from the last."""
     out_dir = small_disk / "run"
-    options: dict[str, Any] = dict(data__source=tiny_run / "data", train__max_steps=60, train__checkpoint_every=1, train__validate_every=1000)
+    options: dict[str, Any] = dict(
+        data__source=tiny_run / "data", train__max_steps=60, train__checkpoint_every=1, train__validate_every=1000
+    )
     result = train(out_dir, check=False, train__keep_last=0, **options)
     folders = step_folders(out_dir)
     last = folders[max(folders)]
