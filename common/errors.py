@@ -10,6 +10,11 @@ class UserError(ValueError):
     The message names the value, the allowed values and the next step."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error, which may have several lines, in one."""
+    return " ".join(str(error).split())
+
+
 REASONS = {
     errno.ENOENT: "does not exist; check the path",
     errno.ENOTDIR: "cannot be used: a part of the path is a file, not a folder; choose another path",

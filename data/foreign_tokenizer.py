@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line
 from ..common.files import read_json_object
 from .tokenizer import Tokenizer, unicode_errors
 
@@ -52,7 +52,7 @@ class ForeignTokenizer(Tokenizer):
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}); save it again with transformers") from None
+            raise UserError(f"{path} cannot be read as a tokenizer ({one_line(error)}); save it again with transformers") from None
         found = [read_json_object(folder / name, remedy="save it again") for name in _CONFIGS if (folder / name).is_file()]
 
         n_ids = max(backend.get_vocab().values(), default=-1) + 1

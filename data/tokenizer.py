@@ -24,7 +24,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line
 from ..common.files import atomic_file, read_json_object, write_json
 from .chat import CHAT_TEMPLATE, END, START
 
@@ -135,7 +135,7 @@ class Tokenizer:
                 raise ValueError("its model has a subword prefix or suffix")  # the library ends the process if the merges do not match
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}); restore it, or train it again") from error
+            raise UserError(f"{path} cannot be read as a tokenizer ({one_line(error)}); restore it, or train it again") from error
         for i, token in enumerate(FIXED_TOKENS):
             if backend.id_to_token(i) != token:
                 raise UserError(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line
 from ..common.files import read_json_object, sha256_of, write_json
 from ..common.run_folder import listing
 from ..common.sampling import Sampling
@@ -239,7 +239,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); {DAMAGED}") from None
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {DAMAGED}") from None
 
 
 def load_weights(model: GPT, folder: Path, *, name: str = WEIGHTS) -> None:

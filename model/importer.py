@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line
 from ..common.files import atomic_folder, read_json_object, write_json
 from ..data.foreign_tokenizer import ForeignTokenizer
 from .checkpoint import copy_weights, gpt_config, save_model, write_checksums, wrong_values
@@ -70,7 +70,7 @@ def _read_hf(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     try:
         return config, {name: tensor for path in files for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise UserError(f"{source}: the weights cannot be read ({error}); download or save them again") from None
+        raise UserError(f"{source}: the weights cannot be read ({one_line(error)}); download or save them again") from None
 
 
 def _read_litgpt(source: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from json.decoder import JSONDecodeError
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...common.errors import UserError
+from ...common.errors import UserError, one_line
 from ..tokenizer import END_OF_TEXT
 from .checks import MAX_DOCUMENT, BadInput, check_text, excerpt, no_key, not_utf8, other_encoding, too_long, utf16
 from .inputs import decompressed, file_format, import_package
@@ -48,7 +48,7 @@ def records(file: str, raw: io.FileIO, txt_documents: str | None) -> Records:
         for record, line in found:
             yield record, line
     except damage as error:
-        raise BadInput(file, line, "the compressed file is damaged after this line", f" ({error}); fetch it again") from None
+        raise BadInput(file, line, "the compressed file is damaged after this line", f" ({one_line(error)}); fetch it again") from None
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}, after line {line}", file) from None
 
@@ -206,7 +206,7 @@ def _csv_rows(stream: BinaryIO, file: str, delimiter: str) -> Records:
                 yield BadInput(file, line, f"{len(row)} fields, but {len(header)} in the header", f" ({', '.join(header)})"), line
             line, length = rows.line_num + 1, 0
     except csv.Error as error:
-        raise BadInput(file, line, "broken csv", f" ({error}); a quote may be missing there") from None
+        raise BadInput(file, line, "broken csv", f" ({one_line(error)}); a quote may be missing there") from None
 
 
 def _txt_layout(start: bytes, file: str) -> str:
@@ -280,7 +280,7 @@ def parquet_rows(file: str, keys: list[str]) -> Records:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise BadInput(file, number + 1, "not a complete parquet file", f" ({error})") from None
+        raise BadInput(file, number + 1, "not a complete parquet file", f" ({one_line(error)})") from None
 
 
 def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
@@ -289,7 +289,7 @@ def _parquet_row(batch, file: str, row: int) -> dict | BadInput:
     except UnicodeDecodeError as error:
         return BadInput(file, row, f"not UTF-8 (byte 0x{error.object[error.start]:02X})", "; write the column again as UTF-8")
     except (ValueError, OverflowError) as error:
-        return BadInput(file, row, "a value that Python cannot hold", f" ({error}); write the column as text")
+        return BadInput(file, row, "a value that Python cannot hold", f" ({one_line(error)}); write the column as text")
 
 
 def hub_rows(name: str) -> Records:
