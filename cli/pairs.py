@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if args.asked < 1 or args.samples < 2:
         raise UserError(f"--asked is {args.asked} and must be at least 1; --samples is {args.samples} and must be at least 2")
     sampling = options.sampling(args)
+    args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

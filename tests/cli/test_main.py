@@ -29,7 +29,7 @@ def test_without_a_command_it_prints_help(capsys):
 @pytest.mark.parametrize(
     "command",
     ["prepare --input {text} --out {file}/x", "train --config {config} --out_dir {file}/x", "export {run} --to hf --out {file}",
-     "evaluate {run} --out {file}/x", "instruct {run}/data --out {file}/x"],
+     "evaluate {run} --out {file}/x", "instruct {run}/data --out {file}/x", "pairs {run} --data {run}/data --out {file}/x"],
 )  # fmt: skip
 def test_a_path_below_a_file_is_said_in_words(command, tiny_run, tmp_path):
     (tmp_path / "text.txt").write_text("从前有一只小兔子。\n" * 50, encoding="utf-8")
