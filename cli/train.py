@@ -37,6 +37,8 @@ def launch(processes: int, overrides: list[str]) -> None:
 
     Raises UserError if the machine has GPUs, but fewer than processes."""
     import psutil
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the warnings about closed connections, which are read at the import
     import torch
 
     if torch.cuda.is_available() and (count := torch.cuda.device_count()) < processes:

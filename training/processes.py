@@ -67,7 +67,9 @@ class Stop:
     """Ends a run on SIGTERM or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
 
     Outside of `deferred` a signal raises KeyboardInterrupt or SystemExit at once, since there is nothing to save. A second Ctrl-C always
-    ends the process at once, by the operating system; what is being written then is left under a temporary name."""
+    ends the process at once, by the operating system; what is being written then is left under a temporary name.
+
+    Raises ConnectionError in place of the body's error if that says that another process of the run has ended."""
 
     def __init__(self):
         self.is_training = False
@@ -80,9 +82,21 @@ class Stop:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # of the main memory
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error and has_lost_another(error):
+                self._wait_for_launcher()
+                raise ConnectionError("another process of the run has ended") from None
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _wait_for_launcher(self) -> None:
+        """The launcher ends this process by SIGTERM and prints the one message. The signal may have come before the error."""
+        if self._signal:
+            sys.exit(1)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(60)
 
     def _handle(self, number: int, frame: object) -> None:
         self._signal = number
@@ -139,7 +153,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def has_lost_another(error: Exception) -> bool:
+def has_lost_another(error: BaseException) -> bool:
     """Whether the error says that another process of the run has ended. Gloo raises a RuntimeError without a class of its own."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 

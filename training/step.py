@@ -34,14 +34,10 @@ MEASURE_SECONDS = 10  # after the compilation
 
 @contextlib.contextmanager
 def explain_errors(config: RunConfig) -> Iterator[None]:
-    """Raises UserError, which names the setting to lower, in place of an out-of-memory error of PyTorch; and ConnectionError if another
-    process of the run has ended."""
+    """Raises UserError, which names the setting to lower, in place of an out-of-memory error of PyTorch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if processes.has_lost_another(error):
-            time.sleep(3)  # the launcher ends this process in the meantime
-            raise ConnectionError("another process of the run has ended") from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # on a CPU
             raise
         n = config.train.micro_batch
