@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
-from ..common.files import atomic_folder, read_json_object, write_json
+from ..common.files import atomic_folder, final_name, read_json_object, write_json
 from ..stories.generator import TRAIN_START, VALIDATION_START, story
 from .shards import REMEDY, Split, write_split
 from .tokenizer import Tokenizer
@@ -34,8 +34,9 @@ def write_built_in(
         return
     if folder.exists() and not (folder / RECIPE).is_file():
         raise UserError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if final_name(left) == folder.name:  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
     train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
     known = {s.text for s in train}
     validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]

@@ -33,7 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_forward_mode, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import (
+    accumulator,
+    all_like,
+    contiguous_like,
+    no_second_derivative,
+    refuse_forward_mode,
+    refuse_transforms,
+    tanh,
+    unit_stride,
+    wide_dtype,
+)
 from .dispatch import autocast, check_documents
 from .launch import architecture, cdiv, launch_options, power_of_two
 from .triton_compat import jit, tl

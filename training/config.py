@@ -166,7 +166,7 @@ class ModelConfig:
     head_dim: int | None = between(None, 2, 1024)
     width: int | None = between(None, 1, 65_536)
     mlp_width: int | None = between(None, 1, 2**20)
-    context: int | None = between(None, 1, 2**20)
+    context: int | None = between(None, 2, 2**20)  # a beginning and what follows
     rope_theta: float | None = between(None, 1.0, 1e12)
     norm_eps: float | None = between(None, 1e-12, 0.1)
     qk_norm: bool | None = None
@@ -217,7 +217,7 @@ class TrainConfig:
     max_steps: int = between(1000, 1, 10**9)
     global_batch: int = between(32, 1, 2**20)
     micro_batch: int = between(32, 1, 2**20)
-    context: int | None = between(None, 1, 2**20)
+    context: int | None = between(None, 2, 2**20)
     precision: str = one_of("auto", "bf16", "fp16", "fp32")
     parallel: str = one_of("ddp", "fsdp")
     compile: bool = True
