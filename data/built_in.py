@@ -73,6 +73,10 @@ def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, S
     """The tokenizer and the splits train and validation of a data folder; `verify` as in `Split.open`.
 
     Raises FileNotFoundError or UserError if one is missing, damaged, or made with another tokenizer."""
+    if not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds no training data (tokenizer/, train/, validation/); make it with tritale prepare --input FILE --out {folder}"
+        )
     tokenizer = Tokenizer.load(folder / "tokenizer")
     train, validation = (Split.open(folder / name, verify=verify) for name in ("train", "validation"))
     for split in (train, validation):

@@ -111,6 +111,26 @@ def test_output_that_a_pipe_no_longer_reads_ends_the_command_silently():
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
+def test_output_of_rich_that_a_pipe_no_longer_reads_ends_the_command_silently():
+    code = "import sys; from rich.console import Console; from tritale.cli import main, sweep; "
+    code += "sweep.run = lambda args: [Console().print('x' * 100) for _ in range(10_000)]; main.main(['sweep', 'x'])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.skipif(os.name == "nt", reason="/dev/full and closed streams are Unix's")
+def test_a_closed_output_is_dropped_and_a_full_disk_is_said_in_words(tiny_run):
+    shell = lambda end: subprocess.run(
+        f"{sys.executable} -m tritale status {tiny_run} {end}", shell=True, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (shell(">&-").returncode, shell(">&-").stderr) == (0, "")
+    full = shell("> /dev/full")
+    assert full.returncode == 1 and "does not fit: the disk is full; free some space" in full.stderr and "Errno" not in full.stderr
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "latin-1", "cp1252"])
 def test_help_and_errors_are_printed_in_any_encoding(tmp_path, encoding):
     done = tritale("sweep", tmp_path / "小🐰", PYTHONIOENCODING=encoding)

@@ -1,8 +1,12 @@
 """Bad configs: each is refused with one line that has the value, what is allowed, and what to do."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
+from runs import REPOSITORY
 
 from tritale.training.config import RunConfig, divisors, flatten, parse
 
@@ -148,6 +152,15 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
     assert message in refusal("--config", str(path))
 
 
+@pytest.mark.parametrize("locale", ["C", "zh_CN.GBK"])  # the second, if it is not installed, is the first
+def test_a_config_file_is_utf8_in_every_locale(locale, tmp_path):
+    (tmp_path / "run.yaml").write_text('log:\n  prompts: ["小兔", é🐰]\n', encoding="utf-8")
+    code = "from tritale.training.config import parse; print(ascii(parse(['--config', 'run.yaml']).log.prompts))"
+    environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == ascii(("小兔", "é🐰")) + "\n", done.stderr
+
+
 @pytest.mark.parametrize("path", ["nowhere.yaml", "."])
 def test_a_missing_file_is_named(path):
     assert f"--config {path!r}: " in refusal("--config", path) and "give a YAML file" in refusal(f"--config={path}")
@@ -174,6 +187,8 @@ def test_a_missing_file_is_named(path):
         (["--train.max_steps=010"], "010 is not a decimal number"),
         (["stray"], "unrecognized arguments: stray"),
         (["--train.max_steps"], "expected one argument"),
+        (["--dpo.beta=3"], "the keys of dpo have no effect with objective cross_entropy; set objective dpo"),
+        (["--data.replay_share=0.5"], "data.replay_share has no effect without data.replay; set that to a folder"),
         (["--optim.warmup_steps=800"], "optim.warmup_steps (800) must be less than train.max_steps (800); try 80"),
         (["--train.micro_batch=3"], "train.micro_batch (3) must divide train.global_batch (8); try --train.micro_batch 2"),
     ],

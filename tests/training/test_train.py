@@ -276,6 +276,15 @@ def test_a_foreign_folder_at_the_place_of_the_data_is_not_overwritten(tmp_path):
     assert (tmp_path / "run" / "data" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("key", ["data__source", "data__replay"])
+def test_a_folder_without_data_is_named_with_the_command_that_makes_it(tmp_path, key):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        message = f"{tmp_path / name} holds no training data .*; make it with tritale prepare --input FILE --out {tmp_path / name}"
+        with pytest.raises(FileNotFoundError, match=message):
+            run_here(tmp_path / "run", **{key: tmp_path / name})
+
+
 def test_a_resumed_run_may_save_at_other_steps(copy):
     run_here(copy, train__checkpoint_every=2, train__validate_every=2)
 
