@@ -21,6 +21,7 @@ from ..model.checkpoint import read_shape
 from ..model.gpt import PRESETS, GPTConfig
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
+LONGEST_CONFIG = 1_000_000  # characters
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -482,7 +483,13 @@ def read_config(path: str) -> str:
     """The YAML of a config file, in ASCII. Raises UserError if it is not a mapping of sections, has an unknown key, or sets a key twice
     (YAML keeps the last value)."""
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_CONFIG + 1)
+        if len(text) > LONGEST_CONFIG:  # data, or a device without an end
+            raise UserError(
+                f"{path} is longer than {LONGEST_CONFIG:,} characters, so it is no config; give a YAML file such as {QUICKSTART}"
+            )
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path!r}: {error.strerror}; give a YAML file such as configs/quickstart.yaml") from None
     except UnicodeDecodeError as error:

@@ -144,6 +144,7 @@ def test_every_number_has_limits_and_every_default_is_within_them():
         ("out_dir: null\n", "out_dir is null; it must be the path of a folder"),
         ("out_dir: 小兔\n".encode("gbk"), "is not UTF-8 text"),
         ("seed: 1\n".encode("utf-16"), "is not UTF-8 text"),
+        ('{"text": "从前"}\n' * 100_000, "is longer than 1,000,000 characters, so it is no config; give a YAML file such as"),
     ],
 )
 def test_a_bad_file_is_refused(text, message, tmp_path):
