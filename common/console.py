@@ -20,6 +20,9 @@ class LastingOutput(io.TextIOWrapper):
         with suppress(OSError):
             super().flush()
 
+    def close(self) -> None:  # also called when it is collected; the buffer belongs to the stream that it replaces
+        self.flush()
+
 
 def prepare_output(*, is_lasting: bool = False) -> None:
     """Print `?` for characters that the encoding of stdout or stderr lacks (GBK, ASCII, …), instead of raising UnicodeEncodeError, and drop
@@ -32,7 +35,7 @@ def prepare_output(*, is_lasting: bool = False) -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-            if is_lasting:
+            if is_lasting and not isinstance(stream, LastingOutput):
                 form = {"encoding": stream.encoding, "errors": "replace", "line_buffering": stream.line_buffering}
                 setattr(sys, name, LastingOutput(stream.buffer, write_through=stream.write_through, **form))
 
