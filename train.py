@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritale.common.console import end_with, replace_unencodable_output, wrapped
+from tritale.common.console import end_with, prepare_output, wrapped
 from tritale.common.errors import UserError, sentence
 from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
@@ -227,7 +227,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
 
 
 if __name__ == "__main__":
-    replace_unencodable_output()
+    prepare_output(is_lasting=True)
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = options.sampling(args)
     args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         tokenizer, _, validation = open_data(args.data)

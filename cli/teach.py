@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{out} exists and was not made by tritale teach; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     for name, (_, written) in stages.items():
         if name in record["seconds"] and written.exists():
-            console.print(f"{out / name} is finished", style="dim", markup=False)
+            console.print(f"{out / name} is finished", style="dim")
             continue
-        console.print(f"\n$ {shlex.join(['tritale', *commands[name]])}", style="bold", markup=False)
+        console.print(f"\n$ {shlex.join(['tritale', *commands[name]])}", style="bold")
         began = time.perf_counter()
         main(commands[name])  # ends this process after an error
         record["seconds"][name] = round(time.perf_counter() - began, 1)
@@ -96,5 +96,5 @@ def run(args: argparse.Namespace) -> None:
     with atomic_file(out / "teach.html") as temporary:
         temporary.write_text(page(report, done), encoding="utf-8")
     minutes = sum(record["seconds"].values()) / 60
-    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}", markup=False)
-    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。", markup=False)
+    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}")
+    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。")
