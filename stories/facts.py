@@ -118,7 +118,7 @@ def has_feature(text: str, feature: str) -> bool:
     return bool(re.search("“[^“”]+”", text)) if feature == "对话" else bool(_feature_patterns()[feature].search(text))
 
 
-RUN = 6  # characters
+RUN, TELLING = 6, 4  # characters of a run, and of its end, which no other plot has
 
 
 @cache
@@ -134,4 +134,4 @@ def _telling_runs() -> frozenset[str]:
 def plot_shows(text: str) -> tuple[int, int] | None:
     """(begin, end) of the first characters that tell which plot a built-in story has. Many plots share their first sentences."""
     begins = (i for i in range(len(text)) if text[i : i + RUN] in _telling_runs())
-    return next(((max(0, i - RUN // 2), i + RUN) for i in begins), None)
+    return next(((i + RUN - TELLING, i + RUN) for i in begins), None)
