@@ -11,7 +11,7 @@ from . import options
 HELP = "teach a run to follow instructions: data, training, training on its own best stories, evaluation"
 TAKES_CONFIG = True
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
-SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003)  # the second training changes little
+SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
 

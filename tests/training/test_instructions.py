@@ -83,7 +83,8 @@ def test_training_on_answers_begins_with_the_checkpoint_and_resumes_bit_for_bit(
     assert losses(tmp_path / "whole") == before == losses(tmp_path / "again")
     folder = tmp_path / "whole" / "step-00000004"
     llm = LLM.load(folder)
-    assert llm.tokenizer.is_chat and llm.chat([{"role": "user", "content": "写一个故事"}], seed=1, max_new_tokens=5)
+    assert llm.tokenizer.is_chat
+    llm.chat([{"role": "user", "content": "写一个故事"}], seed=1, max_new_tokens=5)  # may be empty: the model is nearly untrained
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
     with pytest.raises(UserError, match="not trained on instructions"):
         LLM.load(tiny_run).chat([{"role": "user", "content": "写一个故事"}])
