@@ -27,7 +27,8 @@ def test_tokens_with_an_emphasised_character_are_2_and_the_ids_do_not_change(tok
     rng = Random(seed)
     for _ in range(300):
         answer = "".join(rng.choices(LETTERS, k=rng.randint(1, 40)))
-        spans = [tuple(sorted(rng.choices(range(len(answer) + 1), k=2))) for _ in range(rng.randint(0, 4))]
+        ends = [sorted(rng.choices(range(len(answer) + 1), k=2)) for _ in range(rng.randint(0, 4))]
+        spans = [(begin, end) for begin, end in ends]
         chat = lambda content: [{"role": "user", "content": "写。"}, {"role": "assistant", "content": content}]
         ((ids, flags),) = encode_chats(tokenizer, [chat(emphasise(answer, spans))])
         ((plain_ids, learnt),) = encode_chats(tokenizer, [chat(answer)])
@@ -107,6 +108,7 @@ def test_a_share_of_the_conversations_ends_after_its_last_emphasised_token(prepa
         n_cut = n_whole = 0
         for step in range(batches.steps_per_epoch):
             (batch,) = batches.step(step)
+            assert batch.cu_seqlens is not None
             bounds = batch.cu_seqlens.unique().tolist()
             for begin, end in list(pairwise(bounds))[1:-1]:  # the first and the last may be cut by the micro-batch
                 ids = tuple(batch.tokens[0, begin:end].tolist())

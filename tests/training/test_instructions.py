@@ -105,7 +105,7 @@ def test_the_reported_losses_are_those_of_the_answers(tiny_run, instructions, tm
     )
     model, (_, train, validation) = load_model(tiny_run / "step-00000006"), open_data(instructions["sft"])
 
-    def nats(tokens, targets, weights=1.0) -> float:
+    def nats(tokens, targets, weights: torch.Tensor | float = 1.0) -> float:
         logits = model(torch.tensor(tokens)[None])[0]
         return (weights * F.cross_entropy(logits, torch.tensor(targets), ignore_index=IGNORED, reduction="none")).sum().item()
 
