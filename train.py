@@ -107,7 +107,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)
     else:
         mask = config.data.document_mask
-        batches = Batches(train_split, **sizes, **order, document_mask=mask)
+        batches = Batches(train_split, **sizes, **order, document_mask=mask, emphasis=config.data.emphasis, cut_share=config.data.cut_share)
         evaluate = functools.partial(validate, split=validation_split, **sizes, document_mask=mask, **shared)
 
     # ---- resume: weights, optimizer and random state; the order of the data is a function of the step -------------------------------

@@ -11,7 +11,7 @@ from . import options
 HELP = "teach a run to follow instructions: data, training, training on its own best stories, evaluation"
 TAKES_CONFIG = True
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
-SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003)  # the second training changes little
+SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
 
@@ -19,9 +19,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
-    p.add_argument("--conversations", type=int, default=20_000, metavar="N", help="conversations of the first training")
-    p.add_argument("--steps", type=int, nargs=2, default=(600, 60), metavar="N", help="steps of both trainings")
-    p.add_argument("--asked", type=int, default=1000, metavar="N", help="instructions that the taught model answers itself")
+    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the first training")
+    p.add_argument("--steps", type=int, nargs=2, default=(1500, 40), metavar="N", help="steps of both trainings")
+    p.add_argument("--asked", type=int, default=500, metavar="N", help="instructions that the taught model answers itself")
     p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 

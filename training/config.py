@@ -121,6 +121,8 @@ class DataConfig:
         document_mask: Whether attention is limited to one document when a sequence contains several.
         replay: For conversations: a folder of plain text like source, made with the same tokenizer, which is mixed in; null for none.
         replay_share: Share of the tokens that are replayed.
+        emphasis: For conversations: weight of the emphasised tokens in the loss; the others weigh 1.
+        cut_share: For conversations: share of those that are read only up to their last emphasised token.
     """
 
     source: str = checked("built-in", is_source, f'"built-in" or {PATH}')
@@ -130,6 +132,8 @@ class DataConfig:
     document_mask: bool = True
     replay: str | None = checked(None, is_path, PATH)
     replay_share: float = between(0.1, 0.0, 0.9)
+    emphasis: float = between(1.0, 1.0, 1000.0)
+    cut_share: float = between(0.0, 0.0, 1.0)
 
     @property
     def built_in(self) -> dict[str, int]:

@@ -40,6 +40,8 @@ NUMBERS = {  # values outside the limits of a key
     "train.max_bad_steps": ["0", "-1"],
     "train.spike": ["-1"],
     "data.replay_share": ["-0.1", "1"],
+    "data.emphasis": ["0.5", "-1", "1e30"],
+    "data.cut_share": ["-0.1", "1.1"],
     "dpo.beta": ["0", "-1", "1e30"],
     "dpo.sft_weight": ["-1", "1e30"],
     "train.profile": ["-1"],
