@@ -73,6 +73,8 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         write_built_in(config.data_folder, seed=config.seed, **config.data.built_in, track=log.track)
     processes.barrier()
     tokenizer, train_split, validation_split = open_data(config.data_folder)
+    seen = {"the last checkpoint": newest, "the tokens of the data": train_split.n_tokens, "the tokenizer": tokenizer.hash}
+    processes.check_same(here.device, seen | flatten(config))
     if config.data.replay:
         train_split = with_replay(train_split, open_data(Path(config.data.replay))[1], config.data.replay_share)
     base = find_checkpoint(Path(config.init_from)) if config.init_from else None

@@ -75,6 +75,6 @@ def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, S
     tokenizer = Tokenizer.load(folder / "tokenizer")
     train, validation = (Split.open(folder / name, verify=verify) for name in ("train", "validation"))
     for split in (train, validation):
-        if split.tokenizer_hash != tokenizer.hash:
+        if not split.is_of(tokenizer):
             raise UserError(f"{split.folder} was made with another tokenizer than {folder / 'tokenizer'}; make the data again")
     return tokenizer, train, validation

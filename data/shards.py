@@ -77,6 +77,10 @@ class Split:
             raise UserError(f"{folder} has the token id {largest:,}, but its vocabulary has {split.vocab_size:,} entries; {REMEDY}")
         return split
 
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether it was made with this tokenizer."""
+        return self.tokenizer_hash == tokenizer.hash and self.vocab_size == tokenizer.vocab_size
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, `<|endoftext|>` included: (n_documents,) int64."""

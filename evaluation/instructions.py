@@ -10,8 +10,7 @@ from pathlib import Path
 from ..common.errors import UserError
 from ..common.run_folder import find_checkpoint
 from ..common.sampling import Sampling
-from ..data.shards import Split
-from ..data.tokenizer import Tokenizer
+from ..data.built_in import open_data
 from ..inference.llm import LLM
 from ..instructions.requirements import FEATURES, FIELDS, Verdict
 from ..instructions.samples import Sample
@@ -38,8 +37,7 @@ class Evaluation:
             raise UserError("no instruction has requirements, so there is nothing to judge; make some with tritale instruct")
         self.samples = samples
         self.samplings = [replace(sampling, seed=seed + i) for i in range(len(samples))]
-        tokenizer = Tokenizer.load(data / "tokenizer")
-        train, validation = (Split.open(data / name) for name in ("train", "validation"))
+        tokenizer, train, validation = open_data(data)
         held_out = part(validation, tokenizer, validation_documents)
         self.held_out = [decode(held_out, i, tokenizer) for i in range(held_out.n_documents)]
         is_built_in = all(sample.is_built_in for sample in samples)

@@ -106,7 +106,7 @@ class TrainedRun:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}, the data of {self.folder}, is missing; start where train.py was started, or give --data")
         split = Split.open(folder / name)
-        if split.tokenizer_hash != tokenizer.hash:
+        if not split.is_of(tokenizer):
             raise UserError(f"{split.folder} was made with another tokenizer than {self.newest}; give the run's own data with --data")
         return split
 

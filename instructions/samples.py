@@ -17,7 +17,7 @@ from random import Random
 
 from ..common.errors import UserError
 from ..common.files import atomic_file, read_json_object
-from ..data.built_in import RECIPE
+from ..data.built_in import RECIPE, open_data
 from ..data.chat import encode_chats, problem
 from ..data.shards import REMEDY, Split
 from ..data.tokenizer import Tokenizer
@@ -130,8 +130,7 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
             return s.text, lambda rng: of_built_in(s, rng)
 
         return Stories(n, get_train, True), Stories(1 << 30, get_held_out, True)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    splits = [Split.open(folder / name, verify=False) for name in ("train", "validation")]
+    tokenizer, *splits = open_data(folder, verify=False)
     decode = lambda split, i: tokenizer.decode(split.document(i).tolist()).strip()
     order = Random(0).sample(range(splits[0].n_documents), min(splits[0].n_documents, 20_000))
     vocabulary = Vocabulary(decode(splits[0], i) for i in track(order, "finding words"))

@@ -37,7 +37,13 @@ from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
 BLOCK = 2**20  # logits that are in a CPU's cache at a time
+ENTRIES = 8192  # of the vocabulary, whose part of dW is in a CPU's cache at a time
 IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
+
+
+def budget_mb(device_type: str) -> float:
+    """The default of `memory_budget_mb`. Larger chunks read and write dW less often; a CPU's caches hold none of them anyway."""
+    return 128.0 if device_type == "cpu" else 256.0
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
@@ -121,9 +127,10 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
             torch.mm(d.T, x, out_dtype=dw.dtype, out=dw)
         else:
             torch.addmm(dw, d.T, x, out_dtype=dw.dtype, out=dw)
-    else:
-        part = d.T.float() @ x.float() if d.dtype == torch.float16 else d.T @ x  # a sum of fp16 may overflow
-        dw.copy_(part) if is_first else dw.add_(part)
+    else:  # some entries of the vocabulary at a time, so that adding their product reads it from a CPU's cache
+        for entries in (slice(i, i + ENTRIES) for i in range(0, d.shape[1], ENTRIES)):
+            part = d[:, entries].T.float() @ x.float() if d.dtype == torch.float16 else d[:, entries].T @ x  # a sum of fp16 may overflow
+            dw[entries].copy_(part) if is_first else dw[entries].add_(part)
 
 
 def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -508,8 +515,8 @@ def linear_cross_entropy(
     unrounded. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
     targets of the global batch makes gradient accumulation exact. Nothing synchronises.
 
-    `strategy="chunk"` holds the logits of some rows at a time, `memory_budget_mb` of them (default 64 on a CPU, where they are fp32, and
-    256 elsewhere, in x's dtype). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
+    `strategy="chunk"` holds the logits of some rows at a time in x's dtype, `memory_budget_mb` of them (default 128 on a CPU, 256
+    elsewhere). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
     (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
@@ -537,8 +544,8 @@ def linear_cross_entropy(
         lse = top + log_total
     else:
         if memory_budget_mb is None:
-            memory_budget_mb = 64.0 if x.device.type == "cpu" else 256.0
-        rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, x.itemsize if is_triton else max(4, x.itemsize))
+            memory_budget_mb = budget_mb(x.device.type)
+        rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, x.itemsize)
         op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
         in_forward = strategy == "chunk" and reduction != "none" and torch.is_grad_enabled()
         needs_dx, needs_dw = (in_forward and t.requires_grad for t in (x, weight))

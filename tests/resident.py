@@ -6,6 +6,7 @@ prints the median around steps of the run. Ends with status 1 if that of the las
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,9 +35,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="the resident memory of a long run")
     parser.add_argument("--steps", type=int, default=5000)
     steps = parser.parse_args().steps
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the run is ended too
     with tempfile.TemporaryDirectory() as folder:
         run = start(Path(folder) / "run", 1, train__max_steps=steps, **OPTIONS)
-        found = samples(run, Path(folder) / "run")
+        try:
+            found = samples(run, Path(folder) / "run")
+        finally:
+            run.kill()
         if run.returncode:
             sys.exit(run.communicate()[1])
     width = max(1, steps // 100)

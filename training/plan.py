@@ -15,7 +15,7 @@ from ..data import built_in
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
 from ..kernels.flash_attention import head_tiles
-from ..kernels.linear_cross_entropy import chunk_rows
+from ..kernels.linear_cross_entropy import budget_mb, chunk_rows
 from ..model.gpt import GPTConfig
 from . import processes
 from .config import RunConfig, divisors
@@ -200,7 +200,7 @@ def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int 
     Raises FileNotFoundError or UserError if the data is damaged."""
     folder, given = config.data_folder, tokens is not None or vocab_size is not None
     if (folder / "train").exists() and not given:
-        return DataFacts.of(Split.open(folder / "train", verify=False))
+        return DataFacts.of(built_in.open_data(folder, verify=False)[1])
     if config.data.source == "built-in" and not given:
         stories = config.data.stories
         size = built_in.estimate(seed=config.seed, stories=stories, vocab_size=config.data.vocab_size)
@@ -310,10 +310,8 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     activations = rows * activation_bytes(shape, device, is_compiled)
     if item == 2:  # autocast's copies of the blocks' matrices
         activations += 2 * (shape.n_matrix - head)
-    if device.runs_triton:  # the gradient overwrites the logits
-        chunk = min(rows, chunk_rows(rows, shape.vocab_size, 256, item)) * shape.vocab_size * item
-    else:  # fp32 logits, with the product and the gradient in bf16
-        chunk = min(rows, chunk_rows(rows, shape.vocab_size, 64)) * shape.vocab_size * (4 if item == 4 else 8)
+    budget = budget_mb("cuda" if device.runs_triton else "cpu")
+    chunk = min(rows, chunk_rows(rows, shape.vocab_size, budget, item)) * shape.vocab_size * item  # the gradient overwrites the logits
     loss = 4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head)
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)

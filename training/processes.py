@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line
 from ..kernels.dispatch import launcher_missing
 
 # Dense bf16 tensor-core TFLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first whose words are in a GPU's name counts.
@@ -42,7 +43,8 @@ class Processes:
 def start() -> Processes:
     """Join the process group that the launcher sets in the environment, if there is more than one process: nccl on GPUs, gloo on CPUs.
 
-    Raises UserError if there are more processes than GPUs, or if a GPU's kernels cannot be launched."""
+    Raises UserError if there are more processes than GPUs, or if a GPU's kernels cannot be launched; ConnectionError if the processes
+    cannot connect."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -59,7 +61,10 @@ def start() -> Processes:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        except RuntimeError as error:
+            raise ConnectionError(f"process {rank} could not connect to the other processes: {one_line(error)}") from None
     return Processes(rank, world_size, device)
 
 
@@ -171,6 +176,21 @@ def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def check_same(device: torch.device, values: dict[str, object]) -> None:
+    """Raises UserError in all processes if a value is not the same in all: they have other options, or read other files."""
+    if not dist.is_initialized():
+        return
+    digests = torch.tensor([int(hashlib.sha256(str(v).encode()).hexdigest()[:15], 16) for v in values.values()], device=device)
+    extremes = torch.stack([digests, -digests])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    wrong = [f"{name} (process {dist.get_rank()}: {values[name]})" for name, d in zip(values, extremes.sum(0), strict=True) if d]
+    if wrong:
+        raise UserError(
+            f"the processes differ in {', '.join(wrong)}; start them with the same options, and keep out_dir and the data in folders that "
+            "all machines share"
+        )
 
 
 def barrier() -> None:

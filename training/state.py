@@ -32,13 +32,16 @@ from ..model.checkpoint import (
     read_shape,
     save_tensors,
 )
+from . import processes
 from .config import RunConfig, differences, flatten
 from .health import Health
 from .plan import size
+from .preference import STATISTICS
 from .step import TrainingStep
 
 T = TypeVar("T")
 FORMAT = 1  # of trainer/; files without a number have format 1
+NO_PREFERENCE = [0.0] * (len(STATISTICS) + 1)
 
 
 @dataclass
@@ -107,6 +110,9 @@ def check_trainer(folder: Path, trainer: dict) -> None:
     lists = ("losses", "reports")
     if not isinstance(health, dict) or not all(isinstance(v, list if key in lists else number) for key, v in health.items()):
         wrong.append("health")
+    preference = trainer.get("preference", NO_PREFERENCE)
+    if not isinstance(preference, list) or len(preference) != len(NO_PREFERENCE) or not all(isinstance(v, number) for v in preference):
+        wrong.append("preference")
     if wrong and trainer.get("format", 1) == FORMAT:
         raise UserError(f"{folder}/trainer/trainer.json: {', '.join(wrong)} missing or of a wrong type")
 
@@ -154,10 +160,11 @@ class Saver:
                         tensors[f"{step.names[p]}/{key}"] = value
         models = {WEIGHTS: step.whole_model(device=device)} | ({EMA: step.whole_model(ema=True, device=device)} if step.averages else {})
         step.count()
+        preference = processes.total(step.preference.clone()).tolist()
         if not is_main:
             return
         trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
-        trainer["health"] = asdict(step.health)
+        trainer |= {"health": asdict(step.health), "preference": preference}
         weights = {name: copied(hf_state(model)) for name, model in models.items()}
         arguments = folder, weights, copied(tensors), trainer
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
@@ -195,7 +202,8 @@ class Saver:
                 f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are complete. It needs about {size(needed)}"
             )
             self._error = OSError(f"{text}: free some space, and run the same command again to resume")
-            self._report(f"{text}: free some space. The run goes on, and the next checkpoint tries again")
+            if trainer["step"] < config.max_steps:
+                self._report(f"{text}: free some space. The run goes on, and the next checkpoint tries again")
         except Exception as error:
             self._error = error
         else:
@@ -278,6 +286,8 @@ def load(folder: Path, step: TrainingStep) -> Progress:
             state[key] = tensor.to(p.device)
     if trainer["grad_scaler"]:  # empty if the earlier part of the run was not fp16
         step.scaler.load_state_dict(trainer["grad_scaler"])
+    preference = trainer.get("preference", NO_PREFERENCE) if step.here.is_main else NO_PREFERENCE  # the sums of all processes
+    step.preference.copy_(torch.tensor(preference))
     step.health = known(Health, {"steps": trainer["step"], **trainer.get("health", {})})
     return known(Progress, trainer)
 

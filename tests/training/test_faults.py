@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -95,6 +96,21 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     with locked(tmp_path / "run", "a rank that is still there"):
         pass
     assert "the launcher has ended, so this process ends" in torchrun.communicate()[1]
+
+
+def test_processes_with_other_options_are_named(tmp_path):
+    """As on two machines: each process has a command line of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank}
+        arguments = command(tmp_path / "run", optim__lr=f"0.0{int(rank) + 1}")
+        started.append(subprocess.Popen([sys.executable, *arguments], env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
+    for rank, process in enumerate(started):
+        (line,) = process.communicate()[1].splitlines()
+        assert process.returncode == 1 and f"train.py: the processes differ in optim.lr (process {rank}: 0.0{rank + 1}); start them" in line
 
 
 @pytest.mark.parametrize("steps, message", [(9, "train.max_steps: 6 → 9"), (-1, "train.max_steps is -1")])

@@ -23,6 +23,7 @@ from tritale.kernels import linear_cross_entropy, token_log_probs
 from tritale.model import gpt
 from tritale.model.checkpoint import load_model
 from tritale.stories.generator import story
+from tritale.training import processes
 from tritale.training.config import DPOConfig
 from tritale.training.preference import STATISTICS, dpo_loss
 from tritale.training.step import TrainingStep
@@ -221,6 +222,21 @@ def test_a_bad_step_leaves_the_mean_statistics_finite(tiny_run, instructions, tm
     assert all(bad[2][name] == pytest.approx(good[1][name], rel=1e-5) for name in STATISTICS)
     assert all(math.isfinite(bad[4][name]) for name in STATISTICS) and bad[6]["bad_steps"] == 3
     assert not bad[6].keys() & {"loss", "grad_norm", *STATISTICS}
+
+
+def test_a_stop_keeps_the_statistics_of_preference_training(tiny_run, instructions, tmp_path, monkeypatch):
+    options = {"objective": "dpo", "train__max_steps": 6, "train__checkpoint_every": 6, "train__validate_every": 6, "log__every": 3}
+    teach(tmp_path / "whole", tiny_run, instructions["dpo"], **options)
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.Stop, "is_due", lambda self: next(calls) == 2)  # before the third step
+        with pytest.raises(SystemExit):
+            teach(tmp_path / "stopped", tiny_run, instructions["dpo"], **options)
+    assert (tmp_path / "stopped" / "step-00000002").is_dir() and not metrics(tmp_path / "stopped")
+    teach(tmp_path / "stopped", tiny_run, instructions["dpo"], **options)
+    whole, stopped = ([line for line in metrics(tmp_path / name) if "dpo_loss" in line] for name in ("whole", "stopped"))
+    assert len(whole) == len(stopped) == 2
+    assert all(ours[key] == theirs[key] for ours, theirs in zip(stopped, whole, strict=True) for key in STATISTICS)
 
 
 def test_preference_training_prefers_the_chosen_answers(tiny_run, instructions, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from runs import REPOSITORY, command, losses, metrics, run_here, train
@@ -117,6 +118,18 @@ def test_a_run_goes_on_with_another_number_of_processes(parallel, matrices, tmp_
         assert ours.keys() == theirs.keys() and all(t.shape == theirs[key].shape for key, t in ours.items())
     last, expected = ([line for line in metrics(folder) if "val_loss" in line][-1] for folder in (out_dir, one))
     assert all(last[name] == pytest.approx(expected[name], rel=1e-4) for name in ("val_loss", "ema_val_loss"))
+
+
+def test_torchrun_restarts_the_processes_when_one_is_killed(tmp_path):
+    options: dict = {"train__max_steps": 24, "train__checkpoint_every": 4, "train__validate_every": 24}
+    run_here(tmp_path / "one", **options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    launcher = subprocess.Popen([*torchrun, *command(tmp_path / "run", **options)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "step-00000004").is_dir() and launcher.poll() is None:
+        time.sleep(0.02)
+    psutil.Process(launcher.pid).children()[1].kill()
+    assert "resuming from" in launcher.communicate(timeout=200)[0] and launcher.returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_accumulating_micro_batches_does_not_change_the_steps(tmp_path):
