@@ -368,7 +368,7 @@ def test_packed_documents_never_become_a_mask(n_kv_head, window):
     documents = torch.arange(0, n + 1, 64, dtype=torch.int32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         flash_attention(q, k, v, cu_seqlens=documents, window=window).sum().backward()
-    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     assert q.numel() <= largest < n * n
 
