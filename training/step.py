@@ -248,7 +248,8 @@ class TrainingStep:
         if not values:
             tensors = [*self.parameters, *(t for o in self.optimizers for state in o.state.values() for t in state.values())]
             norms = torch._foreach_norm([t.detach() for t in tensors if t.numel()], math.inf)  # a process may have no part of a parameter
-            if processes.total(torch.stack(norms).isfinite().logical_not().sum()):
+            is_finite = processes.total(torch.stack(norms).isfinite().logical_not().sum()) == 0
+            if not is_finite:
                 wrong = ["a weight or the optimizer's state is not finite"]
         if wrong:
             raise self.diverged(step, f"{', '.join(wrong)}; nothing of it was saved")
