@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
 
 def launch(processes: int, overrides: list[str]) -> None:
     """Start the processes as torchrun does, but print nothing: a process that fails has printed its own message. torchrun adds its
-    traceback to that. SIGTERM and Ctrl-C are passed on, and the processes end by themselves; torchrun would kill them after 30 seconds.
+    traceback to that. SIGTERM, SIGHUP and Ctrl-C are passed on, and the processes end by themselves; torchrun would kill them after
+    30 seconds.
 
     Raises UserError if the machine has GPUs, but fewer than processes."""
     import psutil
@@ -47,6 +48,8 @@ def launch(processes: int, overrides: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from ..training.processes import ending_signals
+
     logging.disable()  # torchrun's warnings and errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds
@@ -56,9 +59,9 @@ def launch(processes: int, overrides: list[str]) -> None:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         signal.signal(number, pass_on)
-    options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGHUP", "--module", "tritale", "train"]
+    options = ["--standalone", f"--nproc-per-node={processes}", "--signals-to-handle=SIGQUIT", "--module", "tritale", "train"]
     try:
         run.run(run.parse_args([*options, *overrides]))
     except ChildFailedError as error:

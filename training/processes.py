@@ -68,8 +68,14 @@ def start() -> Processes:
     return Processes(rank, world_size, device)
 
 
+def ending_signals() -> list[int]:
+    """SIGINT, SIGTERM, and SIGHUP (the terminal was closed) where it exists and is not ignored, as by nohup."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [n for name in names if (n := getattr(signal, name, None)) is not None and signal.getsignal(n) != signal.SIG_IGN]
+
+
 class Stop:
-    """Ends a run on SIGTERM or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
+    """Ends a run on SIGTERM, SIGHUP or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
 
     Outside of `deferred` a signal raises KeyboardInterrupt or SystemExit at once, since there is nothing to save. A second Ctrl-C always
     ends the process at once, by the operating system; what is being written then is left under a temporary name.
@@ -83,7 +89,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         is_main = threading.current_thread() is threading.main_thread()  # only there Python handles signals
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        self._before = {number: signal.signal(number, self._handle) for number in ending_signals() if is_main}
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # of the main memory
         return self
 
@@ -136,7 +142,7 @@ class Stop:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 after SIGTERM, 130 after Ctrl-C."""
+        """The exit status: 0 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
         return 130 if self._agreed == signal.SIGINT else 0
 
 

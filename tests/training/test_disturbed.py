@@ -43,9 +43,13 @@ def copy(tiny_run, tmp_path):
 
 
 @unix
-@pytest.mark.parametrize("sent, processes", [("SIGKILL", 1), ("SIGTERM", 1), ("SIGINT", 1), ("SIGKILL", 2), ("SIGTERM", 2)])
+@pytest.mark.parametrize("sent, processes", [("SIGKILL", 1), ("SIGTERM", 1), ("SIGINT", 1), ("SIGHUP", 1), ("SIGKILL", 2), ("SIGTERM", 2)])
 def test_a_run_that_gets_signals_is_the_undisturbed_one(sent, processes, tmp_path, request):
-    disturbed(tmp_path, signal.Signals[sent], request.config.getoption("--signals"), processes)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a run would do the same
+    try:
+        disturbed(tmp_path, signal.Signals[sent], request.config.getoption("--signals"), processes)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @unix
