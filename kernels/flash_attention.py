@@ -33,7 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import (
+    accumulator,
+    all_like,
+    contiguous_like,
+    no_second_derivative,
+    refuse_forward_mode,
+    refuse_transforms,
+    tanh,
+    unit_stride,
+    wide_dtype,
+)
 from .dispatch import autocast, check_documents
 from .launch import architecture, cdiv, launch_options, power_of_two
 from .triton_compat import jit, tl
@@ -344,33 +354,35 @@ def _flash_attention_bwd_dkv(
     b_v = _tiles(p_v, stride_vt, n_rows, BLOCK_N, D, D0, D1, False)
     b_dk = _zeros(BLOCK_N, D0, D1, ACC)
     b_dv = _zeros(BLOCK_N, D0, D1, ACC)
-    for head in range(0, GROUP):
-        p_qh, p_doh = p_q + head * tl.cast(stride_qh, tl.int64) * ALIGN, p_do + head * tl.cast(stride_doh, tl.int64) * ALIGN
-        o_row = head * n_query
-        for IS_EDGE in tl.static_range(2):
-            for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_M):
-                o_m = tl.where(o < n_left, left + o * BLOCK_M, right + (o - n_left) * BLOCK_M) if IS_EDGE else o
-                o_q = o_m + tl.arange(0, BLOCK_M)
-                b_q = _tiles(p_qh + tl.cast(o_m, tl.int64) * stride_qt, stride_qt, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
-                b_do = _tiles(p_doh + tl.cast(o_m, tl.int64) * stride_dot, stride_dot, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
-                if IS_EDGE:
-                    b_lse = tl.load(p_lse + o_row + o_q, mask=o_q < n_query, other=0.0)
-                    b_delta = tl.load(p_delta + o_row + o_q, mask=o_q < n_query, other=0.0)
-                else:
-                    b_lse = tl.load(p_lse + o_row + o_q)
-                    b_delta = tl.load(p_delta + o_row + o_q)
-                # The rows of the scores are keys, so that p and ds are left operands without a transpose.
-                b_s = _products(b_k, b_q, D1)  # [BLOCK_N, BLOCK_M]
-                if INNER != 0.0:
-                    b_s = tanh(b_s * INNER, b_k[0].dtype == tl.float32)
-                b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
-                if IS_EDGE:
-                    b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
-                b_dv = _accumulate(b_p, b_do, b_dv, D1)
-                b_ds = b_p * (_products(b_v, b_do, D1) - b_delta[None, :])
-                if INNER != 0.0:
-                    b_ds = b_ds * (1.0 - b_s * b_s)
-                b_dk = _accumulate(b_ds, b_q, b_dk, D1)
+    for IS_EDGE in tl.static_range(2):
+        # One loop over the blocks and the heads of the group: a loop in a loop takes some twenty registers more.
+        for i in range(0, GROUP * (n_edge if IS_EDGE else (right - inner) // BLOCK_M)):
+            head, o = i % GROUP, i // GROUP
+            o_m = tl.where(o < n_left, left + o * BLOCK_M, right + (o - n_left) * BLOCK_M) if IS_EDGE else inner + o * BLOCK_M
+            o_q = o_m + tl.arange(0, BLOCK_M)
+            o_row = head * n_query + o_q
+            p_qh = p_q + head * tl.cast(stride_qh, tl.int64) * ALIGN + tl.cast(o_m, tl.int64) * stride_qt
+            p_doh = p_do + head * tl.cast(stride_doh, tl.int64) * ALIGN + tl.cast(o_m, tl.int64) * stride_dot
+            b_q = _tiles(p_qh, stride_qt, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
+            b_do = _tiles(p_doh, stride_dot, n_query - o_m, BLOCK_M, D, D0, D1, not IS_EDGE)
+            if IS_EDGE:
+                b_lse = tl.load(p_lse + o_row, mask=o_q < n_query, other=0.0)
+                b_delta = tl.load(p_delta + o_row, mask=o_q < n_query, other=0.0)
+            else:
+                b_lse = tl.load(p_lse + o_row)
+                b_delta = tl.load(p_delta + o_row)
+            # The rows of the scores are keys, so that p and ds are left operands without a transpose.
+            b_s = _products(b_k, b_q, D1)  # [BLOCK_N, BLOCK_M]
+            if INNER != 0.0:
+                b_s = tanh(b_s * INNER, b_k[0].dtype == tl.float32)
+            b_p = tl.exp2(b_s * UNIT - b_lse[None, :])
+            if IS_EDGE:
+                b_p = tl.where((o_q[None, :] >= b_lo[:, None]) & (o_q[None, :] < b_hi[:, None]), b_p, 0.0)
+            b_dv = _accumulate(b_p, b_do, b_dv, D1)
+            b_ds = b_p * (_products(b_v, b_do, D1) - b_delta[None, :])
+            if INNER != 0.0:
+                b_ds = b_ds * (1.0 - b_s * b_s)
+            b_dk = _accumulate(b_ds, b_q, b_dk, D1)
     o_out = ((o_b * n_key + o_block) * n_kv_head + o_h) * D
     _store(p_dk + o_out, _scaled(b_dk, SCALE, D1), n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
     _store(p_dv + o_out, b_dv, n_rows, n_kv_head * D, BLOCK_N, D, D0, D1)
@@ -593,6 +605,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
     if cu_seqlens is not None and q.device.type == "cpu":
         refuse_transforms("flash_attention", q, k, v)
         return _document_attention(q, k, v, cu_seqlens, is_causal, window or 0, scale)[0]
+    refuse_forward_mode("flash_attention", q, k, v)  # PyTorch's error names an op of its own
     # One query sees all keys; a square causal product has a faster form than a mask.
     is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
@@ -669,7 +682,8 @@ def flash_attention(
     Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
     `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
     documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other, though a NaN in one may reach others.
-    A query that sees no key gives 0. `attention_backend` chooses what computes it.
+    A query that sees no key gives 0. `attention_backend` chooses what computes it. It has no forward-mode and no second derivative;
+    `reference.flash_attention` has both.
 
     Raises ValueError if shapes or dtypes do not match, a window or soft cap is not positive, or `cu_seqlens` do not run from 0 to T
     (their values are checked on the CPU only: on a GPU that would synchronise)."""

@@ -172,10 +172,10 @@ TABLE: dict[str, dict[str, Row]] = {
         "sm_75": _ATTENTION_SCALAR,
         # 64 queries at a time took 255 registers and spilled on sm_86 at a head of 64; 32 take 168, and three blocks are resident.
         "sm_80": _attention({64: (32, 64, 4, 3), 80: (16, 128, 8, 2), 128: (16, 128, 8, 1), 256: (16, 32, 8, 1)}),
-        "sm_90": _attention({48: (64, 64, 4, 1), 64: (32, 64, 4, 3), 80: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 8, 1)}),
+        "sm_90": _attention({48: (64, 64, 4, 1), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)}),
         # One stage: accumulators pass through tensor memory, and a pipeline on top spills.
         "sm_100": _attention({48: (64, 64, 4, 1), 64: (32, 128, 8, 1), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)}),
-        "gfx942": _attention({96: (32, 128, 4, 1), 128: (16, 128, 4, 1), 192: (16, 128, 8, 1), 256: (16, 64, 4, 1)}),
+        "gfx942": _attention({96: (16, 128, 4, 1), 192: (16, 128, 8, 1), 256: (16, 64, 4, 1)}),
         "interpreter": _ATTENTION_INTERPRETER,
     },
     "rms_norm_fwd": {"sm_80": _norm(widest=16384, a_warp=1024)},

@@ -182,10 +182,11 @@ def check_same(device: torch.device, values: dict[str, object]) -> None:
     """Raises UserError in all processes if a value is not the same in all: they have other options, or read other files."""
     if not dist.is_initialized():
         return
-    digests = torch.tensor([int(hashlib.sha256(str(v).encode()).hexdigest()[:15], 16) for v in values.values()], device=device)
-    extremes = torch.stack([digests, -digests])
+    digests = [int(hashlib.sha256(str(v).encode()).hexdigest()[:15], 16) for v in values.values()]
+    extremes = torch.tensor([digests, [-d for d in digests]], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    wrong = [f"{name} (process {dist.get_rank()}: {values[name]})" for name, d in zip(values, extremes.sum(0), strict=True) if d]
+    pairs = zip(values, *extremes.tolist(), strict=True)
+    wrong = [f"{name} (process {dist.get_rank()}: {values[name]})" for name, most, least in pairs if most != -least]
     if wrong:
         raise UserError(
             f"the processes differ in {', '.join(wrong)}; start them with the same options, and keep out_dir and the data in folders that "

@@ -359,6 +359,20 @@ def test_backends_agree(device):
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize("n_kv_head", [2, 4])
+def test_packed_documents_never_become_a_mask(n_kv_head, window):
+    """The largest allocation on a CPU. The same test for GPUs is in tests/nullgpu."""
+    n, n_head = 1024, 4
+    q, k, v = (torch.randn(1, n, h, 16, requires_grad=True) for h in (n_head, n_kv_head, n_kv_head))
+    documents = torch.arange(0, n + 1, 64, dtype=torch.int32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        flash_attention(q, k, v, cu_seqlens=documents, window=window).sum().backward()
+    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    assert q.numel() <= largest < n * n
+
+
 def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):
     """The package stands in as the definition behind its documented arguments: window (left, right), causal, cu_seqlens per side."""
 

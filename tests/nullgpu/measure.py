@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -111,14 +112,20 @@ def step(preset: str, rows: int, options: list[str]) -> dict:
     torch.cuda.reset_peak_memory_stats()
     training, batch = TrainingStep(planned, here), random_batch(planned, rows)
     call = lambda: training.run([batch], 1.0)
+
+    def call_and_settle() -> None:
+        """PyTorch's autograd thread releases the last tensors of a step some time after backward has returned, late on a busy machine."""
+        call()
+        time.sleep(0.3)
+
     for _ in range(WARM_UP):
-        call()
+        call_and_settle()
     with recorded() as captures:
-        call()
+        call_and_settle()
     with recorded() as record:
         call()
-    result = counts(record) | {"host_ms": host_ms(call), "plan": planned.memory.total}
-    result |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    result = counts(record) | {"plan": planned.memory.total, "peak": torch.cuda.max_memory_allocated()}
+    result |= {"reserved": torch.cuda.memory_reserved(), "host_ms": host_ms(call)}
     with recorded() as eager:
         training._forward_backward(*batch.on(here.device))
         training._clip_and_step()

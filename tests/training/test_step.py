@@ -1,5 +1,6 @@
 """One optimizer step: overflows in fp16, the operations of the optimizers, and machines on which a GPU cannot be used."""
 
+import functools
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -45,6 +46,23 @@ def test_an_overflow_in_one_optimizers_gradients_skips_the_step_of_all(bad, wher
     step.run([batch], 1.0)
     assert not any(torch.equal(p, before[name]) for name, p in step.model.named_parameters() if p.ndim == 2)
     assert all(p.isfinite().all() for p in step.model.parameters())
+
+
+def test_fp16_gradients_of_a_large_step_keep_their_digits(tmp_path):
+    """Divided by the tokens of the step, most of them are too small for fp16: what rounds them must see the scaled loss."""
+    gradients = []
+    for dtype, loss_scale in ((torch.float32, 1.0), (torch.float16, 65_536.0)):
+        torch.manual_seed(1)
+        step = tiny_step(tmp_path)
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+        step.autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype == torch.float16)
+        step.normalizer.fill_(2**20)
+        step.backward(random_batch(plan_of(step), 2))
+        gradients.append({name: p.grad / loss_scale for name, p in step.model.named_parameters() if p.grad is not None})
+    exact, rounded = gradients
+    assert exact.keys() == rounded.keys() and "embedding" in exact
+    for name, gradient in exact.items():
+        assert (rounded[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
 def plan_of(step: TrainingStep):
