@@ -13,6 +13,7 @@ from ..common.errors import UserError
 
 HELP = "train a model: tritale train [--processes N] [--config FILE] [--section.key VALUE …]"
 TAKES_CONFIG = True
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}  # the exit status after a signal
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"  # beside the packages, in a checkout and in the wheel
 
 
@@ -24,6 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.processes < 1:
         raise UserError(f"--processes is {args.processes}; it must be at least 1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while PyTorch is imported; later train.py or `launch` handles it
     if args.processes > 1 and "--help" not in args.overrides:
         launch(args.processes, args.overrides)
         return
@@ -54,10 +56,17 @@ def launch(processes: int, overrides: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds
 
+    received = 0
+
     def pass_on(number: int, frame: object) -> None:
-        for child in psutil.Process().children():
+        nonlocal received
+        received = number
+        children = psutil.Process().children()
+        for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
+        if not children:  # they have not started yet
+            sys.exit(STATUS[number])
 
     for number in ending_signals():
         signal.signal(number, pass_on)
@@ -66,8 +75,8 @@ def launch(processes: int, overrides: list[str]) -> None:
         run.run(run.parse_args([*options, *overrides]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == -signal.SIGINT:  # a second Ctrl-C
-            sys.exit(130)
+        if received and failure.exitcode in (-received, -signal.SIGINT):  # before train.py handles signals, or a second Ctrl-C
+            sys.exit(STATUS[received])
         if failure.exitcode < 0:
             raise UserError(
                 f"process {rank} was ended by signal {-failure.exitcode} (9 is often a lack of memory); "
