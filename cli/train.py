@@ -13,7 +13,6 @@ from ..common.errors import UserError
 
 HELP = "train a model: tritale train [--processes N] [--config FILE] [--section.key VALUE …]"
 TAKES_CONFIG = True
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}  # the exit status after a signal
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"  # beside the packages, in a checkout and in the wheel
 
 
@@ -57,6 +56,7 @@ def launch(processes: int, overrides: list[str]) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds
 
     received = 0
+    status = lambda number: 130 if number == signal.SIGINT else 0
 
     def pass_on(number: int, frame: object) -> None:
         nonlocal received
@@ -66,7 +66,7 @@ def launch(processes: int, overrides: list[str]) -> None:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
         if not children:  # they have not started yet
-            sys.exit(STATUS[number])
+            sys.exit(status(number))
 
     for number in ending_signals():
         signal.signal(number, pass_on)
@@ -76,7 +76,7 @@ def launch(processes: int, overrides: list[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if received and failure.exitcode in (-received, -signal.SIGINT):  # before train.py handles signals, or a second Ctrl-C
-            sys.exit(STATUS[received])
+            sys.exit(status(received))
         if failure.exitcode < 0:
             raise UserError(
                 f"process {rank} was ended by signal {-failure.exitcode} (9 is often a lack of memory); "

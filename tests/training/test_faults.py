@@ -155,18 +155,18 @@ def test_several_processes_end_in_one_line(ending, tmp_path):
     assert launcher.returncode == status and text.startswith(message) and "\n" not in text and not psutil.wait_procs(ranks, timeout=20)[1]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_several_processes_that_are_stopped_while_they_start_end_without_an_error(number, status, tmp_path):
     program = [sys.executable, "-m", "tritale", "train", "--processes", "2", *command(tmp_path / "run")[1:]]
     launcher = subprocess.Popen(program, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while not (ranks := psutil.Process(launcher.pid).children()) and time.time() < deadline:
-        time.sleep(0.01)
-    time.sleep(1)  # they import PyTorch
+    imports_torch = lambda p: any("libtorch" in library.path for library in p.memory_maps())
+    while len(ranks := psutil.Process(launcher.pid).children()) < 2 or not all(map(imports_torch, ranks)):
+        assert time.time() < deadline
     launcher.send_signal(number)
     text = launcher.communicate(timeout=100)[1]
-    assert ranks and (launcher.returncode, text) == (status, "") and not psutil.wait_procs(ranks, timeout=20)[1]
+    assert (launcher.returncode, text) == (status, "") and not psutil.wait_procs(ranks, timeout=20)[1]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------------
