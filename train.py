@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritale.common.console import end_with, replace_unencodable_output, wrapped
+from tritale.common.console import end_with, prepare_output, wrapped
 from tritale.common.errors import UserError, sentence
 from tritale.common.files import locked, sha256_of
 from tritale.common.run_folder import find_checkpoint, step_folder
@@ -107,7 +107,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
         evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)
     else:
         mask = config.data.document_mask
-        batches = Batches(train_split, **sizes, **order, document_mask=mask)
+        batches = Batches(train_split, **sizes, **order, document_mask=mask, emphasis=config.data.emphasis, cut_share=config.data.cut_share)
         evaluate = functools.partial(validate, split=validation_split, **sizes, document_mask=mask, **shared)
 
     # ---- resume: weights, optimizer and random state; the order of the data is a function of the step -------------------------------
@@ -227,7 +227,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
 
 
 if __name__ == "__main__":
-    replace_unencodable_output()
+    prepare_output(is_lasting=True)
     try:
         main(parse())
     except (UserError, OSError, FloatingPointError) as error:

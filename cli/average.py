@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.average import average
     from ..evaluation.trained_run import TrainedRun
 
-    console = Console()
+    console = Console(markup=False)
     trained = TrainedRun.open(args.run_dir)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("averaging", total=None)
@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
         f"{out}: the mean of steps {', '.join(map(str, steps))}\n"
         f"Validation on {validation['documents']:,} of {validation['of_documents']:,} held-out documents, in bits per character:\n"
         f"{about['val_bits_per_char']:.4f} (the last checkpoint, step {steps[-1]}: {about['last']['val_bits_per_char']:.4f})",
-        markup=False, highlight=False, soft_wrap=True,
+        highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -24,6 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..common.run_folder import is_checkpoint
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--held-out is {args.held_out}; it must be at least 1")
     sampling = options.sampling(args)
     data = args.data or data_of(folders)
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     rows: dict[str, dict] = {}
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         evaluation = Evaluation(samples, data, **settings)
         bar.update(task, total=len(folders) * (1 + len(samples)))
         for folder in folders:
-            bar.update(task, description=str(folder))
+            bar.update(task, description=escape(str(folder)))
             llm = LLM.load(folder, device=args.device)
             rows[str(folder)] = evaluation.measure(llm, lambda: bar.advance(task))
     report = evaluation.report(rows)
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(
         f"{len(samples):,} held-out instructions; in brackets 95 % intervals. By chance: the story of another instruction.\n"
         f"{paths[0]}\n{paths[1]}",
-        markup=False,
         soft_wrap=True,
     )
 

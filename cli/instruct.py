@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.samples < 1 or args.held_out < 1:
         raise UserError(f"--samples ({args.samples}) and --held-out ({args.held_out}) must be at least 1")
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     show = lambda items, description: track(items, description, console=console, transient=True)
     splits = open_stories(args.data, track=show)
     tokenizer = Tokenizer.load(args.data / "tokenizer")
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
         kinds = Counter(r.kind for sample in samples for r in sample.requirements)
         console.print(f"{args.out / name}  {n:,} samples: {', '.join(f'{kind} {k:,}' for kind, k in kinds.most_common())}", soft_wrap=True)
     for sample in samples[:3]:
-        console.print(f"\n{sample.messages[0]['content']}", style="bold", markup=False)
-        console.print(sample.story, markup=False)
+        console.print(f"\n{sample.messages[0]['content']}", style="bold")
+        console.print(sample.story)

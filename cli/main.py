@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import tritale
 
-from ..common.console import replace_unencodable_output, wrapped
+from ..common.console import prepare_output, wrapped
 from ..common.errors import UserError, sentence
 from . import (
     average,
@@ -61,13 +61,17 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand. A UserError or OSError ends the process with a one-line message and status 1."""
-    replace_unencodable_output()
+    prepare_output()
     try:
         run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter reports the error again at exit
         sys.exit(141)  # as a shell reports SIGPIPE
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich ends the process with 1
+            sys.exit(141)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

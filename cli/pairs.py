@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from ..common.errors import UserError
     from ..common.files import atomic_file
     from ..data.built_in import open_data
+    from ..data.chat import encode_chats
     from ..evaluation.story_measures import StoryMeasures, decode
     from ..inference import LLM
     from ..instructions.pairs import Answer, best_and_worst, rank
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = options.sampling(args)
     args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         tokenizer, _, validation = open_data(args.data)
@@ -68,13 +69,16 @@ def run(args: argparse.Namespace) -> None:
     best: list[Sample] = []
     pairs: list[dict] = []
     n_met = 0
+    # An answer may fill the context up to its last token, and a conversation has one more behind it.
+    fits = lambda messages: len(encode_chats(tokenizer, [messages])[0][0]) <= llm.model.config.context
     for n, sample in enumerate(samples):
         own = answers[n * args.samples : (n + 1) * args.samples]
         n_met += sum(rank(sample, answer) == (True, 1, 1) for answer in own)
         chosen, rejected = best_and_worst(sample, own)
-        if chosen is not None:
-            best.append(replace(sample, messages=(*sample.prompt, {"role": "assistant", "content": chosen})))
-            if rejected and rejected.strip():
+        answered = lambda answer, prompt=sample.prompt: (*prompt, {"role": "assistant", "content": answer})
+        if chosen is not None and fits(answered(chosen)):
+            best.append(replace(sample, messages=answered(chosen)))
+            if rejected and rejected.strip() and fits(answered(rejected)):
                 pairs.append({"prompt": list(sample.prompt), "chosen": chosen, "rejected": rejected})
     console.print(
         f"{len(asked):,} stories in {seconds:.0f} s, {60 * len(asked) / seconds:,.0f} a minute. Coherent and all requirements met: "

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             at_least(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     config = parse(args.overrides, file=args.config, prog="tritale plan")
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
     here = processes.start()
     device = replace(DeviceFacts.of(here, config), count=args.processes)
@@ -106,7 +106,7 @@ def print_plan(planned: Plan, warnings: list[PlanWarning], time: tuple[float, in
     console.print(table, soft_wrap=False)
     for warning in sorted(warnings, key=lambda w: w.is_note):
         label = Text("note: ", style="cyan") if warning.is_note else Text("warning: ", style="bold yellow")
-        console.print("\n", label, warning.text, f"\n  → {warning.remedy}", sep="", markup=False)
+        console.print("\n", label, warning.text, f"\n  → {warning.remedy}", sep="")
     if all(w.is_note for w in warnings):
         console.print("\nNo warnings.", style="green")
 

@@ -101,10 +101,10 @@ def run(args: argparse.Namespace) -> None:
         near_threshold=args.near_threshold,
         skip_errors=args.on_error == "skip",
     )
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     report = prepare(args.input, args.out, options, preset_sizes=preset_sizes, workers=args.workers, console=console)
     print_report(report, console)
     out = Path(args.out)
     more = ["--config", f"configs/{args.task}.yaml", "--init_from", "CHECKPOINT"] if args.task != "text" else []
     train = shlex.join(["tritale", "train", *more, "--data.source", str(out), "--out_dir", f"{out}-run"])
-    console.print(f"\nreport  {out / 'report.html'}\ntrain   {train}", markup=False, soft_wrap=True)
+    console.print(f"\nreport  {out / 'report.html'}\ntrain   {train}", soft_wrap=True)

@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> None:
         confirm_overwriting(existing)
     prompts = options.read_prompts(args.prompts) if args.prompts else list(dict.fromkeys(trained.config["log.prompts"])) or [""]
     sampling = options.sampling(args)
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
     if trained.being_written:
-        console.print(f"{', '.join(trained.being_written)} is incomplete and left out", style="yellow", markup=False)
+        console.print(f"{', '.join(trained.being_written)} is incomplete and left out", style="yellow")
     if len(chosen) == 1 < len(trained.checkpoints):
         note = f"--every {args.every} leaves one of {len(trained.checkpoints)} checkpoints; --every 1 compares all of them"
         console.print(note, style="yellow")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
                 rows.append(sweep.measure(step, lambda: bar.advance(task)))
             except (OSError, UserError) as error:  # damaged, deleted by the trainer meanwhile, or not finite
                 left_out[folder.name] = str(error)
-                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", markup=False, soft_wrap=True)
+                bar.console.print(f"{folder.name} is left out: {error}", style="yellow", soft_wrap=True)
     if not rows:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise UserError(f"no checkpoint of {trained.folder} could be measured ({reasons})")
@@ -76,14 +76,13 @@ def run(args: argparse.Namespace) -> None:
         print_stories(rows, args.samples)
     console.print(table(report), soft_wrap=False)
     for finding in report["findings"]:
-        console.print(f"· {finding}", markup=False)
+        console.print(f"· {finding}")
     documents, searched = report["validation"], report["overlap"]
     console.print(
         f"\nValidation on {share(documents['documents'], documents['of_documents'])} held-out documents. Copied stretches were searched in "
         f"{share(searched['characters'], searched['of_characters'])} characters of the training text.",
-        markup=False,
     )
-    console.print(f"{json_path}\n{html_path}", markup=False, soft_wrap=True)
+    console.print(f"{json_path}\n{html_path}", soft_wrap=True)
 
 
 def share(n: int, total: int) -> str:

@@ -11,7 +11,7 @@ from . import options
 HELP = "teach a run to follow instructions: data, training, training on its own best stories, evaluation"
 TAKES_CONFIG = True
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
-SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003)  # the second training changes little
+SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
 
@@ -19,9 +19,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
-    p.add_argument("--conversations", type=int, default=20_000, metavar="N", help="conversations of the first training")
-    p.add_argument("--steps", type=int, nargs=2, default=(600, 60), metavar="N", help="steps of both trainings")
-    p.add_argument("--asked", type=int, default=1000, metavar="N", help="instructions that the taught model answers itself")
+    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the first training")
+    p.add_argument("--steps", type=int, nargs=2, default=(1500, 40), metavar="N", help="steps of both trainings")
+    p.add_argument("--asked", type=int, default=500, metavar="N", help="instructions that the taught model answers itself")
     p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{out} exists and was not made by tritale teach; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     for name, (_, written) in stages.items():
         if name in record["seconds"] and written.exists():
-            console.print(f"{out / name} is finished", style="dim", markup=False)
+            console.print(f"{out / name} is finished", style="dim")
             continue
-        console.print(f"\n$ {shlex.join(['tritale', *commands[name]])}", style="bold", markup=False)
+        console.print(f"\n$ {shlex.join(['tritale', *commands[name]])}", style="bold")
         began = time.perf_counter()
         main(commands[name])  # ends this process after an error
         record["seconds"][name] = round(time.perf_counter() - began, 1)
@@ -96,5 +96,5 @@ def run(args: argparse.Namespace) -> None:
     with atomic_file(out / "teach.html") as temporary:
         temporary.write_text(page(report, done), encoding="utf-8")
     minutes = sum(record["seconds"].values()) / 60
-    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}", markup=False)
-    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。", markup=False)
+    console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}")
+    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。")

@@ -4,16 +4,40 @@ import io
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 
-def replace_unencodable_output() -> None:
-    """Print `?` for characters that the encoding of stdout or stderr lacks (GBK, ASCII, …), instead of raising UnicodeEncodeError.
+class LastingOutput(io.TextIOWrapper):
+    """Text output that is dropped if it cannot be written: the reader of a pipe has ended, the disk is full, the terminal is closed."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:  # also called when it is collected; the buffer belongs to the stream that it replaces
+        self.flush()
+
+
+def prepare_output(*, is_lasting: bool = False) -> None:
+    """Print `?` for characters that the encoding of stdout or stderr lacks (GBK, ASCII, …), instead of raising UnicodeEncodeError, and drop
+    the output of a stream that was closed before the start. With `is_lasting` it is also dropped if it cannot be written.
 
     Each command calls it once, at its start."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+            if is_lasting and not isinstance(stream, LastingOutput):
+                form = {"encoding": stream.encoding, "errors": "replace", "line_buffering": stream.line_buffering}
+                setattr(sys, name, LastingOutput(stream.buffer, write_through=stream.write_through, **form))
 
 
 def duration(seconds: float) -> str:

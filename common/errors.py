@@ -30,6 +30,6 @@ REASONS = {
 
 def sentence(error: BaseException) -> str:
     """The message of an error; for an error of the operating system, the file, what is wrong with it and the next step."""
-    if isinstance(error, OSError) and error.filename is not None and error.errno in REASONS:
-        return f"{error.filename} {REASONS[error.errno]}"
+    if isinstance(error, OSError) and error.errno in REASONS and (error.filename is not None or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'what it writes, or prints into a file,'} {REASONS[error.errno]}"
     return str(error)

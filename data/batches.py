@@ -8,7 +8,8 @@ them to the processes in turn, so the step is the same on any number of processe
 The target of a token is the token stored after it: the next one of the document, also at a cut. After the last token of a document it is
 the `<|endoftext|>` that begins the next one, so the model learns where a story ends.
 
-In a split of conversations only the answers are targets. One that a micro-batch's border cuts is learnt up to there: its rest would be
+In a split of conversations only the answers are targets. Emphasised ones may weigh more, and a share of the conversations may be left out
+from the last emphasised one on. One that a micro-batch's border cuts is learnt up to there: its rest would be
 without its question.
 """
 
@@ -38,12 +39,13 @@ class Batch:
     targets: Tensor  # as tokens; int64, IGNORED for padding
     cu_seqlens: Tensor | None  # (segments + 1,) int32: 0, the end of each segment, then N up to a fixed length
     reference: Tensor | None = None  # (pairs, 2) fp32, of `PairBatches`
+    weights: Tensor | None = None  # as targets; fp32, of each target in the loss; None: 1
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(tokens, targets, cu_seqlens, reference) on the device. A copy to a GPU does not synchronise."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(tokens, targets, cu_seqlens, reference, weights) on the device. A copy to a GPU does not synchronise."""
         move = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else lambda t: t
-        cu_seqlens, reference = (None if t is None else move(t) for t in (self.cu_seqlens, self.reference))
-        return move(self.tokens), move(self.targets), cu_seqlens, reference
+        cu_seqlens, reference, weights = (None if t is None else move(t) for t in (self.cu_seqlens, self.reference, self.weights))
+        return move(self.tokens), move(self.targets), cu_seqlens, reference, weights
 
 
 class Batches:
@@ -61,6 +63,8 @@ class Batches:
         global_batch: int,  # sequences of `context` tokens, per step over all processes
         seed: int,
         document_mask: bool = True,
+        emphasis: float = 1.0,  # weight of emphasised targets
+        cut_share: float = 0.0,  # of the conversations that end after their last emphasised token
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -91,21 +95,25 @@ class Batches:
                 f"tritale prepare --context {context}, which names them"
             )
         self.tokens_per_step = global_batch * context  # over all processes
-        if split.n_tokens < self.tokens_per_step:
-            fits = split.n_tokens // (together * context) * together
+        self._starts, self._lengths = _pieces(split, context)  # (pieces,)
+        if cut_share:
+            self._lengths = _cut(split, self._starts, self._lengths, cut_share, seed)
+        n_tokens = int(self._lengths.sum())
+        if n_tokens < self.tokens_per_step:
+            fits = n_tokens // (together * context) * together
             remedy = f"lower global_batch to {fits} or less" if fits else "lower micro_batch or context"
             raise UserError(
-                f"{split.folder} holds {split.n_tokens:,} tokens, less than one step of global_batch ({global_batch}) × "
+                f"{split.folder} holds {n_tokens:,} tokens, less than one step of global_batch ({global_batch}) × "
                 f"context ({context}) = {self.tokens_per_step:,}; {remedy}, or add stories"
             )
-        self.steps_per_epoch = split.n_tokens // self.tokens_per_step
+        self.steps_per_epoch = n_tokens // self.tokens_per_step
         self.micro_batches_per_step = global_batch // together  # of this process
 
         self._split, self._seed, self._document_mask = split, seed, document_mask
+        self._emphasis = emphasis
         self._shape = micro_batch, context
         self._own = range(rank, global_batch // micro_batch, world_size)  # this process's micro-batches of a step
         self._micro_batches = global_batch // micro_batch  # of a step, all processes
-        self._starts, self._lengths = _pieces(split, context)  # (pieces,)
         self._n_segments = _likely_segments(self._lengths, micro_batch * context)
         self._epoch = None  # the one that _order and _ends belong to
 
@@ -116,17 +124,17 @@ class Batches:
         epoch, step = divmod(step, self.steps_per_epoch)
         return (self._micro_batch(epoch, step * self._micro_batches + i) for i in self._own)
 
-    def n_targets(self, step: int) -> int:
-        """How many targets of optimizer step `step` are not IGNORED, over all processes; at least 1."""
+    def n_targets(self, step: int) -> float:
+        """The sum of the weights of the targets of optimizer step `step` that are not IGNORED, over all processes; at least 1."""
         if self._split.learnt is None:
             return self.tokens_per_step
         epoch, step = divmod(step, self.steps_per_epoch)
         parts = (self._parts(epoch, step * self._micro_batches + i) for i in range(self._micro_batches))
-        return max(1, sum(int(_learnt(self._split, *part).sum()) for part in parts))
+        return max(1, sum(float(_weights(self._split, *part, self._emphasis).sum()) for part in parts))
 
     def _micro_batch(self, epoch: int, m: int) -> Batch:
         parts = self._parts(epoch, m)
-        return _batch(self._split, *parts, self._shape, self._n_segments if self._document_mask else None)
+        return _batch(self._split, *parts, self._shape, self._n_segments if self._document_mask else None, self._emphasis)
 
     def _parts(self, epoch: int, m: int) -> tuple[np.ndarray, np.ndarray, int]:
         # The starts and lengths of the pieces in micro-batch m, and how many tokens of the first are in the one before.
@@ -243,6 +251,14 @@ def _pieces(split: Split, context: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=split.n_tokens)
 
 
+def _cut(split: Split, starts: np.ndarray, lengths: np.ndarray, share: float, seed: int) -> np.ndarray:
+    # The lengths, of a share of the pieces only up to the last emphasised token, if there is one.
+    emphasised = np.flatnonzero(split.is_emphasised(np.arange(split.n_tokens)))
+    ends = np.concatenate([[0], emphasised + 1])[np.searchsorted(emphasised, starts + lengths)]
+    is_cut = np.random.Philox(key=np.array([seed, 2**64 - 1], np.uint64)).random_raw(len(starts)) < share * 2.0**64
+    return np.where(is_cut & (ends > starts), ends - starts, lengths)
+
+
 def _likely_segments(lengths: np.ndarray, n: int) -> int:
     # The number of segments that n tokens of pieces in random order exceed with a probability below 1e-18. The strict maximum (only the
     # shortest pieces) is a hundred times the usual number on real text, and attention would take time for each.
@@ -263,15 +279,18 @@ def _positions(starts, lengths) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(int(ends[-1]))
 
 
-def _learnt(split: Split, starts, lengths, cut: int) -> np.ndarray:
-    # Whether the target of each token of these parts is learnt.
-    learnt = split.is_learnt(_positions(starts, lengths) + 1)
+def _weights(split: Split, starts, lengths, cut: int, emphasis: float) -> np.ndarray:
+    # The weight of the target of each token of these parts, float32; 0 if it is not learnt.
+    targets = _positions(starts, lengths) + 1
+    weights = split.is_learnt(targets).astype(np.float32)
+    if emphasis != 1:
+        weights[split.is_emphasised(targets)] = emphasis
     if cut and split.learnt is not None:
-        learnt[: lengths[0]] = False
-    return learnt
+        weights[: lengths[0]] = 0
+    return weights
 
 
-def _batch(split: Split, starts, lengths, cut: int, shape: tuple[int, int], n_segments: int | None) -> Batch:
+def _batch(split: Split, starts, lengths, cut: int, shape: tuple[int, int], n_segments: int | None, emphasis: float = 1.0) -> Batch:
     # These parts of the split, then padding.
     n, context = shape[0] * shape[1], shape[1]
     ends = np.cumsum(lengths)
@@ -280,11 +299,15 @@ def _batch(split: Split, starts, lengths, cut: int, shape: tuple[int, int], n_se
     positions[:filled] = _positions(starts, lengths)
     tokens, targets = split.take(positions), split.take(positions + 1)
     targets[filled:] = IGNORED
+    weights = None
     if split.learnt is not None:
-        targets[:filled][~_learnt(split, starts, lengths, cut)] = IGNORED
+        of_targets = np.zeros(n, np.float32)
+        of_targets[:filled] = _weights(split, starts, lengths, cut, emphasis)
+        targets[of_targets == 0] = IGNORED
+        weights = torch.from_numpy(of_targets)[None] if emphasis != 1 else None
     if n_segments is None:
         return Batch(torch.from_numpy(tokens).view(shape), torch.from_numpy(targets).view(shape), None)
     borders = np.concatenate([[0], ends, np.arange(filled + context, n + context, context)]).clip(max=n)
     cu_seqlens = np.full(max(n_segments + 1, len(borders)), n, np.int32)
     cu_seqlens[: len(borders)] = borders
-    return Batch(torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], torch.from_numpy(cu_seqlens))
+    return Batch(torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], torch.from_numpy(cu_seqlens), weights=weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import UserError
-from ..common.files import atomic_folder, read_json_object, write_json
+from ..common.files import atomic_folder, final_name, read_json_object, write_json
 from ..stories.generator import TRAIN_START, VALIDATION_START, story
 from .shards import REMEDY, Split, write_split
 from .tokenizer import Tokenizer
@@ -34,8 +34,9 @@ def write_built_in(
         return
     if folder.exists() and not (folder / RECIPE).is_file():
         raise UserError(f"{folder} exists and does not hold built-in stories, so it is not overwritten; move it, or change --out_dir")
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if final_name(left) == folder.name:  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
     train = [story(seed, TRAIN_START + i) for i in track(range(stories), "writing stories")]
     known = {s.text for s in train}
     validation = [s for s in (story(seed, VALIDATION_START + i) for i in range(validation_stories)) if s.text not in known]
@@ -72,6 +73,10 @@ def open_data(folder: Path, *, verify: bool = True) -> tuple[Tokenizer, Split, S
     """The tokenizer and the splits train and validation of a data folder; `verify` as in `Split.open`.
 
     Raises FileNotFoundError or UserError if one is missing, damaged, or made with another tokenizer."""
+    if not (folder / "tokenizer").is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds no training data (tokenizer/, train/, validation/); make it with tritale prepare --input FILE --out {folder}"
+        )
     tokenizer = Tokenizer.load(folder / "tokenizer")
     train, validation = (Split.open(folder / name, verify=verify) for name in ("train", "validation"))
     for split in (train, validation):

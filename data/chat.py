@@ -9,7 +9,7 @@ White space around a message is dropped, so that its first line end cannot merge
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ ROLES = ("system", "user", "assistant")
 START, END = "<|im_start|>", "<|im_end|>"
 ANSWER = f"{START}assistant\n"
 NEXT = "\x1e"  # between the two conversations of a pair in one text
+EMPHASIS = "\x1a"  # before and behind an emphasised part of an answer, and no part of it; not white space, which is dropped
 # The same text for Hugging Face's `apply_chat_template` and for llama.cpp.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -60,22 +61,40 @@ def problem(messages: object) -> str | None:
 
 
 def encode_chats(tokenizer: "Tokenizer", chats: Sequence[Messages]) -> list[tuple[list[int], list[int]]]:
-    """The ids of each conversation, and 1 for those that are learnt, which are the assistant's messages with their `<|im_end|>`, else 0.
+    """The ids of each conversation; and for each id 1 if it is learnt, as are the assistant's messages with their `<|im_end|>`, 2 if it is
+    learnt and has a character between two EMPHASIS, else 0.
 
-    The ids are those of `<|endoftext|>` and `chat_text`."""
+    The ids are those of `<|endoftext|>` and `chat_text` without EMPHASIS."""
     role_ids = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
     line_end = tokenizer.encode("\n")
-    contents = iter(tokenizer.encode_batch([message["content"].strip() for message in chain.from_iterable(chats)]))
+    texts = [message["content"].strip() for message in chain.from_iterable(chats)]
+    contents = iter(zip(texts, tokenizer.encode_batch([text.replace(EMPHASIS, "") for text in texts]), strict=True))
     encoded = []
     for messages in chats:
         ids, learnt = [tokenizer.eot_id], [0]
         for message in messages:
-            head, content = [tokenizer.im_start_id, *role_ids[message["role"]]], next(contents)
+            head, (text, content) = [tokenizer.im_start_id, *role_ids[message["role"]]], next(contents)
             ids += [*head, *content, tokenizer.im_end_id, *line_end]
             is_answer = int(message["role"] == "assistant")
-            learnt += [*(0 for _ in head), *(is_answer for _ in content), is_answer, *(0 for _ in line_end)]
+            flags = emphasised(tokenizer, content, text) if is_answer and EMPHASIS in text else [is_answer] * len(content)
+            learnt += [*(0 for _ in head), *flags, is_answer, *(0 for _ in line_end)]
         encoded.append((ids, learnt))
     return encoded
+
+
+def emphasised(tokenizer: "Tokenizer", ids: Sequence[int], text: str) -> list[int]:
+    """1 for each id of `text`, 2 for those with a character between two EMPHASIS."""
+    of_bytes = b"".join(bytes([1 + i % 2]) * len(part.encode()) for i, part in enumerate(text.split(EMPHASIS)))
+    ends = list(accumulate(len(tokenizer.token_bytes(i)) for i in ids))
+    return [max(of_bytes[begin:end]) for begin, end in pairwise([0, *ends])]
+
+
+def emphasise(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    """`text` with EMPHASIS around the characters of the spans (begin, end), which may overlap."""
+    is_in = bytearray(len(text) + 2)  # 1 more on both sides
+    for begin, end in spans:
+        is_in[begin + 1 : end + 1] = bytes([1]) * (end - begin)
+    return "".join(EMPHASIS * (a != b) + character for a, b, character in zip(is_in[:-1], is_in[1:], [*text, ""], strict=True))
 
 
 def prompt_ids(tokenizer: "Tokenizer", messages: Messages) -> list[int]:

@@ -3,7 +3,7 @@
 A split (train, validation) is a folder:
 
     tokens-00000.bin …   the documents one after another, uint16, or uint32 for a vocabulary above 65,536; no document is in two files
-    learnt-00000.bin …   of conversations only: uint8 for each token, 1 if a model learns to write it (the answers), else 0
+    learnt-00000.bin …   of conversations only: uint8 for each token: 1 if it is learnt (the answers), 2 if it is emphasised there, else 0
     starts.bin           int64, (documents + 1,): where each document begins, and at the end the number of tokens
     index.json           format version, counts, tokenizer hash, and the sha256 of each file
 
@@ -51,7 +51,7 @@ class Split:
     tokenizer_hash: str
     starts: np.ndarray  # (n_documents + 1,) int64, the last is n_tokens
     shards: tuple[np.ndarray, ...]  # each (tokens,) uint16 or uint32
-    learnt: tuple[np.ndarray, ...] | None = None  # each (tokens,) uint8: 1 for a token that a model learns to write; None: all are
+    learnt: tuple[np.ndarray, ...] | None = None  # each (tokens,) uint8: 1 or 2 for a token that a model learns to write; None: all are
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Split":
@@ -109,6 +109,12 @@ class Split:
         if self.learnt is None:
             return np.ones(positions.shape, bool)
         return self._take(self.learnt, positions % self.n_tokens) != 0
+
+    def is_emphasised(self, positions: np.ndarray) -> np.ndarray:
+        """Whether the tokens at `positions`, as in `take`, may weigh more in the loss: (n,) bool."""
+        if self.learnt is None:
+            return np.zeros(positions.shape, bool)
+        return self._take(self.learnt, positions % self.n_tokens) == 2
 
     def _take(self, arrays: tuple[np.ndarray, ...], positions: np.ndarray) -> np.ndarray:
         if len(arrays) == 1:

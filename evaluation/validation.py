@@ -30,7 +30,7 @@ def validate(
     nll = torch.zeros(2, dtype=torch.float64, device=device)  # sum, tokens
     for i, batch in enumerate(eval_batches(split, context=context, micro_batch=micro_batch, document_mask=document_mask)):
         if here is None or i % here.world_size == here.rank:
-            tokens, targets, cu_seqlens, _ = batch.on(device)
+            tokens, targets, cu_seqlens, *_ = batch.on(device)
             with autocast():
                 loss = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="sum")
             nll += torch.stack([loss.double(), (targets >= 0).sum().double()])

@@ -16,6 +16,8 @@ STEP = 50  # characters between the bounds of a length, at least a tenth of it
 MAX_WORDS = 3  # that an instruction asks for
 FEATURE_WEIGHTS = {"对话": 1, "转折": 1, "冲突": 4, "寓意": 4, "伏笔": 8, "坏结局": 8}  # rare ones are asked for as often as common ones
 
+# With its locative (公园里), as the stories name it: the tokenizer has one entry for that, and other ones for 公园.
+_AT = {place.name: place.at for place in PLACES}
 Found = dict[str, Requirement]  # by kind
 
 
@@ -30,7 +32,7 @@ def of_built_in(story: Story, rng: Random) -> Found:
         | {
             "words": Requirement("words", words=_some(story.words, rng)),
             "people": Requirement("people", words=story.characters),
-            "place": Requirement("place", story.place),
+            "place": Requirement("place", _AT[story.place]),
             "summary": summary,
         }
     )

@@ -107,6 +107,12 @@ def judge(requirement: Requirement, story: str, *, is_built_in: bool = False) ->
     return Verdict(share == 1, share)
 
 
+def parts(requirement: Requirement, story: str) -> list[tuple[int, int]]:
+    """(begin, end) of the words, names, place, sentence or beginning of the requirement where they are first in the story."""
+    names = requirement.words or ((requirement.text,) if requirement.kind in ("place", "sentence", "beginning") else ())
+    return [(begin, begin + len(name)) for name in names if (begin := story.find(name)) >= 0]
+
+
 def occurs(word: str, story: str) -> bool:
     """Whether the word occurs. A word in Latin letters must stand alone, in upper or lower case."""
     if word.isascii():

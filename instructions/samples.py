@@ -5,7 +5,8 @@ A line of a file is
     {"messages": [{"role": "user", "content": "写一个故事，…"}, {"role": "assistant", "content": "从前，…"}],
      "requirements": [{"kind": "words", "words": ["公园", "小狗"]}], "is_built_in": true}
 
-Training reads the messages only. `requirements` and `is_built_in` may be missing.
+Training reads the messages, and `emphasis`, [[begin, end], …]: the characters of the story that weigh more in the loss. All but the
+messages may be missing.
 """
 
 import json
@@ -21,9 +22,10 @@ from ..data.built_in import RECIPE, open_data
 from ..data.chat import encode_chats, problem
 from ..data.shards import REMEDY, Split
 from ..data.tokenizer import Tokenizer
+from ..stories.facts import plot_shows
 from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
 from .derive import Found, Vocabulary, of_built_in, of_text
-from .requirements import FIELDS, Requirement, Verdict, judge
+from .requirements import FIELDS, Requirement, Verdict, judge, parts
 from .wording import instruction, language_of
 
 MOST = 3  # requirements of an instruction
@@ -50,12 +52,21 @@ class Sample:
         """The messages before the story."""
         return self.messages[:-1]
 
+    @property
+    def emphasis(self) -> list[tuple[int, int]]:
+        """(begin, end) of the characters of the story that decide whether it does what was asked: what an instruction names where it is
+        first in the story, and, of a built-in story, its first character and those that first tell which plot it has."""
+        found = [span for r in self.requirements for span in parts(r, self.story)]
+        plot = plot_shows(self.story) if self.is_built_in else None
+        return found + ([(0, 1), plot] if plot else [])
+
     def judge(self, story: str) -> list[Verdict]:
         """The verdict about each requirement for a story that a model wrote."""
         return [judge(r, story, is_built_in=self.is_built_in) for r in self.requirements]
 
     def to_json(self) -> dict:
-        value = {"messages": list(self.messages), "requirements": [r.to_json() for r in self.requirements]}
+        value: dict = {"messages": list(self.messages), "requirements": [r.to_json() for r in self.requirements]}
+        value["emphasis"] = [list(span) for span in self.emphasis]
         return value | ({"is_built_in": True} if self.is_built_in else {})
 
     @classmethod

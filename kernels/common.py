@@ -62,18 +62,24 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if a tensor has a tangent of forward-mode AD."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative; use its definition, tritale.kernels.reference.{op}")
+
+
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError if a tensor is inside a transform that custom ops do not support: forward-mode AD, torch.func."""
     if torch.compiler.is_compiling():
         return
-    instead = f"use its definition, tritale.kernels.reference.{op}"
-    for t in tensors:
-        if t is None:
-            continue
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
-            raise RuntimeError(f"{op} has no forward-mode derivative; {instead}")
-        if functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t):
-            raise RuntimeError(f"{op} does not support torch.func transforms (grad, vmap, …); use torch.autograd.grad, or {instead}")
+    refuse_forward_mode(op, *tensors)
+    if any(t is not None and (functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t)) for t in tensors):
+        raise RuntimeError(
+            f"{op} does not support torch.func transforms (grad, vmap, …); use torch.autograd.grad, or use its definition, "
+            f"tritale.kernels.reference.{op}"
+        )
 
 
 def no_second_derivative(op: str) -> Callable[..., NoReturn]:

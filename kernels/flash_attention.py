@@ -33,7 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
+from .common import (
+    accumulator,
+    all_like,
+    contiguous_like,
+    no_second_derivative,
+    refuse_forward_mode,
+    refuse_transforms,
+    tanh,
+    unit_stride,
+    wide_dtype,
+)
 from .dispatch import autocast, check_documents
 from .launch import architecture, cdiv, launch_options, power_of_two
 from .triton_compat import jit, tl
@@ -595,6 +605,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
     if cu_seqlens is not None and q.device.type == "cpu":
         refuse_transforms("flash_attention", q, k, v)
         return _document_attention(q, k, v, cu_seqlens, is_causal, window or 0, scale)[0]
+    refuse_forward_mode("flash_attention", q, k, v)  # PyTorch's error names an op of its own
     # One query sees all keys; a square causal product has a faster form than a mask.
     is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
     needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
@@ -671,7 +682,8 @@ def flash_attention(
     Grouped heads share k and v (H a multiple of H_kv). Causal attention is aligned to the end when T ≠ S, as a KV cache needs.
     `window=w`: a query sees itself and the w − 1 keys before it. `softcap=c`: scores become c·tanh(s/c). `cu_seqlens` (int32,
     documents + 1, from 0 to T, may repeat its last entry): B = 1 and documents do not see each other, though a NaN in one may reach others.
-    A query that sees no key gives 0. `attention_backend` chooses what computes it.
+    A query that sees no key gives 0. `attention_backend` chooses what computes it. It has no forward-mode and no second derivative;
+    `reference.flash_attention` has both.
 
     Raises ValueError if shapes or dtypes do not match, a window or soft cap is not positive, or `cu_seqlens` do not run from 0 to T
     (their values are checked on the CPU only: on a GPU that would synchronise)."""

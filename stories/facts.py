@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from .generator import Choice, Mark, Slot, parse
+from .generator import Choice, Mark, Slot, parse, story
 from .plots import PLOTS, TABLES
 from .words import CHARACTERS, THINGS
 
@@ -116,3 +116,22 @@ def has_feature(text: str, feature: str) -> bool:
     """Whether the text has a feature of the built-in stories: dialogue (对话), or a sentence that shows it in one of the plots
     (转折 坏结局 寓意 冲突 伏笔), whoever it is about. True of a built-in story if and only if the feature is one of its facts."""
     return bool(re.search("“[^“”]+”", text)) if feature == "对话" else bool(_feature_patterns()[feature].search(text))
+
+
+RUN, TELLING = 6, 4  # characters of a run, and of its end, which no other plot has
+
+
+@cache
+def _telling_runs() -> frozenset[str]:
+    # The runs of RUN characters that are in at least 3 of 1,500 stories, all of one plot.
+    found: dict[str, list[str]] = {}
+    for s in (story(0, i) for i in range(1500)):
+        for run in {s.text[i : i + RUN] for i in range(len(s.text) - RUN + 1)}:
+            found.setdefault(run, []).append(s.plot)
+    return frozenset(run for run, plots in found.items() if len(plots) >= 3 and len(set(plots)) == 1)
+
+
+def plot_shows(text: str) -> tuple[int, int] | None:
+    """(begin, end) of the first characters that tell which plot a built-in story has. Many plots share their first sentences."""
+    begins = (i for i in range(len(text)) if text[i : i + RUN] in _telling_runs())
+    return next(((i + RUN - TELLING, i + RUN) for i in begins), None)

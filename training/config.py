@@ -21,6 +21,7 @@ from ..model.checkpoint import read_shape
 from ..model.gpt import PRESETS, GPTConfig
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
+LONGEST_CONFIG = 1_000_000  # characters
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -120,6 +121,8 @@ class DataConfig:
         document_mask: Whether attention is limited to one document when a sequence contains several.
         replay: For conversations: a folder of plain text like source, made with the same tokenizer, which is mixed in; null for none.
         replay_share: Share of the tokens that are replayed.
+        emphasis: For conversations: weight of the emphasised tokens in the loss; the others weigh 1.
+        cut_share: For conversations: share of those that are read only up to their last emphasised token.
     """
 
     source: str = checked("built-in", is_source, f'"built-in" or {PATH}')
@@ -129,6 +132,8 @@ class DataConfig:
     document_mask: bool = True
     replay: str | None = checked(None, is_path, PATH)
     replay_share: float = between(0.1, 0.0, 0.9)
+    emphasis: float = between(1.0, 1.0, 1000.0)
+    cut_share: float = between(0.0, 0.0, 1.0)
 
     @property
     def built_in(self) -> dict[str, int]:
@@ -166,7 +171,7 @@ class ModelConfig:
     head_dim: int | None = between(None, 2, 1024)
     width: int | None = between(None, 1, 65_536)
     mlp_width: int | None = between(None, 1, 2**20)
-    context: int | None = between(None, 1, 2**20)
+    context: int | None = between(None, 2, 2**20)  # a beginning and what follows
     rope_theta: float | None = between(None, 1.0, 1e12)
     norm_eps: float | None = between(None, 1e-12, 0.1)
     qk_norm: bool | None = None
@@ -217,7 +222,7 @@ class TrainConfig:
     max_steps: int = between(1000, 1, 10**9)
     global_batch: int = between(32, 1, 2**20)
     micro_batch: int = between(32, 1, 2**20)
-    context: int | None = between(None, 1, 2**20)
+    context: int | None = between(None, 2, 2**20)
     precision: str = one_of("auto", "bf16", "fp16", "fp32")
     parallel: str = one_of("ddp", "fsdp")
     compile: bool = True
@@ -360,6 +365,10 @@ class RunConfig:
 
         if self.objective == "dpo" and not self.init_from:
             raise UserError("objective dpo starts with a model that follows instructions; set init_from to its run")
+        if self.objective != "dpo" and self.dpo != DPOConfig():
+            raise UserError(f"the keys of dpo have no effect with objective {self.objective}; set objective dpo, or leave them out")
+        if not self.data.replay and self.data.replay_share != DataConfig.replay_share:
+            raise UserError("data.replay_share has no effect without data.replay; set that to a folder of plain text, or leave it out")
         if self.objective == "dpo" and self.data.replay:
             raise UserError("data.replay mixes text into conversations, not into pairs; leave it out, or set dpo.sft_weight")
 
@@ -448,6 +457,7 @@ def explain_unknown_key(key: str) -> str:
 
 def explain_error(message: str) -> str:
     """One line for an error of jsonargparse."""
+    message = message.removeprefix('Parser key "config": ')
     unknown = (
         r"[Gg]roup '(?P<group>\w+)' does not accept option '(?P<key>[\w.-]+)'",
         r"unrecognized arguments: --(?P<key>[\w.+-]+)",
@@ -473,11 +483,17 @@ def check_number(text: str) -> None:
         raise UserError(f"{text} is not a decimal number: in YAML, 10:30 is 630 and 0100 is 64; write it without : and leading zeros")
 
 
-def check_file(path: str) -> None:
-    """Raises UserError if a config file is not a YAML mapping of sections, has an unknown key, or sets a key twice (YAML keeps the
-    last value)."""
+def read_config(path: str) -> str:
+    """The YAML of a config file, in ASCII. Raises UserError if it is not a mapping of sections, has an unknown key, or sets a key twice
+    (YAML keeps the last value)."""
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_CONFIG + 1)
+        if len(text) > LONGEST_CONFIG:  # data, or a device without an end
+            raise UserError(
+                f"{path} is longer than {LONGEST_CONFIG:,} characters, so it is no config; give a YAML file such as {QUICKSTART}"
+            )
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path!r}: {error.strerror}; give a YAML file such as configs/quickstart.yaml") from None
     except UnicodeDecodeError as error:
@@ -502,6 +518,20 @@ def check_file(path: str) -> None:
                 check_number(value.value)
             if name not in {*known, *SECTIONS}:
                 raise UserError(f"{path}, line {line}: {explain_unknown_key(name if isinstance(key, yaml.ScalarNode) else '[…]')}")
+    return yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=False)
+
+
+def with_texts(arguments: list[str]) -> list[str]:
+    """The arguments with the YAML of each config file in place of its path: jsonargparse would read it in the encoding of the locale."""
+    result = []
+    for before, argument in pairwise(["", *arguments]):
+        if before == "--config" and argument:
+            result[-1] = f"--config={read_config(argument)}"
+        elif argument.startswith("--config="):
+            result.append(f"--config={read_config(argument[9:])}")
+        else:
+            result.append(argument)
+    return result
 
 
 DESCRIPTION = "Train a GPT from scratch. On several GPUs: tritale train --processes N …"
@@ -518,13 +548,10 @@ def parse(arguments: Sequence[str] | None = None, *, file: str | None = None, pr
     )
     parser.add_argument("--config", action="config", help="YAML file; configs/quickstart.yaml if not given")
     parser.add_class_arguments(RunConfig)
-    files = [b if a == "--config" else a[9:] for a, b in pairwise([*arguments, ""]) if (a == "--config" and b) or a.startswith("--config=")]
-    if file or not files:
-        file = file or str(QUICKSTART)
-        arguments = [f"--config={file}", *arguments]
+    if file or not any(argument.partition("=")[0] == "--config" for argument in arguments):
+        arguments = [f"--config={file or QUICKSTART}", *arguments]
     try:
-        for path in (*([file] if file else []), *files):
-            check_file(path)
+        arguments = with_texts(arguments)
         for argument in arguments:
             check_number(argument.partition("=")[2] if argument.startswith("--") else argument)
         try:

@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self, config: RunConfig, *, is_main: bool):
         self.config, self.is_main = config, is_main
-        self.console = Console(quiet=not is_main, highlight=False)
+        self.console = Console(quiet=not is_main, markup=False, highlight=False)
         self.console.soft_wrap = not self.console.is_terminal  # a terminal's lines are wrapped at spaces
         self.has_bar = self.console.is_terminal and not self.console.is_jupyter
         self.has_started = False  # whether `open` was called in the main process
@@ -118,7 +118,7 @@ class Log:
 
     def print(self, text: str = "", **options: Any) -> None:
         """Print plain text. Rich markup is off, since generated text may contain brackets."""
-        self.console.print(text, markup=False, **options)
+        self.console.print(text, **options)
 
     def table(self, rows: dict[str, str]) -> None:
         """Print names and texts in two columns."""

@@ -59,7 +59,7 @@ def validate_pairs(
     found = torch.zeros(2, dtype=torch.float64, device=device)  # sums: loss, -log p
     for i, batch in enumerate(pair_batches(split, context=context, micro_batch=micro_batch)):
         if i % here.world_size == here.rank:
-            tokens, targets, cu_seqlens, _ = batch.on(device)
+            tokens, targets, cu_seqlens, *_ = batch.on(device)
             assert cu_seqlens is not None
             with autocast():
                 nll = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="none")
@@ -80,7 +80,7 @@ def reference_log_probs(model, split: Split, name: str, *, micro_batch: int, con
         device = next(model.parameters()).device
         found = []
         for batch in pair_batches(split, context=context, micro_batch=micro_batch):
-            tokens, targets, cu_seqlens, _ = batch.on(device)
+            tokens, targets, cu_seqlens, *_ = batch.on(device)
             assert cu_seqlens is not None
             with autocast():
                 nll = model(tokens, targets, cu_seqlens=cu_seqlens, reduction="none")

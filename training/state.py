@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
-from ..common.files import atomic_folder, remove_folder, write_json
+from ..common.files import atomic_folder, final_name, remove_folder, write_json
 from ..common.run_folder import step_folder, step_folders
 from ..data.tokenizer import Tokenizer
 from ..model import checkpoint
@@ -120,7 +120,8 @@ def check_trainer(folder: Path, trainer: dict) -> None:
 def remove_leftovers(out_dir: Path) -> None:
     """Remove the temporary folders of a killed process."""
     for path in out_dir.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if final_name(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

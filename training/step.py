@@ -122,10 +122,10 @@ class TrainingStep:
         """The learning rate of a 0-based step, divided by its peak."""
         return lr_factor(step, self.config.train.max_steps, self.config.optim)
 
-    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0, n_targets: int | None = None) -> Tensor:
+    def run(self, batches: Iterable[Batch], lr_factor: float, step: int = 0, n_targets: float | None = None) -> Tensor:
         """One optimizer step on the micro-batches of this process, with learning rates of `lr_factor` times their peaks. The 0-based `step`
-        only concerns the EMA, in which the first steps weigh more. The loss is divided by `n_targets`, their number over all processes; by
-        all tokens of a step if it is not given.
+        only concerns the EMA, in which the first steps weigh more. The loss is divided by `n_targets`, the sum of their weights over all
+        processes; by all tokens of a step if it is not given.
 
         Returns the gradient's norm before clipping, until the next step. Does not synchronise with the device, except in fp16 and once in
         `ROWS` steps."""
@@ -145,11 +145,12 @@ class TrainingStep:
         """Add the gradients and the loss of one micro-batch."""
         self.forward_backward(*batch.on(self.here.device))
 
-    def _loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None, weights: Tensor | None) -> Tensor:
         """The loss of a micro-batch: its sum over `normalizer`."""
         with self.autocast():
             if reference is None:
-                return self.module(tokens, targets, cu_seqlens=cu_seqlens, normalizer=self.normalizer, z_loss=self.config.train.z_loss)
+                options = {"normalizer": self.normalizer, "z_loss": self.config.train.z_loss, "token_weight": weights}
+                return self.module(tokens, targets, cu_seqlens=cu_seqlens, **options)
             nll = self.module(tokens, targets, cu_seqlens=cu_seqlens, reduction="none")
         assert cu_seqlens is not None
         log_probs, counts = answer_log_probs(nll, targets, cu_seqlens, len(reference))
@@ -157,8 +158,10 @@ class TrainingStep:
         self.step_preference += values
         return loss.sum() / self.normalizer
 
-    def _forward_backward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None) -> Tensor:
-        loss = self._loss(tokens, targets, cu_seqlens, reference)
+    def _forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, reference: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        loss = self._loss(tokens, targets, cu_seqlens, reference, weights)
         if self.shards:
             loss.backward()
             torch._foreach_add_(self.grads, self.shards.take_gradients())

@@ -37,7 +37,10 @@ def too_long(file: str, line: int) -> BadInput:
 
 
 def no_key(file: str, line: int, key: str, present: list[str]) -> BadInput:
-    return BadInput(file, line, f"no key {key!r}", f"; keys there: {', '.join(present) or 'none'}")
+    separator = next((c for c in ";\t|，" if c in present[0]), None) if len(present) == 1 else None
+    hint = "; tabs separate the columns: name the file .tsv" if separator == "\t" else ""
+    hint = hint or f"; if {separator} separates the columns, save the file with commas, or with tabs as .tsv" if separator else ""
+    return BadInput(file, line, f"no key {key!r}", f"; keys there: {', '.join(present) or 'none'}{hint}")
 
 
 def not_utf8(raw: bytes, file: str, line: int) -> BadInput | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import UserError
-from ..chat import NEXT, chat_text, encode_chats, problem
+from ..chat import EMPHASIS, NEXT, chat_text, emphasise, encode_chats, problem
 from ..tokenizer import Tokenizer
 from .checks import BadInput
 from .deduplicate import normalise
@@ -45,8 +45,8 @@ class ChatFields(Fields):
                 raise BadInput(file, line, "a pair of equal answers")
             group = chat_text(chats[0][:-1])  # the same question in both splits would be a leak
         else:
-            chats = [self._checked(conversation(record, file, line), file, line)]
-            group = chats[0][-1]["content"]  # … and so would be the same answer, whatever was asked
+            chats = [self._checked(emphasised(conversation(record, file, line), record, file, line), file, line)]
+            group = chats[0][-1]["content"].replace(EMPHASIS, "")  # … and so would be the same answer, whatever was asked
         if self.group_key is not None:
             if self.group_key not in record:
                 raise BadInput(file, line, f"no key {self.group_key!r}")
@@ -100,6 +100,20 @@ def conversation(record: dict, file: str, line: int) -> Any:
         raise BadInput(file, line, "no conversation", f"; it needs {FORMATS}; keys there: {keys[:200]}")
     prompt = "\n".join(part for part in question if part.strip())
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def emphasised(messages: Any, record: dict, file: str, line: int) -> Any:
+    """The messages with EMPHASIS in the last one around the spans of the record's `emphasis`, [[begin, end], …] in characters.
+
+    Raises BadInput for other spans."""
+    spans = record.get("emphasis") or []
+    if problem(messages) or not spans:
+        return messages
+    *before, answer = messages
+    is_place = lambda value: type(value) is int and 0 <= value <= len(answer["content"])
+    if not isinstance(spans, list) or not all(isinstance(s, list) and len(s) == 2 and all(map(is_place, s)) for s in spans):
+        raise BadInput(file, line, "an emphasis that is not [[begin, end], …]", ", places in the answer, counted in characters")
+    return [*before, {**answer, "content": emphasise(answer["content"], spans)}]
 
 
 def pair(record: dict, file: str, line: int) -> list[Any]:

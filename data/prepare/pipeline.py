@@ -73,7 +73,7 @@ def prepare(
     Raises UserError for input that cannot be used, naming file and line, or if `out` holds other data; FileNotFoundError for missing
     input; OSError if the disk is full. After each of them the same command resumes.
     """
-    out, console = Path(out), console or Console(quiet=True)
+    out, console = Path(out), console or Console(quiet=True, markup=False)
     files = [file for file in find_files(inputs) if out.resolve() not in Path(file).resolve().parents]
     options.fields.check(files)
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None

@@ -24,7 +24,13 @@ from .inputs import decompressed, file_format, import_package
 LONGEST_LINE = 4 * MAX_DOCUMENT  # JSON may write a character in up to six times the bytes
 CHUNK = 1 << 20  # bytes of JSON
 SEPARATOR = END_OF_TEXT  # between documents of a txt file
-_MARK = re.compile(rb"[-=*#_~+]{2,}|</?[^<>]{1,30}>|\[[A-Z]{1,10}\]")  # a line that often separates documents
+_MARK = re.compile(r"(?:[-=*#_~+—–·•] ?){2,}|</?[^<>]{1,30}>|\[[A-Z]{1,10}\]")  # a line that often separates documents
+_BREAKS = {
+    "\f": "form feeds",
+    "\u2028": "line separators (U+2028)",
+    "\u2029": "paragraph separators (U+2029)",
+    "\x85": "next lines (U+0085)",
+}
 FEWEST_MARKS = 5
 LINES_PER_BLOCK = 20  # a txt file with more may have a document on each line
 
@@ -66,9 +72,11 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 def _is_json_lines(start: bytes, suffix: str) -> bool:
     # Decided by the start of the file, since arrays are also named .jsonl, and lines .json.
-    is_array = start.lstrip().startswith(b"[")
-    has_objects = any(_is_object(line) for line in re.split(rb"[\r\n]+", start.lstrip(), maxsplit=4)[:4])
-    return has_objects and not is_array if suffix == ".json" else has_objects or not is_array
+    start = start.lstrip()
+    is_array = start.startswith(b"[")
+    has_objects = any(_is_object(line) for line in re.split(rb"[\r\n]+", start, maxsplit=4)[:4])
+    is_spread = re.match(rb"\{\s*[\r\n]", start) or _is_object(start.partition(b"}{")[0] + b"}")  # objects over lines, or several in one
+    return has_objects and not is_array if suffix == ".json" else has_objects or not (is_array or is_spread)
 
 
 def _is_object(line: bytes) -> bool:
@@ -211,14 +219,27 @@ def _csv_rows(stream: BinaryIO, file: str, delimiter: str) -> Records:
 
 def _txt_layout(start: bytes, file: str) -> str:
     # What a document is, from the start of the file. Raises UserError if that is unclear.
-    if SEPARATOR.encode() in start:
+    text = start.decode("utf-8", "replace")
+    if _is_object(start.lstrip().split(b"\n")[0]) or re.match(r"\s*\[\s*\{\s*\"", text):
+        raise UserError(f"{file} contains JSON; rename it to .jsonl or .json, or choose --txt-documents line, blank-line or file")
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text.replace(SEPARATOR, "\n"))]
+    n_lines, n_blocks = sum(map(bool, lines)), sum(bool(b) and not a for a, b in pairwise(["", *lines]))
+    if n_separators := text.count(SEPARATOR):
+        if n_blocks > LINES_PER_BLOCK * (n_separators + 1):
+            raise UserError(
+                f"{file}: is a document a block or what is between {SEPARATOR} marks? Its start has {n_blocks:,} blocks with blank lines "
+                f"between them and {n_separators:,} of the marks; choose --txt-documents endoftext, or remove the marks"
+            )
         return "endoftext"
-    lines = [line.strip() for line in re.split(rb"\r\n?|\n", start)]
-    n_lines, n_blocks = sum(map(bool, lines)), sum(bool(b) and not a for a, b in pairwise([b"", *lines]))
-    ((mark, n_marks),) = Counter(filter(_MARK.fullmatch, lines)).most_common(1) or [(b"", 0)]
+    ((mark, n_marks),) = Counter(filter(_MARK.fullmatch, lines)).most_common(1) or [("", 0)]
+    found = f"{n_marks:,} lines of its start are {mark}"
+    if n_marks < max(FEWEST_MARKS, n_blocks // 20):
+        mark = max(_BREAKS, key=text.count)
+        n_marks, found = text.count(mark), f"its start has {text.count(mark):,} {_BREAKS[mark]} and {n_lines:,} lines"
+        n_marks = n_marks if n_marks > n_lines else 0
     if n_marks >= max(FEWEST_MARKS, n_blocks // 20):
         raise UserError(
-            f"{file}: {n_marks:,} lines of its start are {mark.decode(errors='replace')}; if documents are separated there, replace them "
+            f"{file}: {found}; if documents are separated there, replace them "
             f"by {SEPARATOR}; else choose --txt-documents line, blank-line or file"
         )
     if n_lines > (LINES_PER_BLOCK * n_blocks if n_blocks > 1 else 1):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import NEXT, encode_chats, parse_chat
+from ..chat import EMPHASIS, NEXT, encode_chats, parse_chat
 from ..shards import DTYPES, dtype_name
 from ..tokenizer import FIXED_TOKENS, SPECIAL_TOKENS, Tokenizer
 from .deduplicate import RECORD, TRAIN, chunks, normalise
@@ -92,7 +92,7 @@ def encode(folder: str, tokenizer_hash: str, splits: Sequence[tuple[list[str], l
             parts = [text.split(NEXT) for text in texts]  # two of a pair
             ids, lengths, learnt = encoder.encode_chats([parse_chat(part) for part in chain.from_iterable(parts)])
             lengths = lengths.reshape(len(texts), -1).sum(1)
-            texts = ["".join(m["content"] for m in parse_chat(part[0]) if m["role"] == "assistant") for part in parts]
+            texts = ["".join(m["content"].replace(EMPHASIS, "") for m in parse_chat(part[0]) if m["role"] == "assistant") for part in parts]
         elif texts:
             ids, lengths = at_place(encoder.encode, texts, places)
         is_byte = (ids >= len(SPECIAL_TOKENS)) & (ids < len(FIXED_TOKENS))

@@ -3,14 +3,17 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY
+from rich.console import Console
+from runs import REPOSITORY, train
 
 import tritale as package
+from tritale.cli import evaluate
 from tritale.cli.main import COMMANDS, main
 
 
@@ -109,6 +112,48 @@ def test_output_that_a_pipe_no_longer_reads_ends_the_command_silently():
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_output_of_rich_that_a_pipe_no_longer_reads_ends_the_command_silently():
+    code = "import sys; from rich.console import Console; from tritale.cli import main, sweep; "
+    code += "sweep.run = lambda args: [Console().print('x' * 100) for _ in range(10_000)]; main.main(['sweep', 'x'])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.skipif(os.name == "nt", reason="/dev/full and closed streams are Unix's")
+def test_a_closed_output_is_dropped_and_a_full_disk_is_said_in_words(tiny_run):
+    shell = lambda end: subprocess.run(
+        f"{sys.executable} -m tritale status {tiny_run} {end}", shell=True, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (shell(">&-").returncode, shell(">&-").stderr) == (0, "")
+    full = shell("> /dev/full")
+    assert full.returncode == 1 and "does not fit: the disk is full; free some space" in full.stderr and "Errno" not in full.stderr
+
+
+def test_brackets_in_names_of_folders_are_text_and_no_markup(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    run = shutil.copytree(tiny_run, tmp_path / "[b]run[" / "b]")  # [/b] alone would raise MarkupError
+    out = tmp_path / "[red]out"
+    commands = {
+        "instruct": [run / "data", "--out", out, "--samples", "5", "--held-out", "2"],
+        "average": [run, "--last", "2"],
+        "sweep": [run, "--samples", "1", "--max-new-tokens", "4"],
+        "plan": ["--no-measure", "--data.source", run / "data"],
+        "report": [run],
+        "verify": [run],
+    }
+    for name, arguments in commands.items():
+        main([name, *map(str, arguments)])
+        assert str(out if name == "instruct" else run) in capsys.readouterr().out, name
+    train(run, train__max_steps=7, resume="force")  # resumes: its output names the folder
+    models = [{"model": "[b]a[/b]", "is_asked": True}, {"model": "x[/y]", "is_asked": False}]
+    monkeypatch.setattr("tritale.evaluation.instructions_page.figures", lambda report: [])
+    Console(markup=False, width=120).print(evaluate.table({"models": models}))
+    assert "[b]a[/b]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "latin-1", "cp1252"])

@@ -7,6 +7,7 @@ import pytest
 from runs import TINY
 
 from tritale.cli.main import main
+from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
 from tritale.instructions.samples import read_samples
@@ -60,6 +61,9 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     for sample in best:
         assert all(verdict.is_met for verdict in sample.judge(sample.story)) and sample.story.endswith(("。", "”"))
     pairs = [json.loads(line) for line in (out / "answers" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = Tokenizer.load(out / "sft" / "step-00000160")
+    chats = [sample.messages for sample in best] + [[*p["prompt"], {"role": "assistant", "content": p["rejected"]}] for p in pairs]
+    assert max(len(ids) for ids, _ in encode_chats(tokenizer, chats)) <= 128
     by_prompt = {json.dumps(list(sample.prompt)): sample.story for sample in best}
     assert pairs and all(by_prompt[json.dumps(pair["prompt"])] == pair["chosen"] != pair["rejected"] for pair in pairs)
     main(["prepare", "--task", "dpo", "--input", str(out / "answers" / "pairs.jsonl"), "--tokenizer", str(out / "sft" / "step-00000160"),

@@ -11,7 +11,7 @@ from tritale.data.built_in import write_built_in
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
-from tritale.instructions.requirements import FIELDS
+from tritale.instructions.requirements import FEATURES, FIELDS
 from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, open_stories, read_samples
 from tritale.stories.generator import story
 
@@ -50,6 +50,29 @@ def test_every_story_meets_what_it_was_asked_for_and_no_story_is_in_both_splits(
     assert kinds == (set(FIELDS) if kind == "built_in" else {"words", "feature", "sentence", "length", "beginning"})
     orders = {tuple(r.kind for r in s.requirements) for s in train if len(s.requirements) == 2}
     assert any(order[::-1] in orders for order in orders)
+
+
+def test_a_place_has_the_same_tokens_in_the_instruction_and_in_the_story(built_in, seed):
+    """A small model copies tokens; 公园 and 公园里 have none in common."""
+    tokenizer = Tokenizer.load(built_in / "tokenizer")
+    found = []
+    for sample in make_samples(open_stories(built_in)[0], 400, seed=seed):
+        ids = tokenizer.encode(sample.story)
+        places = [tokenizer.encode(r.text) for r in sample.requirements if r.kind == "place"]
+        found += [any(ids[i : i + len(place)] == place for i in range(len(ids))) for place in places]
+    assert len(found) > 40 and sum(found) > 0.9 * len(found)
+
+
+def test_emphasis_is_what_was_asked_for_and_where_the_plot_shows(built_in, plain, seed):
+    for folder in (built_in, plain):
+        for sample in make_samples(open_stories(folder)[0], 100, seed=seed):
+            parts = [sample.story[begin:end] for begin, end in sample.emphasis]
+            for r in sample.requirements:
+                assert set(r.words or (r.text,)) <= {*parts, *FEATURES, ""} or r.kind == "summary", sample
+            assert ("summary" in {r.kind for r in sample.requirements}) <= bool(parts)
+            n_asked = sum(len(r.words) or (r.kind in ("place", "sentence", "beginning")) for r in sample.requirements)
+            assert len(parts) == n_asked + 2 * (folder == built_in)
+            assert "emphasis" not in json.dumps(sample.to_json()["messages"]) and Sample.from_json(sample.to_json()) == sample
 
 
 def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in):

@@ -2,12 +2,14 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from runs import REPOSITORY
 
 from tritale.cli.main import main
 from tritale.common.errors import UserError
@@ -254,6 +256,13 @@ def test_an_export_that_computes_something_else_is_refused(kind, model_folder, t
     with pytest.raises(SystemExit, match="the export is removed"):
         main(["export", str(model_folder), "--to", kind, "--out", str(out)])
     assert not out.exists()
+
+
+def test_documents_beyond_the_context_are_checked_without_a_warning_of_transformers(tiny_run, tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "tritale", "export", str(tiny_run), "--to", "hf", "--out", str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "generate runs" in done.stdout and done.stderr == ""
 
 
 def test_a_program_that_cannot_be_imported_is_named(model_folder, tmp_path, monkeypatch, capsys):

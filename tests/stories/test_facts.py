@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tritale.evaluation.measures import ends_properly
-from tritale.stories.facts import cast, has_feature
+from tritale.stories.facts import RUN, cast, has_feature, plot_shows
 from tritale.stories.generator import story
 
 FEATURES = ("对话", "转折", "冲突", "伏笔", "寓意", "坏结局")
@@ -74,3 +74,16 @@ def test_a_story_without_the_sentence_that_shows_a_feature_does_not_have_it(feat
         sentences = [part for part in re.split(r"(?<=[。！？：”\n])", s.text) if part]
         without = "".join(part for part in sentences if not has_feature(part, feature) and "“" not in part)
         assert not has_feature(without, feature)
+
+
+def test_the_first_characters_that_tell_the_plot_are_in_no_story_of_another_one(seed):
+    stories = [story(seed, i) for i in range(400)]
+    n_wrong = n_late = 0
+    for s in stories[:100]:
+        span = plot_shows(s.text)
+        assert span and 0 < span[1] - span[0] <= RUN
+        run = s.text[span[1] - RUN : span[1]]
+        n_wrong += any(run in other.text for other in stories if other.plot != s.plot)
+        n_late += span[1] > len(s.text) / 2
+    assert n_wrong < 5 and n_late < 10
+    assert plot_shows("这里没有故事。") is None

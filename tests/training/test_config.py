@@ -1,8 +1,12 @@
 """Bad configs: each is refused with one line that has the value, what is allowed, and what to do."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
+from runs import REPOSITORY
 
 from tritale.training.config import RunConfig, divisors, flatten, parse
 
@@ -17,7 +21,7 @@ NUMBERS = {  # values outside the limits of a key
     "model.head_dim": ["0", "-1", "1000000"],
     "model.width": ["0", "-1", "10000000"],
     "model.mlp_width": ["0", "-1", "100000000"],
-    "model.context": ["0", "-1", "1000000000000"],
+    "model.context": ["0", "1", "-1", "1000000000000"],
     "model.rope_theta": ["0", "-1", "1e30"],
     "model.norm_eps": ["0", "-1", "1e30"],
     "model.window": ["0", "-1", "1000000000000"],
@@ -25,7 +29,7 @@ NUMBERS = {  # values outside the limits of a key
     "train.max_steps": ["0", "-1", "1e6", "10000000000000"],
     "train.global_batch": ["0", "-1", "1000000000000000"],
     "train.micro_batch": ["0", "-1", "1000000000000000"],
-    "train.context": ["0", "-1", "1000000000000"],
+    "train.context": ["0", "1", "-1", "1000000000000"],
     "train.grad_clip": ["0", "-1", "1e-30"],
     "train.z_loss": ["-1", "2"],
     "train.validate_every": ["0", "-1"],
@@ -36,6 +40,8 @@ NUMBERS = {  # values outside the limits of a key
     "train.max_bad_steps": ["0", "-1"],
     "train.spike": ["-1"],
     "data.replay_share": ["-0.1", "1"],
+    "data.emphasis": ["0.5", "-1", "1e30"],
+    "data.cut_share": ["-0.1", "1.1"],
     "dpo.beta": ["0", "-1", "1e30"],
     "dpo.sft_weight": ["-1", "1e30"],
     "train.profile": ["-1"],
@@ -140,12 +146,22 @@ def test_every_number_has_limits_and_every_default_is_within_them():
         ("out_dir: null\n", "out_dir is null; it must be the path of a folder"),
         ("out_dir: 小兔\n".encode("gbk"), "is not UTF-8 text"),
         ("seed: 1\n".encode("utf-16"), "is not UTF-8 text"),
+        ('{"text": "从前"}\n' * 100_000, "is longer than 1,000,000 characters, so it is no config; give a YAML file such as"),
     ],
 )
 def test_a_bad_file_is_refused(text, message, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refusal("--config", str(path))
+
+
+@pytest.mark.parametrize("locale", ["C", "zh_CN.GBK"])  # the second, if it is not installed, is the first
+def test_a_config_file_is_utf8_in_every_locale(locale, tmp_path):
+    (tmp_path / "run.yaml").write_text('log:\n  prompts: ["小兔", é🐰]\n', encoding="utf-8")
+    code = "from tritale.training.config import parse; print(ascii(parse(['--config', 'run.yaml']).log.prompts))"
+    environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == ascii(("小兔", "é🐰")) + "\n", done.stderr
 
 
 @pytest.mark.parametrize("path", ["nowhere.yaml", "."])
@@ -174,6 +190,8 @@ def test_a_missing_file_is_named(path):
         (["--train.max_steps=010"], "010 is not a decimal number"),
         (["stray"], "unrecognized arguments: stray"),
         (["--train.max_steps"], "expected one argument"),
+        (["--dpo.beta=3"], "the keys of dpo have no effect with objective cross_entropy; set objective dpo"),
+        (["--data.replay_share=0.5"], "data.replay_share has no effect without data.replay; set that to a folder"),
         (["--optim.warmup_steps=800"], "optim.warmup_steps (800) must be less than train.max_steps (800); try 80"),
         (["--train.micro_batch=3"], "train.micro_batch (3) must divide train.global_batch (8); try --train.micro_batch 2"),
     ],

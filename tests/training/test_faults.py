@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -322,6 +323,15 @@ def test_a_run_whose_folder_is_removed_ends_with_an_error(tmp_path, monkeypatch)
     with pytest.raises(OSError, match=r"metrics\.jsonl was removed or replaced during the run"):
         run_here(out_dir)
     assert not out_dir.exists()
+
+
+@pytest.mark.parametrize("end", ["> /dev/full", ">&-", ">&- 2>&-", "| head -n 1", "2>&1 | head -n 1"])
+def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path, tiny_run, end):
+    script, *flags = command(tmp_path / "run")
+    line = f"{shlex.join([sys.executable, script, *flags])} {end}"
+    done = subprocess.run(line, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "run" / "step-00000006").is_dir() and losses(tmp_path / "run") == losses(tiny_run)
 
 
 def test_checkpoints_have_the_permissions_of_the_umask(tiny_run):

@@ -39,7 +39,7 @@ def rows(n: int, task: str) -> list[dict]:
     prompts = [[{"role": "user", "content": piece()}] for _ in range(n)]
     if task == "dpo":
         return [{"prompt": prompt, "chosen": f"好{piece()}", "rejected": f"坏{piece()}"} for prompt in prompts]
-    return [{"messages": [*prompt, {"role": "assistant", "content": piece()}]} for prompt in prompts]
+    return [{"messages": [*prompt, {"role": "assistant", "content": piece()}], "emphasis": [[0, rng.randint(0, 2)]]} for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,16 @@ def test_training_on_answers_begins_with_the_checkpoint_and_resumes_bit_for_bit(
     assert losses(tmp_path / "whole") == before == losses(tmp_path / "again")
     folder = tmp_path / "whole" / "step-00000004"
     llm = LLM.load(folder)
-    assert llm.tokenizer.is_chat and llm.chat([{"role": "user", "content": "写一个故事"}], seed=1, max_new_tokens=5)
+    assert llm.tokenizer.is_chat
+    llm.chat([{"role": "user", "content": "写一个故事"}], seed=1, max_new_tokens=5)  # may be empty: the model is nearly untrained
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
     with pytest.raises(UserError, match="not trained on instructions"):
         LLM.load(tiny_run).chat([{"role": "user", "content": "写一个故事"}])
 
 
 def test_the_reported_losses_are_those_of_the_answers(tiny_run, instructions, tmp_path):
-    """The first loss of training and the validation compared with the checkpoint's, one conversation at a time."""
+    """The first loss of training, in which emphasised tokens weigh more, and the validation, in which they do not, compared with the
+    checkpoint's, one conversation at a time."""
     teach(
         tmp_path / "run",
         tiny_run,
@@ -99,12 +101,13 @@ def test_the_reported_losses_are_those_of_the_answers(tiny_run, instructions, tm
         train__validate_every=2,
         optim__lr=1e-9,
         optim__embedding_lr=1e-9,
+        data__emphasis=7.0,
     )
     model, (_, train, validation) = load_model(tiny_run / "step-00000006"), open_data(instructions["sft"])
 
-    def nats(tokens, targets) -> float:
+    def nats(tokens, targets, weights: torch.Tensor | float = 1.0) -> float:
         logits = model(torch.tensor(tokens)[None])[0]
-        return F.cross_entropy(logits, torch.tensor(targets), ignore_index=IGNORED, reduction="sum").item()
+        return (weights * F.cross_entropy(logits, torch.tensor(targets), ignore_index=IGNORED, reduction="none")).sum().item()
 
     total = 0.0
     for begin, end in zip(validation.starts, validation.starts[1:], strict=False):
@@ -112,13 +115,13 @@ def test_the_reported_losses_are_those_of_the_answers(tiny_run, instructions, tm
         total += nats(validation.take(at).tolist(), np.where(validation.is_learnt(at + 1), validation.take(at + 1), IGNORED).tolist())
     reported = [line for line in metrics(tmp_path / "run") if "val_loss" in line][-1]["val_bits_per_char"]
     assert total / 0.6931471805599453 / validation.characters == pytest.approx(reported, rel=1e-5)
-    batches = Batches(train, context=CONTEXT, micro_batch=2, global_batch=4, seed=42)
+    batches = Batches(train, context=CONTEXT, micro_batch=2, global_batch=4, seed=42, emphasis=7.0)
     total = 0.0
     for batch in batches.step(0):
-        assert batch.cu_seqlens is not None
+        assert batch.cu_seqlens is not None and batch.weights is not None and batch.weights.max() == 7
         for begin, end in pairwise(batch.cu_seqlens.tolist()):
             if end > begin:
-                total += nats(batch.tokens[0, begin:end].tolist(), batch.targets[0, begin:end].tolist())
+                total += nats(batch.tokens[0, begin:end].tolist(), batch.targets[0, begin:end].tolist(), batch.weights[0, begin:end])
     assert total / batches.n_targets(0) == pytest.approx(losses(tmp_path / "run")[1], rel=1e-5)
 
 

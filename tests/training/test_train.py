@@ -268,9 +268,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(name, damage, 
 
 
 def test_temporary_folders_of_a_killed_process_are_removed(copy):
-    (copy / ".step-00000009.1234.tmp" / "trainer").mkdir(parents=True)
+    (copy / ".step-00000009.0123abcd.tmp" / "trainer").mkdir(parents=True)
+    (copy / ".step-notes").mkdir()  # the user's
     run_here(copy)
-    assert [p.name for p in copy.glob(".*")] == [".lock"]
+    assert sorted(p.name for p in copy.glob(".*")) == [".lock", ".step-notes"]
+
+
+def test_temporary_folders_of_the_data_are_removed(tmp_path):
+    (tmp_path / ".data.0123abcd.tmp" / "train").mkdir(parents=True)
+    (tmp_path / ".data.notes").mkdir()  # the user's
+    run_here(tmp_path, train__max_steps=1, optim__warmup_steps=0)
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".data.notes", ".lock"]
 
 
 def test_a_foreign_folder_at_the_place_of_the_data_is_not_overwritten(tmp_path):
@@ -279,6 +287,15 @@ def test_a_foreign_folder_at_the_place_of_the_data_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="does not hold built-in stories"):
         run_here(tmp_path / "run")
     assert (tmp_path / "run" / "data" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["data__source", "data__replay"])
+def test_a_folder_without_data_is_named_with_the_command_that_makes_it(tmp_path, key):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        message = f"{tmp_path / name} holds no training data .*; make it with tritale prepare --input FILE --out {tmp_path / name}"
+        with pytest.raises(FileNotFoundError, match=message):
+            run_here(tmp_path / "run", **{key: tmp_path / name})
 
 
 def test_a_resumed_run_may_save_at_other_steps(copy):

@@ -133,7 +133,7 @@ def test_a_txt_file_of_unclear_layout_asks(tmp_path, data):
     assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="file"))) == 1
 
 
-@pytest.mark.parametrize("mark", ["---", "*" * 10, "</s>", "<|end_of_text|>", "[SEP]", "====="])
+@pytest.mark.parametrize("mark", ["---", "*" * 10, "* * *", "————", "</s>", "<|end_of_text|>", "[SEP]", "====="])
 @pytest.mark.parametrize("between", ["{}\n", "\n{}\n\n"])
 def test_lines_that_may_separate_documents_are_asked_about(tmp_path, mark, between):
     (tmp_path / "a.txt").write_text(between.format(mark).join(STORIES), encoding="utf-8")
@@ -144,6 +144,49 @@ def test_lines_that_may_separate_documents_are_asked_about(tmp_path, mark, betwe
     assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="blank-line"))) in (31, 89)
     (tmp_path / "b.txt").write_text("……\n\n".join(STORIES) + f"\n{mark}\n\n完", encoding="utf-8")  # a scene, an ellipsis
     assert len(texts_of(tmp_path / "b.txt")) > 60
+
+
+@pytest.mark.parametrize("character, name", [("\f", "form feeds"), ("\u2028", "line separators"), ("\x85", "next lines")])
+def test_other_characters_that_may_separate_documents_are_asked_about(tmp_path, character, name):
+    (tmp_path / "a.txt").write_text(character.join(["从前有一只小兔。"] * 30), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"its start has 29 {name}.* and 1 lines; if documents are separated there, replace"):
+        texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("blank", ["\u3000", "\xa0 "])
+def test_a_line_of_chinese_spaces_is_blank(tmp_path, blank):
+    (tmp_path / "a.txt").write_text(f"\n{blank}\n".join("一二三"), encoding="utf-8")
+    assert texts_of(tmp_path / "a.txt") == list("一二三")
+
+
+def test_few_endoftext_marks_among_many_blocks_are_asked_about(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(STORIES) + "<|endoftext|>完", encoding="utf-8")
+    with pytest.raises(UserError, match=r"61 blocks .* and 1 of the marks; choose --txt-documents endoftext, or remove the marks"):
+        texts_of(tmp_path / "a.txt")
+    assert len(texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="endoftext"))) == 2
+
+
+@pytest.mark.parametrize("data", ['{"text": "一"}\n{"text": "二"}\n', '[{"text": "一"}, {"text": "二"}]', '[\n {\n  "text": "一"\n }\n]'])
+def test_json_in_a_txt_file_is_named(tmp_path, data):
+    (tmp_path / "a.txt").write_text(data, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.txt contains JSON; rename it to \.jsonl or \.json, or choose"):
+        texts_of(tmp_path / "a.txt")
+    assert texts_of(tmp_path / "a.txt", fields=Fields(txt_documents="file")) == [data.rstrip()]
+
+
+@pytest.mark.parametrize("data", ['{"text": "一"}{"text": "二"}', '{\n "text": "一"\n}\n{\n "text": "二"\n}\n'])
+def test_objects_over_several_lines_or_in_one_are_read_under_the_name_jsonl(tmp_path, data):
+    (tmp_path / "a.jsonl").write_text(data, encoding="utf-8")
+    assert texts_of(tmp_path / "a.jsonl") == ["一", "二"]
+
+
+@pytest.mark.parametrize(
+    "separator, advice", [(";", "if ; separates the columns, save the file with commas"), ("\t", "name the file .tsv")]
+)
+def test_another_separator_of_a_csv_file_is_named(tmp_path, separator, advice):
+    (tmp_path / "a.csv").write_text(f"text{separator}id\n一{separator}1\n", encoding="utf-8")
+    with pytest.raises(BadInput, match=rf"a\.csv:2: no key 'text'; keys there: .*{advice}"):
+        texts_of(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
