@@ -89,8 +89,9 @@ def test_two_processes_exchange_their_gradients_once_a_step(data, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.nullgpu.commands", commands]
     done = results(run(*torchrun, DEVICES=2).stdout)
     assert len(done) == 2 and not any(result["faults"] for result in done)
-    # 6 steps, whose losses travel with the gradients, 2 validations, and the barriers after the data is written and at the end.
-    assert [result["collectives"]["all-reduce"] for result in done] == [6 + 2 + 2] * 2
+    # 6 steps, whose losses travel with the gradients, 2 validations, the barriers after the data is written and at the end, the comparison
+    # of the processes' options, and before each of 2 checkpoints whether weights are finite and the sums of preference training.
+    assert [result["collectives"]["all-reduce"] for result in done] == [6 + 2 + 2 + 1 + 2 * 2] * 2
     assert (tmp_path / "run" / "step-00000006").is_dir()
 
 
