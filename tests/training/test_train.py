@@ -124,7 +124,9 @@ def test_torchrun_restarts_the_processes_when_one_is_killed(tmp_path):
     options: dict = {"train__max_steps": 24, "train__checkpoint_every": 4, "train__validate_every": 24}
     run_here(tmp_path / "one", **options)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    launcher = subprocess.Popen([*torchrun, *command(tmp_path / "run", **options)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/scaling.md
+    arguments = [*torchrun, *command(tmp_path / "run", **options)]
+    launcher = subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "step-00000004").is_dir() and launcher.poll() is None:
         time.sleep(0.02)
     psutil.Process(launcher.pid).children()[1].kill()
