@@ -8,9 +8,8 @@ them to the processes in turn, so the step is the same on any number of processe
 The target of a token is the token stored after it: the next one of the document, also at a cut. After the last token of a document it is
 the `<|endoftext|>` that begins the next one, so the model learns where a story ends.
 
-In a split of conversations only the answers are targets. Emphasised ones may weigh more, and a share of the conversations may be left out
-from the last emphasised one on. One that a micro-batch's border cuts is learnt up to there: its rest would be
-without its question.
+In a split of conversations only the answers are targets. Emphasised targets may weigh more, and a share of the conversations may end after
+their last emphasised token. A conversation that a micro-batch's border cuts is learnt up to there: its rest would be without its question.
 """
 
 from collections.abc import Iterator

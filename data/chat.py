@@ -55,8 +55,8 @@ def problem(messages: object) -> str | None:
             return f"message {number} has no role and content, both text"
         if message.get("role") not in ROLES:
             return f"message {number} has the role {str(message.get('role'))[:40]!r}; the roles are {', '.join(ROLES)}"
-        if any(mark in message["content"] for mark in (START, END, NEXT)):
-            return f"message {number} contains {START}, {END} or U+001E, which separate messages"
+        if any(mark in message["content"] for mark in (START, END, NEXT, EMPHASIS)):
+            return f"message {number} contains {START}, {END}, U+001E or U+001A, which separate messages and their parts"
     return None
 
 

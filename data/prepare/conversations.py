@@ -45,7 +45,7 @@ class ChatFields(Fields):
                 raise BadInput(file, line, "a pair of equal answers")
             group = chat_text(chats[0][:-1])  # the same question in both splits would be a leak
         else:
-            chats = [self._checked(emphasised(conversation(record, file, line), record, file, line), file, line)]
+            chats = [self._checked(conversation(record, file, line), file, line, record.get("emphasis") or [])]
             group = chats[0][-1]["content"].replace(EMPHASIS, "")  # … and so would be the same answer, whatever was asked
         if self.group_key is not None:
             if self.group_key not in record:
@@ -53,9 +53,11 @@ class ChatFields(Fields):
             group = str(record[self.group_key])
         return Document(NEXT.join(map(chat_text, chats)), group, line)
 
-    def _checked(self, messages: Any, file: str, line: int) -> list[dict[str, str]]:
+    def _checked(self, messages: Any, file: str, line: int, emphasis: Any = ()) -> list[dict[str, str]]:
         if what := problem(messages):
             raise BadInput(file, line, "a conversation that cannot be encoded", f": {what}")
+        if emphasis:
+            messages = emphasised(messages, emphasis, file, line)
         messages = [{"role": message["role"], "content": normalise(message["content"]).strip()} for message in messages]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise BadInput(file, line, "a conversation without an answer", "; its last message must be the assistant's")
@@ -102,13 +104,8 @@ def conversation(record: dict, file: str, line: int) -> Any:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def emphasised(messages: Any, record: dict, file: str, line: int) -> Any:
-    """The messages with EMPHASIS in the last one around the spans of the record's `emphasis`, [[begin, end], …] in characters.
-
-    Raises BadInput for other spans."""
-    spans = record.get("emphasis") or []
-    if problem(messages) or not spans:
-        return messages
+def emphasised(messages: Any, spans: Any, file: str, line: int) -> Any:
+    """The messages with EMPHASIS in the last one around the spans, [[begin, end], …] in characters. Raises BadInput for other spans."""
     *before, answer = messages
     is_place = lambda value: type(value) is int and 0 <= value <= len(answer["content"])
     if not isinstance(spans, list) or not all(isinstance(s, list) and len(s) == 2 and all(map(is_place, s)) for s in spans):
