@@ -49,14 +49,13 @@ def launch(processes: int, overrides: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from ..training.processes import ending_signals
+    from ..training.processes import ending_signals, exit_status
 
     logging.disable()  # torchrun's warnings and errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds
 
     received = 0
-    status = lambda number: 130 if number == signal.SIGINT else 0
 
     def pass_on(number: int, frame: object) -> None:
         nonlocal received
@@ -66,7 +65,7 @@ def launch(processes: int, overrides: list[str]) -> None:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
         if not children:  # they have not started yet
-            sys.exit(status(number))
+            sys.exit(exit_status(number))
 
     for number in ending_signals():
         signal.signal(number, pass_on)
@@ -76,7 +75,7 @@ def launch(processes: int, overrides: list[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if received and failure.exitcode in (-received, -signal.SIGINT):  # before train.py handles signals, or a second Ctrl-C
-            sys.exit(status(received))
+            sys.exit(exit_status(received))
         if failure.exitcode < 0:
             raise UserError(
                 f"process {rank} was ended by signal {-failure.exitcode} (9 is often a lack of memory); "

@@ -545,7 +545,8 @@ def linear_cross_entropy(
     else:
         if memory_budget_mb is None:
             memory_budget_mb = budget_mb(x.device.type)
-        rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, x.itemsize)
+        has_fp32_logits = not is_triton and x.device.type != "cpu"  # a CPU converts a few rows at a time
+        rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, max(4, x.itemsize) if has_fp32_logits else x.itemsize)
         op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
         in_forward = strategy == "chunk" and reduction != "none" and torch.is_grad_enabled()
         needs_dx, needs_dw = (in_forward and t.requires_grad for t in (x, weight))

@@ -74,6 +74,11 @@ def ending_signals() -> list[int]:
     return [n for name in names if (n := getattr(signal, name, None)) is not None and signal.getsignal(n) != signal.SIG_IGN]
 
 
+def exit_status(number: int) -> int:
+    """The exit status of a run that a signal has ended in order: 130 after Ctrl-C, 0 after another one."""
+    return 130 if number == signal.SIGINT else 0
+
+
 class Stop:
     """Ends a run on SIGTERM, SIGHUP or Ctrl-C: within the context, `is_due` says after which step, the same one in all processes.
 
@@ -142,8 +147,7 @@ class Stop:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
-        return 130 if self._agreed == signal.SIGINT else 0
+        return exit_status(self._agreed)
 
 
 def end_with_parent() -> None:
