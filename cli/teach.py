@@ -8,19 +8,21 @@ from pathlib import Path
 from ..common.errors import UserError
 from . import options
 
-HELP = "teach a run to follow instructions: data, training, training on its own best stories, evaluation"
+HELP = "teach a run to follow instructions: data, copying, training on instructions, training on its own best stories, evaluation"
 TAKES_CONFIG = True
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
+COPYING = ("--data.emphasis", 1, "--data.cut_share", 0, "--data.replay_share", 0, "--optim.decay_fraction", 0.1)
 SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
+    options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of all trainings")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
-    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the first training")
-    p.add_argument("--steps", type=int, nargs=2, default=(1500, 40), metavar="N", help="steps of both trainings")
+    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
+    p.add_argument("--copies", type=int, default=16_000, metavar="N", help="exercises of the first training, which is in copying")
+    p.add_argument("--steps", type=int, nargs=3, default=(400, 1500, 40), metavar="N", help="steps of the three trainings")
     p.add_argument("--asked", type=int, default=500, metavar="N", help="instructions that the taught model answers itself")
     p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from ..common.run_folder import find_checkpoint, is_checkpoint, step_folder
     from ..evaluation.instructions import context_of, data_of
     from ..evaluation.instructions_page import page
+    from ..instructions.copies import COPIES
     from .main import main
 
     base = find_checkpoint(args.base)
@@ -43,28 +46,28 @@ def run(args: argparse.Namespace) -> None:
     folder = args.base.parent if is_checkpoint(args.base) else args.base
     out = args.out or folder.parent / f"{folder.resolve().name}-taught"
     held_out, answers = out / "samples" / "held_out.jsonl", out / "answers"
-    sft, last = (step_folder(out / name, n) for name, n in zip(("sft", "sft-best"), args.steps, strict=True))
+    copying, sft, last = (step_folder(out / name, n) for name, n in zip(("copying", "sft", "sft-best"), args.steps, strict=True))
 
     def prepare(source: Path, name: str) -> list:
         return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
 
-    def train(start: Path, source: str, to: Path, steps: int, *more: object) -> list:
-        what = ["--init_from", start, "--data.source", out / source, "--data.replay", data, "--out_dir", to, "--train.max_steps", steps]
-        return ["train", "--config", CONFIG, *what, *more, *args.overrides]
+    def train(start: Path, name: str, steps: int, source: str, *more: object) -> list:
+        what = ["--init_from", start, "--data.source", out / source, "--out_dir", out / name, "--train.max_steps", steps]
+        return ["train", "--config", CONFIG, *what, "--data.replay", data, *more, *args.overrides]
 
+    sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
-        "samples": (
-            ["instruct", data, "--out", out / "samples", *context, "--samples", args.conversations, "--held-out", args.held_out],
-            held_out,
-        ),
+        "samples": (["instruct", data, "--out", out / "samples", *context, *sizes], out / "samples" / COPIES),
+        "copies": (prepare(out / "samples" / COPIES, "copies"), out / "copies" / "report.json"),
+        "copying": (train(base, "copying", args.steps[0], "copies", *COPYING), copying),
         "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
-        "sft": (train(base, "instructions", out / "sft", args.steps[0]), sft),
+        "sft": (train(copying, "sft", args.steps[1], "instructions"), sft),
         "answers": (
             ["pairs", sft, "--data", data, "--out", answers, "--asked", args.asked, "--samples", args.samples],
             answers / "pairs.jsonl",
         ),
         "best": (prepare(answers / "best.jsonl", "best"), out / "best" / "report.json"),
-        "sft-best": (train(sft, "best", out / "sft-best", args.steps[1], *SECOND), last),
+        "sft-best": (train(sft, "sft-best", args.steps[2], "best", *SECOND), last),
         "evaluation": (
             ["evaluate", base, sft, last, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
             out / "evaluation" / "evaluate.json",

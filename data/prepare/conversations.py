@@ -18,6 +18,7 @@ STORY = "故事"
 STORY_FIELDS = ("词汇", "特点", "摘要", "随机句子")
 REQUEST = "写一个故事。"
 PAIR_FORMAT = "prompt (messages), chosen and rejected"
+MOST_COUNTED = 500_000  # documents whose number of tokens is kept for the second reading, 60 MB
 FORMATS = f"messages; instruction and output; or {STORY} with {', '.join(STORY_FIELDS)}"
 
 
@@ -30,6 +31,11 @@ class ChatFields(Fields):
     tokenizer: str = ""  # folder of the model's tokenizer
     context: int = 0  # tokens of the longest conversation
     task: str = "sft"
+
+    @cached_property
+    def _n_tokens(self) -> dict[int, int]:
+        """hash of a document → tokens of its longest conversation, counted by the first of the two readings."""
+        return {}
 
     @cached_property
     def keys(self) -> list[str]:
@@ -51,7 +57,13 @@ class ChatFields(Fields):
             if self.group_key not in record:
                 raise BadInput(file, line, f"no key {self.group_key!r}")
             group = str(record[self.group_key])
-        return Document(NEXT.join(map(chat_text, chats)), group, line)
+        text = NEXT.join(map(chat_text, chats))
+        n = self._n_tokens.get(hash(text)) or max(len(ids) for ids, _ in encode_chats(_tokenizer(self.tokenizer), chats))
+        if len(self._n_tokens) < MOST_COUNTED:
+            self._n_tokens[hash(text)] = n
+        if n > self.context:
+            raise BadInput(file, line, f"longer than the context of {self.context} tokens", f": {n} tokens")
+        return Document(text, group, line)
 
     def _checked(self, messages: Any, file: str, line: int, emphasis: Any = ()) -> list[dict[str, str]]:
         if what := problem(messages):
@@ -64,9 +76,6 @@ class ChatFields(Fields):
         for number, message in enumerate(messages, 1):
             if not message["content"]:
                 raise BadInput(file, line, f"an empty {'response' if message['role'] == 'assistant' else 'message'}", f": message {number}")
-        ((ids, _),) = encode_chats(_tokenizer(self.tokenizer), [messages])
-        if len(ids) > self.context:
-            raise BadInput(file, line, f"longer than the context of {self.context} tokens", f": {len(ids)} tokens")
         return messages
 
     @property

@@ -10,6 +10,9 @@ from tritale.cli.main import main
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
+from tritale.evaluation.story_measures import StoryMeasures
+from tritale.inference import LLM
+from tritale.inference.detokenizer import Completion
 from tritale.instructions.samples import read_samples
 
 NAMES, PLACES = "小兔 小狗 小猫 小熊 小鸟 小羊".split(), "公园 河边 山上 学校 森林 田里".split()
@@ -86,3 +89,35 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
         main([*command, *flags, "--optim.lr", "0.1"])
     with pytest.raises(SystemExit, match="was not made by tritale teach"):
         main(["teach", str(base), "--out", str(out / "sft"), *flags])
+
+
+def test_pairs_leaves_out_conversations_longer_than_the_context(run, tmp_path, monkeypatch):
+    """Of three instructions the best answer fits exactly, is one token too long, and fits beside a lowest one that is too long."""
+    base, _ = run
+    tokenizer = Tokenizer.load(base / "step-00000120")
+    lines = read_samples_of("小兔", "小狗", "小猫")
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    def answer(i: int, n_tokens: int, text: str) -> str:
+        for length in range(1, 200):
+            messages = [lines[i]["messages"][0], {"role": "assistant", "content": text + "玩" * length}]
+            if len(encode_chats(tokenizer, [messages])[0][0]) == n_tokens:
+                return messages[1]["content"]
+        raise AssertionError(n_tokens)
+
+    long = [answer(0, 128, "小兔"), answer(1, 129, "小狗"), answer(2, 129, "天黑了")]
+    texts = [long[0], "天黑了。", long[1], "天黑了。", "小猫在河边。", long[2]]
+    done = lambda text: Completion(text, [], "end")
+    monkeypatch.setattr(LLM, "write", lambda self, asked, samplings: ((i, "", done(text)) for i, text in enumerate(texts)))
+    monkeypatch.setattr(StoryMeasures, "story", lambda self, prompt, text, is_complete: {"is_coherent": True})
+    data = str(base.parent / "stories")
+    main(["pairs", str(base), "--data", data, "--instructions", str(tmp_path / "asked.jsonl"), "--samples", "2", "--out", str(tmp_path)])
+    assert [sample.story for sample in read_samples(tmp_path / "best.jsonl")] == [long[0], "小猫在河边。"]
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(long[0], "天黑了。")]
+
+
+def read_samples_of(*names: str) -> list[dict]:
+    """An instruction for each name, which the story must contain."""
+    asked = lambda name: [{"role": "user", "content": f"写一个{name}的故事。"}, {"role": "assistant", "content": name}]
+    return [{"messages": asked(name), "requirements": [{"kind": "words", "words": [name]}]} for name in names]
