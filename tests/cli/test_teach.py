@@ -7,6 +7,7 @@ import pytest
 from runs import TINY
 
 from tritale.cli.main import main
+from tritale.common.files import read_json_object
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
@@ -49,14 +50,18 @@ def run(tmp_path_factory):
 def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run, tmp_path, capsys):
     base, flags = run
     out = tmp_path / "taught"
-    command = ["teach", str(base), "--out", str(out), *"--conversations 2000 --steps 160 10 --asked 60 --held-out 40".split()]
+    sizes = "--copies 600 --conversations 2000 --steps 15 160 10 --asked 60 --held-out 40"
+    command = ["teach", str(base), "--out", str(out), *sizes.split()]
     main([*command, *flags])
     printed = capsys.readouterr().out
-    assert printed.count("\n$ tritale ") == 7 and "minutes." in printed
+    assert printed.count("\n$ tritale ") == 9 and "minutes." in printed
     report = json.loads((out / "evaluation" / "evaluate.json").read_text(encoding="utf-8"))
     assert [row["is_asked"] for row in report["models"]] == [False, True, True]
     before, after, last = (row["together"]["1"]["rate"] for row in report["models"])
     assert before < min(after, last)
+
+    copied = read_json_object(out / "copying" / "step-00000015" / "trainer" / "trainer.json", remedy="")["config"]
+    assert copied["data.source"] == str(out / "copies") and copied["data.replay_share"] == 0
 
     asked = {json.dumps(sample.prompt) for sample in read_samples(out / "samples" / "held_out.jsonl")}
     best = read_samples(out / "answers" / "best.jsonl")
@@ -79,7 +84,7 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     capsys.readouterr()
     main([*command, *flags])
     printed = capsys.readouterr().out
-    assert printed.count("is finished") == 7 and "$ tritale" not in printed
+    assert printed.count("is finished") == 9 and "$ tritale" not in printed
     (out / "answers" / "pairs.jsonl").unlink()
     main([*command, *flags])
     assert capsys.readouterr().out.count("\n$ tritale ") == 1

@@ -13,6 +13,7 @@ from tritale.common.errors import UserError
 from tritale.data.batches import IGNORED, Batches, PairBatches, eval_batches, pair_batches
 from tritale.data.built_in import open_data
 from tritale.data.chat import chat_prompt, chat_text, encode_chats, parse_chat, prompt_ids
+from tritale.data.prepare import conversations
 from tritale.data.prepare.conversations import ChatFields
 from tritale.data.prepare.pipeline import Options, prepare
 from tritale.data.shards import Split, with_replay, write_split
@@ -109,6 +110,16 @@ def test_prepare_keeps_every_conversation_with_its_mask(tokenizer, tokenizer_fol
     )
     assert json.loads((tmp_path / "out/train/index.json").read_text())["version"] == 2
     assert Tokenizer.load(tmp_path / "out" / "tokenizer").is_chat
+
+
+def test_the_length_of_a_conversation_is_counted_once(tokenizer_folder, tmp_path, monkeypatch):
+    """Its input is read twice; a conversation that is too long is left out both times."""
+    counted = []
+    monkeypatch.setattr(conversations, "encode_chats", lambda tokenizer, chats: counted.append(chats) or encode_chats(tokenizer, chats))
+    rows = [*samples(40), {"messages": [{"role": "user", "content": "写"}, {"role": "assistant", "content": "好的，" * CONTEXT}]}]
+    splits = prepared(tmp_path, rows, tokenizer_folder, skip_errors=True)
+    n_different = len({chat_text(row["messages"]) for row in rows})
+    assert len(counted) == n_different and sum(split.n_documents for split in splits) == n_different - 1
 
 
 def test_damage_to_which_tokens_are_learnt_is_named(tokenizer_folder, tmp_path):

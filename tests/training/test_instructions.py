@@ -196,10 +196,12 @@ def test_dpo_loss_is_its_formula(is_normalised):
 
 def test_dpo_loss_is_that_of_trl():
     trainer = pytest.importorskip("trl").DPOTrainer
+    if not hasattr(trainer, "dpo_loss"):
+        pytest.skip("this version of trl has no function for the loss; install trl 0.19.1")
     log_probs, reference, counts = draw_pairs(50)
     theirs = object.__new__(trainer)
     theirs.beta, theirs.label_smoothing, theirs.reference_free, theirs.f_divergence_type = 0.1, 0.0, False, "reverse_kl"
-    theirs.f_divergence_params, theirs.use_weighting = None, False
+    theirs.f_divergence_params, theirs.use_weighting, theirs.loss_type = None, False, "sigmoid"
     theirs.accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
     expected, chosen, rejected = trainer.dpo_loss(theirs, *log_probs.T, *reference.T)
     loss, sums = dpo_loss(log_probs, reference, counts, DPOConfig(beta=0.1))
