@@ -11,7 +11,7 @@ from . import options
 HELP = "teach a run to follow instructions: data, copying, training on instructions, training on its own best stories, evaluation"
 TAKES_CONFIG = True
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
-COPYING = ("--data.emphasis", 1, "--data.cut_share", 0, "--data.replay_share", 0, "--optim.decay_fraction", 0.1)
+COPYING = ("--data.replay_share", 0.4, "--optim.embedding_lr", 0.01, "--optim.decay_fraction", 0.1)
 SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
