@@ -10,8 +10,7 @@ from . import options
 
 HELP = "teach a run to follow instructions: data, copying, training on instructions, training on its own best stories, evaluation"
 TAKES_CONFIG = True
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sft.yaml"  # in the repository and in the wheel
-COPYING = ("--data.replay_share", 0.4, "--optim.embedding_lr", 0.01, "--optim.decay_fraction", 0.1)
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # in the repository and in the wheel
 SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
@@ -22,7 +21,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
     p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
     p.add_argument("--copies", type=int, default=16_000, metavar="N", help="exercises of the first training, which is in copying")
-    p.add_argument("--steps", type=int, nargs=3, default=(400, 1500, 40), metavar="N", help="steps of the three trainings")
+    p.add_argument("--steps", type=int, nargs=3, default=(300, 1500, 40), metavar="N", help="steps of the three trainings")
     p.add_argument("--asked", type=int, default=500, metavar="N", help="instructions that the taught model answers itself")
     p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
@@ -51,23 +50,23 @@ def run(args: argparse.Namespace) -> None:
     def prepare(source: Path, name: str) -> list:
         return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
 
-    def train(start: Path, name: str, steps: int, source: str, *more: object) -> list:
+    def train(config: str, start: Path, name: str, steps: int, source: str, *more: object) -> list:
         what = ["--init_from", start, "--data.source", out / source, "--out_dir", out / name, "--train.max_steps", steps]
-        return ["train", "--config", CONFIG, *what, "--data.replay", data, *more, *args.overrides]
+        return ["train", "--config", CONFIGS / config, *what, "--data.replay", data, *more, *args.overrides]
 
     sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
         "samples": (["instruct", data, "--out", out / "samples", *context, *sizes], out / "samples" / COPIES),
         "copies": (prepare(out / "samples" / COPIES, "copies"), out / "copies" / "report.json"),
-        "copying": (train(base, "copying", args.steps[0], "copies", *COPYING), copying),
+        "copying": (train("copying.yaml", base, "copying", args.steps[0], "copies"), copying),
         "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
-        "sft": (train(copying, "sft", args.steps[1], "instructions"), sft),
+        "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions"), sft),
         "answers": (
             ["pairs", sft, "--data", data, "--out", answers, "--asked", args.asked, "--samples", args.samples],
             answers / "pairs.jsonl",
         ),
         "best": (prepare(answers / "best.jsonl", "best"), out / "best" / "report.json"),
-        "sft-best": (train(sft, "sft-best", args.steps[2], "best", *SECOND), last),
+        "sft-best": (train("sft.yaml", sft, "sft-best", args.steps[2], "best", *SECOND), last),
         "evaluation": (
             ["evaluate", base, sft, last, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
             out / "evaluation" / "evaluate.json",

@@ -61,7 +61,7 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     assert before < min(after, last)
 
     copied = read_json_object(out / "copying" / "step-00000015" / "trainer" / "trainer.json", remedy="")["config"]
-    assert copied["data.source"] == str(out / "copies") and copied["data.replay_share"] == 0
+    assert copied["data.source"] == str(out / "copies") and copied["data.replay_share"] == 0.4
 
     asked = {json.dumps(sample.prompt) for sample in read_samples(out / "samples" / "held_out.jsonl")}
     best = read_samples(out / "answers" / "best.jsonl")
