@@ -57,8 +57,8 @@ class Sample:
         """(begin, end) of the characters of the story that decide whether it does what was asked: what an instruction names where it is
         first in the story, and, of a built-in story, its first character and those that first tell which plot it has."""
         found = [span for r in self.requirements for span in parts(r, self.story)]
-        plot = plot_shows(self.story) if self.is_built_in else None
-        return found + ([(0, 1), plot] if plot else [])
+        plot = plot_shows(self.story) if self.is_built_in else []
+        return found + [(i, i + 1) for i in (0, *plot) if plot]
 
     def judge(self, story: str) -> list[Verdict]:
         """The verdict about each requirement for a story that a model wrote."""
