@@ -8,22 +8,19 @@ from pathlib import Path
 from ..common.errors import UserError
 from . import options
 
-HELP = "teach a run to follow instructions: data, copying, training on instructions, training on its own best stories, evaluation"
+HELP = "teach a run to follow instructions: data, training in copying, training on instructions, evaluation"
 TAKES_CONFIG = True
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # in the repository and in the wheel
-SECOND = ("--optim.lr", 0.001, "--optim.embedding_lr", 0.003, "--optim.warmup_steps", 5)  # the second training changes little
 FORMAT = "tritale-teaching"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of all trainings")
+    options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
-    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
+    p.add_argument("--conversations", type=int, default=27_000, metavar="N", help="conversations of the second training")
     p.add_argument("--copies", type=int, default=16_000, metavar="N", help="exercises of the first training, which is in copying")
-    p.add_argument("--steps", type=int, nargs=3, default=(300, 1500, 40), metavar="N", help="steps of the three trainings")
-    p.add_argument("--asked", type=int, default=500, metavar="N", help="instructions that the taught model answers itself")
-    p.add_argument("--samples", type=int, default=4, metavar="N", help="stories per instruction, of which the best is learnt")
+    p.add_argument("--steps", type=int, nargs=2, default=(300, 1700), metavar="N", help="steps of both trainings")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 
 
@@ -44,15 +41,15 @@ def run(args: argparse.Namespace) -> None:
     data = args.data or data_of([base])
     folder = args.base.parent if is_checkpoint(args.base) else args.base
     out = args.out or folder.parent / f"{folder.resolve().name}-taught"
-    held_out, answers = out / "samples" / "held_out.jsonl", out / "answers"
-    copying, sft, last = (step_folder(out / name, n) for name, n in zip(("copying", "sft", "sft-best"), args.steps, strict=True))
+    held_out = out / "samples" / "held_out.jsonl"
+    copying, sft = (step_folder(out / name, n) for name, n in zip(("copying", "sft"), args.steps, strict=True))
 
     def prepare(source: Path, name: str) -> list:
         return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
 
-    def train(config: str, start: Path, name: str, steps: int, source: str, *more: object) -> list:
+    def train(config: str, start: Path, name: str, steps: int, source: str) -> list:
         what = ["--init_from", start, "--data.source", out / source, "--out_dir", out / name, "--train.max_steps", steps]
-        return ["train", "--config", CONFIGS / config, *what, "--data.replay", data, *more, *args.overrides]
+        return ["train", "--config", CONFIGS / config, *what, "--data.replay", data, *args.overrides]
 
     sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
@@ -61,14 +58,8 @@ def run(args: argparse.Namespace) -> None:
         "copying": (train("copying.yaml", base, "copying", args.steps[0], "copies"), copying),
         "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
         "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions"), sft),
-        "answers": (
-            ["pairs", sft, "--data", data, "--out", answers, "--asked", args.asked, "--samples", args.samples],
-            answers / "pairs.jsonl",
-        ),
-        "best": (prepare(answers / "best.jsonl", "best"), out / "best" / "report.json"),
-        "sft-best": (train("sft.yaml", sft, "sft-best", args.steps[2], "best", *SECOND), last),
         "evaluation": (
-            ["evaluate", base, sft, last, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
+            ["evaluate", base, sft, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
             out / "evaluation" / "evaluate.json",
         ),
     }
@@ -99,4 +90,4 @@ def run(args: argparse.Namespace) -> None:
         temporary.write_text(page(report, done), encoding="utf-8")
     minutes = sum(record["seconds"].values()) / 60
     console.print(f"\n{minutes:.1f} minutes. {out / 'teach.html'}")
-    console.print(f"Next: tritale generate --model {last} --instruct --prompt 写一个小兔的故事。")
+    console.print(f"Next: tritale generate --model {sft} --instruct --prompt 写一个小兔的故事。")
