@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..common.errors import UserError
     from ..data.tokenizer import Tokenizer
-    from ..instructions.copies import COPIES, write_copies
+    from ..instructions.copies import COPIES, make_copies
     from ..instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, open_stories, write_samples
 
     if args.samples < 1 or args.held_out < 1 or args.copies < 0:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         kinds = Counter(r.kind for sample in samples for r in sample.requirements)
         console.print(f"{args.out / name}  {n:,} samples: {', '.join(f'{kind} {k:,}' for kind, k in kinds.most_common())}", soft_wrap=True)
     if args.copies:
-        write_copies(args.out / COPIES, tokenizer, args.copies, seed=args.seed)
+        write_samples(args.out / COPIES, make_copies(tokenizer, args.copies, seed=args.seed))
         console.print(f"{args.out / COPIES}  {args.copies:,} exercises in copying", soft_wrap=True)
     for sample in samples[:3]:
         console.print(f"\n{sample.messages[0]['content']}", style="bold")

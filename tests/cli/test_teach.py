@@ -61,7 +61,7 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     assert before < after
 
     copied = read_json_object(out / "copying" / "step-00000015" / "trainer" / "trainer.json", remedy="")["config"]
-    assert copied["data.source"] == str(out / "copies") and copied["data.replay_share"] == 0.4
+    assert copied["data.source"] == str(out / "copies") and copied["data.replay"] is None
 
     html = (out / "teach.html").read_text(encoding="utf-8")
     assert "tritale teach" in html and "copying" in html and "--steps" not in html

@@ -10,11 +10,11 @@ def test_an_answer_repeats_the_ids_that_were_asked():
     copies = list(make_copies(tokenizer, 300, seed=4))
     assert copies == list(make_copies(tokenizer, 300, seed=4)) != list(make_copies(tokenizer, 300, seed=5))
     n_whole = 0
-    for record in copies:
-        asked, answer = (message["content"] for message in record["messages"])
-        assert answer == TIMES * asked and asked.isalpha() and record["emphasis"] == [[0, len(answer)]]
+    for sample in copies:
+        asked, answer = (message["content"] for message in sample.messages)
+        assert answer == TIMES * asked and asked.isalpha()
         ids, repeated = tokenizer.encode(asked), tokenizer.encode(answer)
         assert len(ids) <= ENTRIES[1]  # entries of the vocabulary, which may merge
         n_whole += repeated == TIMES * ids
     assert n_whole > 280  # the end of one run merges with the beginning of the next in few
-    assert {len(tokenizer.encode(record["messages"][1]["content"])) for record in copies} >= set(range(TIMES * 4, TIMES * 15, TIMES))
+    assert {len(tokenizer.encode(sample.story)) for sample in copies} >= set(range(TIMES * 4, TIMES * 15, TIMES))
