@@ -559,7 +559,7 @@ def linear_cross_entropy(
         result = total
     if not return_stats:
         return result
-    return result, statistics(nll, lse, torch.zeros_like(lse), correct, z_loss, shape)
+    return result, statistics(nll, lse, correct, z_loss, shape)
 
 
 def token_log_probs(
