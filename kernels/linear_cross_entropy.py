@@ -36,14 +36,10 @@ from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
 from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
+BUDGET_MB = 256.0  # of logits, by default; larger chunks read and write dW less often
 BLOCK = 2**20  # logits that are in a CPU's cache at a time
 ENTRIES = 8192  # of the vocabulary, whose part of dW is in a CPU's cache at a time
 IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
-
-
-def budget_mb(device_type: str) -> float:
-    """The default of `memory_budget_mb`. Larger chunks read and write dW less often; a CPU's caches hold none of them anyway."""
-    return 128.0 if device_type == "cpu" else 256.0
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
@@ -507,7 +503,7 @@ def linear_cross_entropy(
     normalizer: Tensor | None = None,
     return_stats: bool = False,
     strategy: str = "chunk",
-    memory_budget_mb: float | None = None,
+    memory_budget_mb: float = BUDGET_MB,
 ) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
@@ -515,9 +511,9 @@ def linear_cross_entropy(
     unrounded. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
     targets of the global batch makes gradient accumulation exact. Nothing synchronises.
 
-    `strategy="chunk"` holds the logits of some rows at a time in x's dtype, `memory_budget_mb` of them (default 128 on a CPU, 256
-    elsewhere). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
-    (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
+    `strategy="chunk"` holds the logits of some rows at a time in x's dtype, `memory_budget_mb` of them. "recompute" stores
+    none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory (a CPU and sm_75, which have no tensor cores for
+    it, use chunks too, but keep no gradients between forward and backward).
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:
@@ -543,8 +539,6 @@ def linear_cross_entropy(
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total
     else:
-        if memory_budget_mb is None:
-            memory_budget_mb = budget_mb(x.device.type)
         has_fp32_logits = not is_triton and x.device.type != "cpu"  # a CPU converts a few rows at a time
         rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, max(4, x.itemsize) if has_fp32_logits else x.itemsize)
         op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
@@ -571,7 +565,7 @@ def token_log_probs(
     softcap: float | None = None,
     token_weight: Tensor | None = None,  # (…)
     strategy: str = "chunk",
-    memory_budget_mb: float | None = None,
+    memory_budget_mb: float = BUDGET_MB,
 ) -> Tensor:
     """log p of each target, p = softmax(x Wᵀ), times its `token_weight`: (…), at least fp32; 0 where the target is ignored.
 
