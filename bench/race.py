@@ -16,12 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import BLUE, GREEN, GREY, PURPLE, RED, ROOT, Table, distinct, grouped, new_figure, times, write_between_markers
+import torch
+from torch import nn
+
+from bench.report import BLUE, GREEN, GREY, PURPLE, RED, ROOT, SKY, Table, distinct, grouped, new_figure, times, write_between_markers
 from tritale.common.errors import UserError, sentence
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.shards import Split
 from tritale.evaluation.validation import validate
+from tritale.model import GPT
 from tritale.training import processes
 from tritale.training.config import RunConfig, parse
 from tritale.training.logs import Log
@@ -30,17 +34,21 @@ from tritale.training.step import TrainingStep, explain_errors
 
 BEGIN, END = "<!-- measured: python -m bench.race --report -->", "<!-- end of measured -->"
 OURS = "ours"
-ADAMW = {"optim.matrices": "adamw", "optim.embedding_lr": "null", "optim.weight_decay": 0.1, "optim.betas": "[0.9,0.95]"}
-COSINE = {"optim.schedule": "cosine", "optim.lr": 5e-4, "train.global_batch": 2}
-# Changes to configs/quickstart.yaml; "warm-up" is a share of the steps. docs/race.md has the sources and the rule for the batch.
+ADAMW = {"optim.matrices": "adamw", "optim.weight_decay": 0.1, "optim.betas": "[0.9,0.95]"}
+UNTUNED = ADAMW | {"optim.lr": 5e-4, "optim.embedding_lr": "null", "train.global_batch": 1, "init": "normal"}
+COSINE = UNTUNED | {"optim.schedule": "cosine"}
+TUNED = ADAMW | {"train.global_batch": 4, "optim.lr": 0.0015, "optim.embedding_lr": 0.04, "warm-up": 0.04}
+# Changes to configs/quickstart.yaml. "warm-up" is a share of the steps, "init" the kind of attention's initial weights: normal, or ours,
+# which copy. docs/race.md has the sources and the rule for the batch.
 RECIPES: dict[str, dict] = {
-    "series": ADAMW | {"train.global_batch": 2, "optim.lr": 5e-4, "optim.decay_fraction": 0, "warm-up": 0.033},
-    "litgpt": ADAMW | COSINE | {"warm-up": 0.0135},
-    "minimind": ADAMW | COSINE | {"optim.min_lr_ratio": 0.1, "optim.weight_decay": 0.01, "optim.betas": "[0.9,0.999]", "warm-up": 0},
-    "adamw": ADAMW | {"train.global_batch": 2, "optim.lr": 0.004, "optim.embedding_lr": 0.02, "optim.decay_fraction": 0.5, "warm-up": 0.04},
-    OURS: {"train.global_batch": 4, "warm-up": 0.04},
+    "series": UNTUNED | {"optim.decay_fraction": 0, "warm-up": 0.033},
+    "litgpt": COSINE | {"model.init_std": 0.056, "warm-up": 0.0135},
+    "minimind": COSINE | {"optim.min_lr_ratio": 0.1, "optim.weight_decay": 0.01, "optim.betas": "[0.9,0.999]", "warm-up": 0},
+    "adamw": TUNED | {"init": "normal"},
+    "adamw+init": TUNED | {"init": "ours"},
+    OURS: {"train.global_batch": 4, "warm-up": 0.04, "init": "ours"},
 }
-COLORS = dict(zip(RECIPES, (GREY, GREEN, PURPLE, BLUE, RED), strict=True))
+COLORS = dict(zip(RECIPES, (GREY, GREEN, PURPLE, SKY, BLUE, RED), strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,16 @@ def parts_of(run: str) -> tuple[str, float, dict[str, str]]:
     return name, float(share or 1), dict(change.split("=") for change in changes)
 
 
-def config_of(run: str, seed: int, text: Text, preset: str) -> RunConfig:
-    """The config of a run; its number of steps follows from its share of the race's characters."""
+def config_of(run: str, seed: int, text: Text, preset: str) -> tuple[RunConfig, str]:
+    """The config of a run, and its initial weights. Its number of steps follows from its share of the race's characters."""
     name, share, changes = parts_of(run)
     keys = {"model.preset": preset} | RECIPES[name] | changes
-    batch, context = int(keys["train.global_batch"]), parse(["--model.preset", preset]).shape(None).context
+    init, batch = keys.pop("init"), int(keys["train.global_batch"])
+    context = parse(["--model.preset", preset]).shape(None).context
     steps = max(2, round(share * text.characters / (batch * context * text.split.characters / text.split.n_tokens)))
     keys |= {"train.max_steps": steps, "optim.warmup_steps": min(steps - 1, round(float(keys.pop("warm-up")) * steps))}
     keys |= {"train.micro_batch": math.gcd(8, batch), "seed": seed, "data.source": text.folder, "out_dir": text.folder}
-    return parse([f"--{key}={value}" for key, value in keys.items()], prog="bench.race")
+    return parse([f"--{key}={value}" for key, value in keys.items()], prog="bench.race"), init
 
 
 def batches_of(config: RunConfig, text: Text, context: int) -> Batches:
@@ -77,10 +86,20 @@ def batches_of(config: RunConfig, text: Text, context: int) -> Batches:
     return Batches(text.split, **sizes, seed=config.seed, document_mask=config.data.document_mask)
 
 
-def train(config: RunConfig, text: Text, here: processes.Processes, device: DeviceFacts, update: Callable) -> dict:
+@torch.no_grad()
+def reset_attention(model: GPT) -> None:
+    """Normal initial weights of attention, as in GPT-2, in place of ours (`GPT.reset_parameters`)."""
+    for block in model.blocks:
+        nn.init.normal_(block.qkv.weight, std=model.config.init_std)
+        nn.init.normal_(block.attention_out.weight, std=model.config.init_std / (2 * model.config.n_layer) ** 0.5)
+
+
+def train(config: RunConfig, init: str, text: Text, here: processes.Processes, device: DeviceFacts, update: Callable) -> dict:
     """Train and validate: the figures of a run."""
     planned = plan(config, DataFacts.of(text.split), device)
     step, batches, n_steps = TrainingStep(planned, here), batches_of(config, text, planned.sequence), config.train.max_steps
+    if init == "normal":
+        reset_attention(step.model)
     for i in range(n_steps):
         step.run(batches.step(i), step.lr_factor(i), i, n_targets=batches.n_targets(i))
         update(i + 1, loss=step.mean_loss() if (i + 1) % max(1, n_steps // 8) == 0 else None)
@@ -112,24 +131,24 @@ def race(args: argparse.Namespace) -> None:
     """Train the runs that the results lack, or measure their steps, and append the results."""
     folder = args.data or ROOT / "out/race/stories"
     if not args.data:
-        write_built_in(folder, seed=42, **parse([]).data.built_in)
+        write_built_in(folder, seed=42, stories=12_000, validation_stories=400, vocab_size=4096)
     _, split, validation = open_data(folder)
     text, here = Text(folder, split, validation, args.characters), processes.start()
     configs = {(run, seed): config_of(run, seed, text, args.preset) for run in args.runs for seed in args.seeds}
-    device = DeviceFacts.of(here, next(iter(configs.values())))
+    device = DeviceFacts.of(here, next(iter(configs.values()))[0])
     common = {"text": args.name or folder.name, "preset": args.preset}
     if args.times:
-        seconds = step_seconds([configs[run, args.seeds[0]] for run in args.runs], text, here, device)
+        seconds = step_seconds([configs[run, args.seeds[0]][0] for run in args.runs], text, here, device)
         add(args.results, *(common | {"run": run, "step_seconds": s} for run, s in zip(args.runs, seconds, strict=True)))
         return
     known = {(r["text"], r["preset"], r["run"], r.get("seed"), r.get("steps")) for r in read(args.results)}
-    for n, ((run, seed), config) in enumerate(configs.items(), 1):
+    for n, ((run, seed), (config, init)) in enumerate(configs.items(), 1):
         if (*common.values(), run, seed, config.train.max_steps) in known:
             continue
         log = Log(config, is_main=True)
         log.print(f"{n} of {len(configs)}: {run}, seed {seed}")
         with explain_errors(config), log.progress(config.train.max_steps) as update:
-            row = train(config, text, here, device, update)
+            row = train(config, init, text, here, device, update)
         add(args.results, common | {"run": run, "seed": seed} | row)
         log.print(f"{row['bits']:.4f} bits per character")
 
@@ -230,7 +249,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f'"RECIPE[@SHARE] [KEY=VALUE …]"; recipes: {", ".join(RECIPES)}')
     parser.add_argument("--data", type=Path, help="folder of tritale prepare; the quick start's stories if not given")
     parser.add_argument("--name", help="of the text in the results; the folder's name if not given")
-    parser.add_argument("--characters", type=int, default=1_100_000, help="that a run with share 1 reads")
+    parser.add_argument("--characters", type=int, default=550_000, help="that a run with share 1 reads")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--preset", default="quickstart", help="of the model")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/race.jsonl")

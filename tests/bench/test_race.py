@@ -27,7 +27,7 @@ def test_a_race_is_trained_resumed_and_reported(text, tmp_path, monkeypatch, cap
     assert rows[0]["characters"] == pytest.approx(4000, rel=0.03) and rows[2]["characters"] == pytest.approx(2000, rel=0.06)
     assert 5 < rows[0]["bits"] != rows[1]["bits"]  # two seeds; hardly trained
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:3]))
-    monkeypatch.setattr(race, "train", lambda config, *args: rows[3] | {"bits": 1.0, "seed": config.seed})
+    monkeypatch.setattr(race, "train", lambda config, *_: rows[3] | {"bits": 1.0, "seed": config.seed})
     race.main()
     assert race.read(tmp_path / "results.jsonl") == [*rows[:3], rows[3] | {"bits": 1.0}]
     assert "4 of 4: ours@0.5, seed 2" in capsys.readouterr().out
@@ -36,11 +36,12 @@ def test_a_race_is_trained_resumed_and_reported(text, tmp_path, monkeypatch, cap
 
 
 def test_a_run_has_its_recipe_its_share_and_its_changes(text):
-    config = race.config_of("adamw@0.5 optim.lr=0.125", 7, text, "tiny")
-    assert (config.optim.matrices, config.optim.lr, config.seed) == ("adamw", 0.125, 7)
-    whole = race.config_of("adamw", 7, text, "tiny")
+    config, init = race.config_of("adamw@0.5 optim.lr=0.125", 7, text, "tiny")
+    assert (config.optim.matrices, config.optim.lr, config.seed, init) == ("adamw", 0.125, 7, "normal")
+    whole, init = race.config_of("adamw+init", 7, text, "tiny")
+    assert init == "ours"
     assert whole.train.max_steps == pytest.approx(2 * config.train.max_steps, abs=1)
-    series = race.config_of("series", 7, text, "tiny")
+    series, _ = race.config_of("series", 7, text, "tiny")
     assert series.optim.embedding_lr is None and series.optim.decay_fraction == 0
     with pytest.raises(UserError, match="'sgd' is unknown; choose one of series"):
         race.config_of("sgd", 7, text, "tiny")
