@@ -188,7 +188,7 @@ class Result:
 
 
 def results_of(rows: list[dict]) -> list[Result]:
-    """The results of one text, of ours by rising share."""
+    """The results of one text, in the order of RECIPES, each by rising share."""
     a_step = {r["run"]: r["step_seconds"] for r in rows if "step_seconds" in r}
     results = []
     for (run, steps), mine in grouped([r for r in rows if "bits" in r], "run", "steps").items():
@@ -196,7 +196,7 @@ def results_of(rows: list[dict]) -> list[Result]:
         text = " ".join(f"{k}={v}" for k, v in changes.items())
         seconds = steps * a_step.get(f"{name} {text}".strip(), math.nan)
         results.append(Result(name, share, text, mine[0]["characters"], steps, [r["bits"] for r in mine], seconds))
-    return sorted(results, key=lambda r: (r.recipe == OURS, r.share if r.recipe == OURS else 0))
+    return sorted(results, key=lambda r: ([*RECIPES].index(r.recipe), r.share))
 
 
 def tables(rows: list[dict]) -> str:
@@ -204,7 +204,7 @@ def tables(rows: list[dict]) -> str:
     results = results_of(rows)
     finals = [r for r in results if not r.changes]
     race = Table("", ["recipe", "share", "characters", "steps", "seeds", "bits per character", "CPU seconds"])
-    reached = Table("", ["ours reaches the mean of", "with characters", "CPU seconds", "its worst seed reaches their best"])
+    reached = Table("", ["recipe", "ours reaches its mean with characters", "CPU seconds", "with every seed its best"])
     for r in finals:
         seconds = "" if math.isnan(r.seconds) else f"{r.seconds:,.0f}"
         race.lines.append([r.recipe, f"{r.share:g}", f"{r.characters:,}", f"{r.steps:,}", str(len(r.bits)), r.spread, seconds])
@@ -235,6 +235,7 @@ def chart(rows: list[dict], path: Path) -> None:
             if name != OURS:
                 axis.axhline(shown[-1].mean, lw=1, ls=(0, (4, 3)), color=color, zorder=0)
         axis.set_title(f"{text}, {preset}")
+        axis.set_xlim(0, 1.05)
         axis.set_xlabel("characters read, relative to the rivals'")
         axis.set_ylabel("validation, bits per character")
         axis.grid(axis="y", color="#e6e6e6", lw=0.8)

@@ -15,7 +15,8 @@ from rich.table import Table as RichTable
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
-LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒 token 数"}
+LEFT = {"model", "shape", "implementation", "trainer", "recipe", "changed", "note", "switched off", "axis"}
+LEFT |= {"tokens per second", "每秒 token 数"}
 OPS_NOTE = (
     "speed: forward and backward, relative to the reference; memory: peak beyond the inputs, relative to the reference; rounds: fastest "
     "and slowest, relative to the median; of the machine: share of a plain copy's bytes/s or of a matrix product's FLOP/s."
