@@ -44,7 +44,7 @@ CONTENDERS = {
 }
 
 # On a CPU `tritale.kernels` computes these ops by their definition; in training it is compiled together with the model.
-DEFINITION_ON_CPU = {"rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "cross_entropy"}
+DEFINITION_ON_CPU = {"rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu"}
 
 # On a CPU there are fewer tokens; widths, heads and vocabularies are the same. "head" is the number of rows of the two losses.
 CPU_TOKENS = {

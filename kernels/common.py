@@ -62,20 +62,28 @@ def as_rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    return forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is inside forward-mode AD or a transform of torch.func, which custom ops do not support."""
+    in_transform = (functorch.is_gradtrackingtensor, functorch.is_batchedtensor)
+    return _has_tangent(*tensors) or any(t is not None and check(t) for t in tensors for check in in_transform)
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError if a tensor has a tangent of forward-mode AD."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if not torch.compiler.is_compiling() and _has_tangent(*tensors):
         raise RuntimeError(f"{op} has no forward-mode derivative; use its definition, tritale.kernels.reference.{op}")
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError if a tensor is inside a transform that custom ops do not support: forward-mode AD, torch.func."""
+    """Raise RuntimeError if a tensor is inside forward-mode AD or a transform of torch.func."""
     if torch.compiler.is_compiling():
         return
     refuse_forward_mode(op, *tensors)
-    if any(t is not None and (functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t)) for t in tensors):
+    if is_transformed(*tensors):
         raise RuntimeError(
             f"{op} does not support torch.func transforms (grad, vmap, …); use torch.autograd.grad, or use its definition, "
             f"tritale.kernels.reference.{op}"

@@ -13,17 +13,29 @@ memory. Where one launch does both (`linear_cross_entropy`) only so many rows ar
 Rows with an ignored target are not read: their loss and gradient are written as zeros.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .common import LOG2E, accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
-from .dispatch import uses_triton
+from .common import (
+    LOG2E,
+    accumulator,
+    contiguous_like,
+    is_transformed,
+    no_second_derivative,
+    refuse_transforms,
+    tanh,
+    unit_stride,
+    wide_dtype,
+)
+from .dispatch import is_readable, uses_triton
 from .launch import cached_programs, cdiv, launch_options
 from .triton_compat import jit, tl
 
+BLOCK = 2**18  # logits that are in a CPU's cache at a time
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -263,6 +275,80 @@ def _backward(ctx, grad_loss, *_):
 _cross_entropy.register_autograd(_backward, setup_context=_save)
 
 
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    s = logits.to(wide_dtype(logits))
+    return s.div(softcap).tanh_().mul_(softcap) if softcap else s
+
+
+def _torch_blocks(logits: Tensor) -> Iterator[slice]:
+    n, rows = len(logits), max(1, BLOCK // max(1, logits.shape[1]))
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+class _TorchCrossEntropy(torch.autograd.Function):
+    """(loss, nll, lse, correct) of each row on a CPU, differentiable in loss; correct only with_stats.
+
+    Some rows at a time, so that the passes over them read the cache. The softmax is computed again in backward: besides the gradient
+    nothing of the logits' size is stored."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, label_smoothing, z_loss, softcap, inplace, with_stats):
+        loss, nll, top, log_total, correct = empty_rows(logits, len(logits))
+        is_ignored = targets == ignore_index
+        index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
+        for rows in _torch_blocks(logits):
+            s = _capped(logits[rows], softcap)
+            if with_stats:
+                correct[rows] = s.argmax(1) == targets[rows]
+            top[rows] = s.amax(1)
+            s = s - top[rows].unsqueeze(1)  # a difference first, which keeps the digits of large logits
+            s_target, mean = s.gather(1, index[rows]).squeeze(1), s.mean(1) if label_smoothing else 0.0
+            log_total[rows] = s.exp_().sum(1).log()
+            nll[rows] = log_total[rows] - s_target
+            loss[rows] = (1 - label_smoothing) * nll[rows] + label_smoothing * (log_total[rows] - mean) if label_smoothing else nll[rows]
+        lse = top + log_total
+        if z_loss:  # 0 · inf is NaN
+            loss += z_loss * lse.square()
+        for row in (loss, nll, lse, correct):
+            row.masked_fill_(is_ignored, 0)
+        ctx.save_for_backward(logits, targets, index, top, log_total)
+        ctx.options, ctx.inplace = (ignore_index, label_smoothing, z_loss, softcap), inplace
+        ctx.mark_non_differentiable(nll, lse, correct)
+        ctx.set_materialize_grads(False)
+        return loss, nll, lse, correct
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad, (logits, targets, index, top, log_total) = grads[0], ctx.saved_tensors
+        if grad is None:
+            return (None,) * 8
+        ignore_index, label_smoothing, z_loss, softcap = ctx.options
+        if torch.is_grad_enabled():  # create_graph=True: autograd differentiates the definition
+            loss = reference.cross_entropy(
+                logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
+                reduction="none",
+            )  # fmt: skip
+            return *torch.autograd.grad(loss, logits, grad, create_graph=True), *(None,) * 7
+        out = logits.detach() if ctx.inplace else contiguous_like(logits)
+        is_direct = not ctx.inplace and out.dtype == grad.dtype
+        is_ignored = targets == ignore_index
+        scale = grad.masked_fill(is_ignored, 0).unsqueeze(1)
+        factor = scale / log_total.exp().unsqueeze(1) * (1 + 2 * z_loss * (top + log_total).unsqueeze(1) if z_loss else 1)
+        for rows in _torch_blocks(logits):
+            s = _capped(logits[rows], softcap)
+            d = torch.sub(s, top[rows].unsqueeze(1), out=out[rows] if is_direct else None).exp_().mul_(factor[rows])
+            d.scatter_add_(1, index[rows], (label_smoothing - 1) * scale[rows])
+            if label_smoothing:
+                d.sub_(label_smoothing / s.shape[1] * scale[rows])
+            if softcap:
+                d.mul_(1 - s.div(softcap).square_())
+            if not is_direct:
+                out[rows] = d
+        if is_ignored.any():  # whatever an ignored row holds: 0 · NaN is NaN
+            out[is_ignored] = 0
+        return out, *(None,) * 7
+
+
 def _may_overwrite(logits: Tensor) -> bool:
     """Whether the gradient may overwrite the logits: not if they are a leaf (a parameter, a user's input), a view of one, or overlap. Never
     under torch.compile: Inductor plans memory itself, and would copy the logits to keep the order of a mutation."""
@@ -319,16 +405,21 @@ def cross_entropy(
     targets = signed_targets(targets)
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: (…, V) and (…) expected")
-    if not uses_triton(logits):
+    is_triton = uses_triton(logits)
+    if not is_triton and (not is_readable(logits) or is_transformed(logits, token_weight)):
         return reference.cross_entropy(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             token_weight=token_weight, reduction=reduction, normalizer=normalizer, return_stats=return_stats,
         )  # fmt: skip
-    refuse_transforms("cross_entropy", logits, token_weight)
+    if is_triton:
+        refuse_transforms("cross_entropy", logits, token_weight)
     shape, logits, targets = targets.shape, logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    loss, nll, top, log_total, correct = _cross_entropy(
-        logits, targets, ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)
-    )
+    options = ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)
+    if is_triton:
+        loss, nll, top, log_total, correct = _cross_entropy(logits, targets, *options)
+        lse = top + log_total
+    else:
+        loss, nll, lse, correct = _TorchCrossEntropy.apply(logits, targets, *options, return_stats)
     is_valid = targets != ignore_index
     if token_weight is not None:
         loss = loss * token_weight.reshape(-1).masked_fill(~is_valid, 0)
@@ -340,10 +431,9 @@ def cross_entropy(
         result = result / reference.mean_divisor(is_valid, normalizer)
     if not return_stats:
         return result
-    return result, statistics(nll, top, log_total, correct, z_loss, shape)
+    return result, statistics(nll, lse, correct, z_loss, shape)
 
 
-def statistics(nll: Tensor, top: Tensor, log_total: Tensor, correct: Tensor, z_loss: float, shape: torch.Size) -> dict[str, Tensor]:
-    lse = top + log_total
+def statistics(nll: Tensor, lse: Tensor, correct: Tensor, z_loss: float, shape: torch.Size) -> dict[str, Tensor]:
     stats = {"nll": nll, "lse": lse, "z_loss": z_loss * lse.square(), "correct": correct}
     return {name: t.detach().view(shape) for name, t in stats.items()}

@@ -36,14 +36,10 @@ from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
 from .triton_compat import jit, tl
 
 STRATEGIES = ("chunk", "recompute")
+BUDGET_MB = 256.0  # of logits, by default; larger chunks read and write dW less often
 BLOCK = 2**20  # logits that are in a CPU's cache at a time
 ENTRIES = 8192  # of the vocabulary, whose part of dW is in a CPU's cache at a time
 IGNORED = -(2**31)  # the ignored targets inside the ops, for any ignore_index
-
-
-def budget_mb(device_type: str) -> float:
-    """The default of `memory_budget_mb`. Larger chunks read and write dW less often; a CPU's caches hold none of them anyway."""
-    return 128.0 if device_type == "cpu" else 256.0
 
 
 def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: int = 4) -> int:
@@ -71,7 +67,7 @@ def _torch_step(logits, targets, row_scale, results, *options):
     return logits
 
 
-def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
+def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient, with_correct):
     loss, nll, lse, correct = results
     vocab_size, is_ignored = s.shape[1], targets == IGNORED
     index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
@@ -79,7 +75,11 @@ def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap
     if softcap:
         s.div_(softcap).tanh_().mul_(softcap)
         slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
-    top, arg = s.max(dim=1, keepdim=True)
+    if with_correct:
+        top, arg = s.max(dim=1, keepdim=True)
+        correct.copy_(arg.squeeze(1) == targets)
+    else:  # the index costs three times the maximum
+        top = s.amax(dim=1, keepdim=True)
     s.sub_(top)  # so that an offset common to a row costs no digits
     s_target = s.gather(1, index).squeeze(1)
     mean = s.mean(1) if label_smoothing else 0.0
@@ -88,7 +88,6 @@ def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap
     log_total = total.log()
     lse.copy_((top + log_total).squeeze(1))
     nll.copy_(log_total.squeeze(1) - s_target)
-    correct.copy_(arg.squeeze(1) == targets)
     loss.copy_(nll)
     if z_loss:  # 0 · inf is NaN
         loss += z_loss * lse.square()
@@ -107,7 +106,7 @@ def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap
         row.masked_fill_(is_ignored, 0)
 
 
-def _triton_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient):
+def _triton_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient, with_correct):
     loss, nll, lse, correct = results
     rows = (loss, nll, lse, torch.empty_like(lse), correct)  # lse holds the maximum until the logarithm of the sum is added
     launch_cross_entropy(
@@ -150,7 +149,7 @@ def _unit(row_scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.where(largest > 0, largest, 1) / 16
 
 
-def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
+def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct):
     loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0:
@@ -162,7 +161,8 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
     for start in range(0, n, rows):
         c = slice(start, min(start + rows, n))
         logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
-        d = step(logits, targets[c], scale[c], [t[c] for t in (loss, nll, lse, correct)], label_smoothing, z_loss, softcap, needs_gradient)
+        results = [t[c] for t in (loss, nll, lse, correct)]
+        d = step(logits, targets[c], scale[c], results, label_smoothing, z_loss, softcap, needs_gradient, with_correct)
         if needs_dx:
             torch.mm(d, head, out=dx[c])
         if needs_dw:
@@ -198,17 +198,18 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         label_smoothing: float, z_loss: float,
         softcap: float,  # 0: none
         rows: int, needs_dx: bool, needs_dw: bool,
+        with_correct: bool = True,  # a CPU leaves it uninitialised if not
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, over `_unit`, or empty."""
-        return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw)
+        return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct)
 
     @op.register_fake
-    def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw):
+    def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct=True):
         *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
         return results[0].new_empty(()), *results, dx, dw
 
     def save(ctx, inputs, output):
-        x, weight, targets, row_scale, *ctx.options, needs_dx, needs_dw = inputs
+        x, weight, targets, row_scale, *ctx.options, needs_dx, needs_dw, _ = inputs
         ctx.has_gradients = needs_dx or needs_dw
         ctx.save_for_backward(*((output[1], *output[5:], row_scale) if ctx.has_gradients else (x, weight, targets)))
         ctx.dtypes = x.dtype, weight.dtype
@@ -217,7 +218,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
 
     def backward(ctx, grad_sum, grad_loss, *_):
         if (grad_sum if ctx.has_gradients else grad_loss) is None:
-            return (None,) * 10
+            return (None,) * 11
         d_scale = None
         needs_dx, needs_dw, _, needs_d_scale, *_ = ctx.needs_input_grad
         if ctx.has_gradients:  # of the sum, computed in the forward pass
@@ -225,7 +226,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
             factor, d_scale = grad_sum, loss * grad_sum if needs_d_scale else None
         else:  # of each row (reduction "none", strategy "recompute"): the logits are computed once more
             x, weight, targets = ctx.saved_tensors
-            _, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw)
+            _, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw, False)
             row_scale, factor = grad_loss, None
         unit = _unit(row_scale.detach(), dx.dtype)
         if unit is not None:
@@ -236,7 +237,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         )
         if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
             dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
-        return dx, dw, None, d_scale, *(None,) * 6
+        return dx, dw, None, d_scale, *(None,) * 7
 
     op.register_autograd(backward, setup_context=save)
     return op
@@ -507,7 +508,7 @@ def linear_cross_entropy(
     normalizer: Tensor | None = None,
     return_stats: bool = False,
     strategy: str = "chunk",
-    memory_budget_mb: float | None = None,
+    memory_budget_mb: float = BUDGET_MB,
 ) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
@@ -515,9 +516,9 @@ def linear_cross_entropy(
     unrounded. `mean` divides by the targets that are not ignored, or by `normalizer`, a tensor on the device: the number of
     targets of the global batch makes gradient accumulation exact. Nothing synchronises.
 
-    `strategy="chunk"` holds the logits of some rows at a time in x's dtype, `memory_budget_mb` of them (default 128 on a CPU, 256
-    elsewhere). "recompute" stores none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory
-    (a CPU and sm_75, which have no tensor cores for it, use chunks too, but keep no gradients between forward and backward).
+    `strategy="chunk"` holds the logits of some rows at a time in x's dtype, `memory_budget_mb` of them. "recompute" stores
+    none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory (a CPU and sm_75, which have no tensor cores for
+    it, use chunks too, but keep no gradients between forward and backward).
 
     Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
     if strategy not in STRATEGIES:
@@ -543,14 +544,12 @@ def linear_cross_entropy(
         loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
         lse = top + log_total
     else:
-        if memory_budget_mb is None:
-            memory_budget_mb = budget_mb(x.device.type)
         has_fp32_logits = not is_triton and x.device.type != "cpu"  # a CPU converts a few rows at a time
         rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, max(4, x.itemsize) if has_fp32_logits else x.itemsize)
         op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
         in_forward = strategy == "chunk" and reduction != "none" and torch.is_grad_enabled()
         needs_dx, needs_dw = (in_forward and t.requires_grad for t in (x, weight))
-        total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw)
+        total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw, return_stats)
     if reduction == "none":
         result = (loss * row_scale).view(shape)
     elif total is None or not (needs_dx or needs_dw):
@@ -559,7 +558,7 @@ def linear_cross_entropy(
         result = total
     if not return_stats:
         return result
-    return result, statistics(nll, lse, torch.zeros_like(lse), correct, z_loss, shape)
+    return result, statistics(nll, lse, correct, z_loss, shape)
 
 
 def token_log_probs(
@@ -571,7 +570,7 @@ def token_log_probs(
     softcap: float | None = None,
     token_weight: Tensor | None = None,  # (…)
     strategy: str = "chunk",
-    memory_budget_mb: float | None = None,
+    memory_budget_mb: float = BUDGET_MB,
 ) -> Tensor:
     """log p of each target, p = softmax(x Wᵀ), times its `token_weight`: (…), at least fp32; 0 where the target is ignored.
 

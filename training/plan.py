@@ -15,7 +15,7 @@ from ..data import built_in
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
 from ..kernels.flash_attention import head_tiles
-from ..kernels.linear_cross_entropy import budget_mb, chunk_rows
+from ..kernels.linear_cross_entropy import BUDGET_MB, chunk_rows
 from ..model.gpt import GPTConfig
 from . import processes
 from .config import RunConfig, divisors
@@ -310,8 +310,7 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     activations = rows * activation_bytes(shape, device, is_compiled)
     if item == 2:  # autocast's copies of the blocks' matrices
         activations += 2 * (shape.n_matrix - head)
-    budget = budget_mb("cuda" if device.runs_triton else "cpu")
-    chunk = min(rows, chunk_rows(rows, shape.vocab_size, budget, item)) * shape.vocab_size * item  # the gradient overwrites the logits
+    chunk = min(rows, chunk_rows(rows, shape.vocab_size, BUDGET_MB, item)) * shape.vocab_size * item  # the gradient overwrites the logits
     loss = 4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head)
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)

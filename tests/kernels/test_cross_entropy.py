@@ -21,6 +21,15 @@ quick = settings(max_examples=10, suppress_health_check=[HealthCheck.function_sc
 SMALL = {"BLOCK_N": 2, "BLOCK_V": 16}  # several programs, and several turns of each loop, at small shapes
 
 
+both_paths = pytest.mark.parametrize("path", ["auto", "torch"], indirect=True)  # the kernel, and what a CPU runs
+
+
+@pytest.fixture(autouse=True)
+def path(request):
+    with backend(getattr(request, "param", "auto")):
+        yield
+
+
 def draw(n, vocab_size, device, dtype=torch.float64, scale=3.0, ignored=0.3, target_dtype=torch.int64):
     """(logits, targets), some of the targets ignored."""
     logits = (torch.randn(n, vocab_size, dtype=torch.float64) * scale).to(device, dtype).requires_grad_()
@@ -51,6 +60,7 @@ def check(logits, targets, **options):
     return check_numbers(flat(cross_entropy), flat(reference.cross_entropy), [logits], gradient_terms=[terms], targets=targets, **options)
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", DTYPES)
 @quick
 @given(
@@ -78,12 +88,14 @@ def test_errors_are_those_of_the_definition(
         )  # fmt: skip
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1e2, 1e4])
 def test_logits_of_any_magnitude(device, dtype, scale):
     check(*draw(6, 300, device, dtype, scale=scale), reduction="none")
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_equal_values_and_of_minus_infinity(device, dtype):
     logits, targets = draw(8, 70, device, dtype, ignored=0.0)
@@ -102,12 +114,14 @@ def test_rows_of_equal_values_and_of_minus_infinity(device, dtype):
     assert loss[3] == 0 and stats["correct"].tolist()[3] and not stats["correct"].tolist()[6] and not stats["correct"].tolist()[7]
 
 
+@both_paths
 def test_loss_keeps_its_digits_where_the_logits_are_large(device):
     logits, targets = torch.full((3, 50), 3e4, device=device), torch.tensor([0, 7, 49], device=device)
     loss = cross_entropy(logits, targets, reduction="none")  # lse − s would keep 2e-3 of it
     torch.testing.assert_close(loss.cpu(), torch.full((3,), math.log(50)), rtol=1e-6, atol=0)
 
 
+@both_paths
 def test_rows_with_an_infinite_maximum_are_nan_as_pytorchs(device):
     logits = torch.tensor([[float("-inf")] * 5, [1.0, float("inf"), 0.0, 2.0, 3.0]], device=device)
     targets = torch.tensor([0, 1], device=device)
@@ -147,6 +161,7 @@ def test_ignored_rows_may_hold_anything(device, name, value):
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
 
 
+@both_paths
 def test_a_normalizer_of_zero_does_not_hide_targets(device):
     logits, targets = draw(4, 20, device, torch.float32, ignored=0.0)
     for name in ("auto", "torch"):
@@ -154,6 +169,7 @@ def test_a_normalizer_of_zero_does_not_hide_targets(device):
             assert cross_entropy(logits, targets, normalizer=torch.tensor(0, device=device)).isinf()
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_targets_of_any_integer_dtype(device, name, dtype):
@@ -170,6 +186,7 @@ def test_targets_outside_the_vocabulary_give_nan_not_a_wrong_loss(device):
     assert loss.isnan().tolist() == [False, True, True] and not stats["correct"][1:].any()
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_true_class_gradient_keeps_precision_near_one(device, dtype):
     logits = torch.zeros(4, 50, device=device, dtype=dtype)
@@ -182,6 +199,7 @@ def test_true_class_gradient_keeps_precision_near_one(device, dtype):
     assert ((ours[:, 3].double() - exact[:, 3]) / exact[:, 3]).abs().max() <= torch.finfo(dtype).eps
 
 
+@both_paths
 def test_gradient_of_large_logits_keeps_precision(device):
     """Better than the definition, whose lse near 10⁴ is rounded to 10⁻³."""
     logits = (1e4 + torch.randn(6, 50, device=device)).requires_grad_()
@@ -191,6 +209,7 @@ def test_gradient_of_large_logits_keeps_precision(device):
     assert (ours - exact).abs().max() < 1e-6
 
 
+@both_paths
 def test_incoming_gradients_of_ignored_rows_do_not_matter(device):
     logits, targets = draw(4, 20, device, torch.float32, ignored=0.0)
     targets[1] = -100
@@ -199,6 +218,7 @@ def test_incoming_gradients_of_ignored_rows_do_not_matter(device):
     assert (gradient[1] == 0).all() and gradient.isfinite().all()
 
 
+@both_paths
 @pytest.mark.parametrize("vocab_size", [65536, 151936, 262144])
 def test_large_vocabularies(device, vocab_size):
     check(*draw(2, vocab_size, device, torch.bfloat16, ignored=0.0), label_smoothing=0.1, z_loss=1e-3)
@@ -227,6 +247,7 @@ OPTIONS = [
 ]
 
 
+@both_paths
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 def test_gradients_in_float64(device, options):
     number = lambda v: torch.tensor(v, device=device, dtype=torch.float64)
@@ -264,6 +285,7 @@ def test_touches_only_its_tensors_in_any_order(device, layout):
             check_memory(inplace, [torch.rand(shape[0], device=device), x, targets, top, log_total])
 
 
+@both_paths
 def test_inplace_backward_writes_over_the_logits_and_autograd_knows(device):
     x, targets = draw(4, 30, device, torch.float32)
     (expected,) = torch.autograd.grad(cross_entropy(x, targets), x)
@@ -280,6 +302,7 @@ def test_inplace_backward_writes_over_the_logits_and_autograd_knows(device):
         torch.autograd.grad(other, x)
 
 
+@both_paths
 def test_inplace_backward_spares_leaves_and_what_overlaps(device):
     x, targets = draw(4, 30, device, torch.float32, ignored=0.0)
     before = x.detach().clone()
@@ -317,6 +340,7 @@ def test_compiled_whole_equals_eager(device, reduction):
     torch.testing.assert_close(torch.autograd.grad(compiled[0], x), torch.autograd.grad(eager[0], x))
 
 
+@both_paths
 def test_autocast_leaves_the_loss_in_fp32(device):
     logits, targets = draw(4, 24, device, torch.bfloat16)
     with torch.autocast(device, torch.bfloat16):
@@ -329,6 +353,29 @@ def test_second_derivative_says_what_to_do(device):
     (gradient,) = torch.autograd.grad(cross_entropy(x * 1, targets, inplace_backward=True), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*reference\.cross_entropy"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_a_cpu_has_second_derivatives_and_forward_mode(device, options):
+    number = lambda v: torch.tensor(v, device=device, dtype=torch.float64)
+    call: dict[str, Any] = {k: number(v) if k == "normalizer" else v for k, v in options.items()}
+    logits, targets = draw(3, 9, device)
+    with backend("torch"):
+        loss = lambda x: cross_entropy(x, targets, **call).sum()
+        assert torch.autograd.gradgradcheck(loss, logits)
+        tangent = torch.randn_like(logits)
+        found = torch.func.jvp(loss, (logits.detach(),), (tangent,))[1]
+        (gradient,) = torch.autograd.grad(loss(logits), logits)
+    torch.testing.assert_close(found, (gradient * tangent).sum())
+
+
+def test_a_cpu_keeps_nothing_of_the_size_of_the_logits():
+    """One block of rows and the gradient; PyTorch's own loss keeps the log-probabilities besides."""
+    logits = torch.randn(64, 40_000, requires_grad=True)
+    saved = []
+    with backend("torch"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        cross_entropy(logits, torch.randint(40_000, (64,)), return_stats=True)
+    assert sum(t.numel() for t in saved if t.data_ptr() != logits.data_ptr()) <= 6 * 64
 
 
 def test_wrong_arguments_say_what_is_allowed(device):
