@@ -137,6 +137,7 @@ def _cases() -> dict[str, Callable]:
         "cross_entropy": lambda m, dtype: run(kernels.cross_entropy(leaf(tokens(m), m["vocab"], dtype=dtype), targets(m))),
         "linear_cross_entropy": linear_cross_entropy,
         "linear_cross_entropy recompute": lambda m, dtype: linear_cross_entropy(m, dtype, strategy="recompute"),
+        "linear_cross_entropy recompute filtered": lambda m, dtype: linear_cross_entropy(m, dtype, strategy="recompute", filter_eps="auto"),
         "flash_attention": attention,
         "flash_attention packed": lambda m, dtype: attention(m, dtype, True),
         "flash_attention packed, capped": lambda m, dtype: attention(m, dtype, True, softcap=30.0),
@@ -153,6 +154,7 @@ MODELS_OF = {
     "rope": ("124m",), "rope packed": ("44m", "1b"), "qk_norm_rope": ("124m",), "qk_norm_rope packed": ("44m", "1b"),
     "flash_attention": ("124m",), "flash_attention packed": ("44m", "1b"), "flash_attention packed, capped": ("44m", "124m"),
     "flash_attention fp32": (),  # strategy "auto" uses PyTorch in fp32; at any of HEADS on request
+    "linear_cross_entropy recompute filtered": ("1b",),
     "newton_schulz": ("44m",), "decode_attention": ("44m", "1b"), "sample": ("44m",),
 }  # fmt: skip
 HEADS_OF = {
@@ -160,7 +162,9 @@ HEADS_OF = {
     "decode_attention": ("d80", "d128", "d256"),
 }  # fmt: skip
 # Products of blocks need tensor cores. Triton uses none on sm_75; the ops choose PyTorch's kernels there.
-NEEDS_TENSOR_CORES = (*(op for op in MODELS_OF if op.startswith("flash")), "linear_cross_entropy recompute", "newton_schulz")
+NEEDS_TENSOR_CORES = (
+    *(op for op in MODELS_OF if op.startswith(("flash", "linear"))), "linear_cross_entropy recompute", "newton_schulz"
+)  # fmt: skip
 
 
 def _driver(target: str, log: Callable[[str], None]):

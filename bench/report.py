@@ -15,7 +15,8 @@ from rich.table import Table as RichTable
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m bench.report FILE --pages -->", "<!-- end of measured -->"
-LEFT = {"model", "shape", "implementation", "trainer", "note", "switched off", "axis", "tokens per second", "每秒 token 数"}
+LEFT = {"model", "shape", "implementation", "trainer", "recipe", "changed", "note", "switched off", "axis"}
+LEFT |= {"tokens per second", "每秒 token 数"}
 OPS_NOTE = (
     "speed: forward and backward, relative to the reference; memory: peak beyond the inputs, relative to the reference; rounds: fastest "
     "and slowest, relative to the median; of the machine: share of a plain copy's bytes/s or of a matrix product's FLOP/s."
@@ -454,11 +455,11 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{file} is not a results file of pytest bench --benchmark ({error}); choose one in bench/results/") from error
 
 
-def write_between_markers(page: Path, body: str) -> None:
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+def write_between_markers(page: Path, body: str, begins: str = BEGIN, ends: str = END) -> None:
+    before, begin, rest = page.read_text(encoding="utf-8").partition(begins)
+    _, end, after = rest.partition(ends)
     if not end:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{page} lacks the lines {begins!r} and {ends!r}")
     page.write_text(f"{before}{begin}\n{body}{end}{after}", encoding="utf-8")
     print(f"written: {page}")
 

@@ -573,8 +573,8 @@ def _document_bounds(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]
 
 
 def _attend_triton(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor | None) -> Tensor:
-    if q.shape[-1] > 256:
-        raise ValueError(f"the Triton kernels take heads of at most 256, not {q.shape[-1]}; use attention_backend('sdpa')")
+    if q.shape[-1] > LARGEST_HEAD:
+        raise ValueError(f"the Triton kernels take heads of at most {LARGEST_HEAD}, not {q.shape[-1]}; use attention_backend('sdpa')")
     window = 0 if window is None else min(window, q.shape[1] + k.shape[1])  # there are no keys further back, and this fits 32 bits
     start, end = (None, None) if cu_seqlens is None else _document_bounds(cu_seqlens, q.shape[1])
     refuse_transforms("flash_attention", q, k, v)
@@ -595,23 +595,34 @@ def _attend_flash_attn(
     return flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, n, n, **options).unsqueeze(0)
 
 
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor) -> Tensor:
+    """PyTorch's attention to the documents one by one, without a mask of T × T. Reads cu_seqlens, so a GPU synchronises."""
+    lengths = [end - start for start, end in _documents(cu_seqlens)]
+    documents = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
+    return torch.cat([_attend_sdpa(q, k, v, is_causal, window, softcap, scale, None) for q, k, v in documents], dim=1)
+
+
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softcap, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    if q.shape[1] < 2:  # one document
+        cu_seqlens = None
+    if cu_seqlens is not None and q.device.type != "cpu":
+        return _attend_documents(q, k, v, is_causal, window, softcap, scale, cu_seqlens)
     if softcap is not None:
         return reference.flash_attention(q, k, v, is_causal=is_causal, window=window, softcap=softcap, scale=scale, cu_seqlens=cu_seqlens)
     group = q.shape[2] // k.shape[2]
-    # Grouped heads in fp32 have no fused kernel in PyTorch: with `enable_gqa` the scores would be in memory.
-    if group > 1 and (cu_seqlens is not None or (q.is_cuda and _is_slow(q))):
+    # Grouped heads in fp32, or above 256, have no fused kernel in PyTorch: with `enable_gqa` the scores would be in memory.
+    if group > 1 and (cu_seqlens is not None or (q.is_cuda and (_is_slow(q) or q.shape[-1] > LARGEST_HEAD))):
         k, v, group = *(t.repeat_interleave(group, dim=2) for t in (k, v)), 1
-    if cu_seqlens is not None and q.device.type == "cpu":
+    if cu_seqlens is not None:
         refuse_transforms("flash_attention", q, k, v)
         return _document_attention(q, k, v, cu_seqlens, is_causal, window or 0, scale)[0]
     refuse_forward_mode("flash_attention", q, k, v)  # PyTorch's error names an op of its own
     # One query sees all keys; a square causal product has a faster form than a mask.
     is_square = True if q.shape[1] == k.shape[1] else False  # a bool: with dynamic shapes the comparison is a symbol, which SDPA refuses
-    needs_mask = cu_seqlens is not None or window is not None or (is_causal and not is_square and q.shape[1] > 1)
+    needs_mask = window is not None or (is_causal and not is_square and q.shape[1] > 1)
     mask = None
     if needs_mask:
-        mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
+        mask = reference.attention_mask(q.shape[1], k.shape[1], is_causal=is_causal, window=window, cu_seqlens=None, device=q.device)
     needs_group = True if group > 1 else False
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     is_causal = is_causal and mask is None and is_square
@@ -621,17 +632,19 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window, softc
 # --- The public function -------------------------------------------------------------------------------------------------------------
 
 ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "flash_attn")
+LARGEST_HEAD = 256  # of the Triton kernels
 _forced = "auto"
 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
     """Run `flash_attention` inside the block on one implementation: "triton", "sdpa" (PyTorch's scaled_dot_product_attention; packed
-    documents on a CPU one by one), "flash_attn" (the package of that name) or "auto".
+    documents one by one, which synchronises with a GPU and cannot be captured), "flash_attn" (the package of that name) or "auto".
 
     "auto" follows `dispatch.backend` and uses Triton's kernels except for cases in which they are slow, which use SDPA: sm_75 (no
     tensor-core path) and fp32 and fp64 on a GPU (exact products do not use tensor cores), but not packed documents and soft caps, for which
-    SDPA needs a mask of T × T or all scores; head sizes above 256; and a single query (decoding), which would leave most of the GPU idle.
+    SDPA needs the bounds on the host or all scores; head sizes above 256; and a single query (decoding), which would leave most of the GPU
+    idle.
 
     Raises ValueError for another name, or for "flash_attn" if it is not installed."""
     global _forced
@@ -652,8 +665,8 @@ def _is_slow(q: Tensor) -> bool:
 
 
 def _choose(q: Tensor, needs_scores: bool = False) -> str:
-    """The backend for q: the forced one, or what "auto" means for its device, dtype and shape, and for options with which SDPA needs a
-    mask of all tokens or the scores."""
+    """The backend for q: the forced one, or what "auto" means for its device, dtype and shape, and for options with which SDPA needs the
+    bounds of documents on the host or all scores."""
     if _forced == "triton" and not q.is_cuda and not dispatch.interprets():
         raise ValueError(
             f"attention backend 'triton' cannot run on a {q.device.type} tensor; move it to a GPU, use 'sdpa', or set "
@@ -661,7 +674,7 @@ def _choose(q: Tensor, needs_scores: bool = False) -> str:
         )
     if _forced != "auto":
         return _forced
-    if not dispatch.uses_triton(q) or q.shape[-1] > 256 or q.shape[1] == 1:
+    if not dispatch.uses_triton(q) or q.shape[-1] > LARGEST_HEAD or q.shape[1] == 1:
         return "sdpa"
     return "sdpa" if q.is_cuda and _is_slow(q) and not needs_scores else "triton"
 

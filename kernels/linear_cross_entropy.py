@@ -104,6 +104,37 @@ def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap
             p.mul_(slope)
     for row in (loss, nll, lse):
         row.masked_fill_(is_ignored, 0)
+    return top, total
+
+
+def _filtered_step(logits, targets, row_scale, results, z_loss, softcap, with_correct, filter_eps):
+    """(d, entries): the gradient of the logits of those entries that some row gives more than filter_eps, and of the targets."""
+    block = max(1, BLOCK // logits.shape[1])
+    is_kept, shifts, totals = logits.new_zeros(logits.shape[1], dtype=torch.bool), [], []
+    is_ignored = targets == IGNORED
+    for start in range(0, len(logits), block):
+        rows = slice(start, start + block)
+        p = logits[rows].to(results[0].dtype, copy=True)  # becomes the numerators of the softmax
+        mine = [result[rows] for result in results]
+        top, total = _torch_rows(p, targets[rows], None, mine, 0.0, z_loss, softcap, False, with_correct)
+        is_small = (p <= filter_eps * total) | is_ignored[rows].unsqueeze(1)  # false for NaN, which is not lost
+        is_kept |= ~is_small.all(0)
+        shifts.append(top)
+        totals.append(total)
+    index = targets.masked_fill(is_ignored, 0).long()
+    is_kept[index] = True
+    entries = is_kept.nonzero().squeeze(1)
+    d, slope = logits.index_select(1, entries).to(results[0].dtype), None
+    if softcap:
+        d.div_(softcap).tanh_().mul_(softcap)
+        slope = d.div(softcap).square_().neg_().add_(1)
+    scale = row_scale.unsqueeze(1)
+    factor = scale * (1 + 2 * z_loss * results[2].unsqueeze(1) if z_loss else 1)
+    d.sub_(torch.cat(shifts)).exp_().mul_(factor / torch.cat(totals))
+    d.scatter_add_(1, torch.searchsorted(entries, index).unsqueeze(1), -scale)
+    if slope is not None:
+        d.mul_(slope)
+    return d.to(logits.dtype), entries
 
 
 def _triton_step(logits, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient, with_correct):
@@ -149,10 +180,10 @@ def _unit(row_scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.where(largest > 0, largest, 1) / 16
 
 
-def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct):
+def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct, filter_eps):
     loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
-    if n == 0:
+    if n == 0 or filter_eps:
         dw.zero_()
     unit = _unit(row_scale, x.dtype)
     scale = row_scale.contiguous() if unit is None else row_scale / unit  # contiguous: an incoming gradient may be expanded
@@ -162,6 +193,15 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
         c = slice(start, min(start + rows, n))
         logits = x[c] @ head.T if buffer is None else torch.mm(x[c], head.T, out=buffer[: c.stop - start])
         results = [t[c] for t in (loss, nll, lse, correct)]
+        if filter_eps and needs_gradient:
+            d, entries = _filtered_step(logits, targets[c], scale[c], results, z_loss, softcap, with_correct, filter_eps)
+            if needs_dx:
+                torch.mm(d, head[entries], out=dx[c])
+            if needs_dw:
+                part = d.new_empty(len(entries), x.shape[1], dtype=dw.dtype)
+                _add_product(part, d, x[c], is_first=True)
+                dw.index_add_(0, entries, part)
+            continue
         d = step(logits, targets[c], scale[c], results, label_smoothing, z_loss, softcap, needs_gradient, with_correct)
         if needs_dx:
             torch.mm(d, head, out=dx[c])
@@ -199,17 +239,20 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         softcap: float,  # 0: none
         rows: int, needs_dx: bool, needs_dw: bool,
         with_correct: bool = True,  # a CPU leaves it uninitialised if not
+        filter_eps: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """(Σ row_scale · loss, loss of each row, nll, lse, correct, dx, dW); the gradients are the first's, over `_unit`, or empty."""
-        return _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct)
+        return _chunked(
+            step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct, filter_eps
+        )
 
     @op.register_fake
-    def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct=True):
+    def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct=True, filter_eps=0.0):
         *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
         return results[0].new_empty(()), *results, dx, dw
 
     def save(ctx, inputs, output):
-        x, weight, targets, row_scale, *ctx.options, needs_dx, needs_dw, _ = inputs
+        x, weight, targets, row_scale, *ctx.options, needs_dx, needs_dw, _, ctx.filter_eps = inputs
         ctx.has_gradients = needs_dx or needs_dw
         ctx.save_for_backward(*((output[1], *output[5:], row_scale) if ctx.has_gradients else (x, weight, targets)))
         ctx.dtypes = x.dtype, weight.dtype
@@ -218,7 +261,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
 
     def backward(ctx, grad_sum, grad_loss, *_):
         if (grad_sum if ctx.has_gradients else grad_loss) is None:
-            return (None,) * 11
+            return (None,) * 12
         d_scale = None
         needs_dx, needs_dw, _, needs_d_scale, *_ = ctx.needs_input_grad
         if ctx.has_gradients:  # of the sum, computed in the forward pass
@@ -226,7 +269,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
             factor, d_scale = grad_sum, loss * grad_sum if needs_d_scale else None
         else:  # of each row (reduction "none", strategy "recompute"): the logits are computed once more
             x, weight, targets = ctx.saved_tensors
-            _, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw, False)
+            _, loss, _, _, _, dx, dw = op(x, weight, targets, grad_loss, *ctx.options, needs_dx, needs_dw, False, ctx.filter_eps)
             row_scale, factor = grad_loss, None
         unit = _unit(row_scale.detach(), dx.dtype)
         if unit is not None:
@@ -237,7 +280,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
         )
         if torch.is_grad_enabled():  # create_graph=True: dx and dW are no constants, but what they depend on is not known here
             dx, dw = (g if g is None else _Once.apply(g, loss) for g in (dx, dw))
-        return dx, dw, None, d_scale, *(None,) * 7
+        return dx, dw, None, d_scale, *(None,) * 8
 
     op.register_autograd(backward, setup_context=save)
     return op
@@ -350,6 +393,7 @@ def _recompute_backward_kernel(
     n_a, n_b, width, slice_size, vocab_size,
     stride_a, stride_b,
     IGNORE_INDEX: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
+    FILTER: tl.constexpr,  # tiles of which no entry is above FILTER · its row's scale are left out; 0: none
     A_IS_TOKENS: tl.constexpr,  # A = x, B = W for dx; A = W, B = x for dW
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -382,8 +426,13 @@ def _recompute_backward_kernel(
                 b_s, is_target, top[None, :], log_total[None, :], scale[None, :], vocab_size, LABEL_SMOOTHING, Z_LOSS, SOFTCAP
             )
             b_d = tl.where(is_valid[None, :] & m_a[:, None], b_d, 0.0)
+        stop = width
+        if FILTER != 0:
+            b_scale = tl.abs(scale)[:, None] if A_IS_TOKENS else tl.abs(scale)[None, :]
+            is_small = tl.abs(b_d) <= FILTER * b_scale  # false for NaN, which is not lost
+            stop = tl.where((tl.min(is_small.to(tl.int32)) != 0) & (start > first), 0, width)
         b_d = b_d.to(p_b.dtype.element_ty)  # [BLOCK_A, BLOCK_B]
-        for k in range(0, width, BLOCK_K):
+        for k in range(0, stop, BLOCK_K):
             m_k = k + o_k < width
             b_b = tl.load(p_b + o_b[:, None] * stride_b + (k + o_k)[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
             p_sum = p_out + o_a[:, None] * width + (k + o_k)[None, :]
@@ -407,6 +456,7 @@ def _recompute(
     weight: Tensor,  # (V, K)
     targets: Tensor,  # (N,), IGNORED where ignored
     label_smoothing: float, z_loss: float, softcap: float,
+    filter_eps: float = 0.0,  # of the backward pass
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nll, top, log_total, correct) of each row. Differentiable in loss."""
     (n, width), vocab_size = x.shape, weight.shape[0]
@@ -437,7 +487,7 @@ def _recompute(
 def _recompute_backward(
     grad: Tensor,  # (N,)
     x: Tensor, weight: Tensor, targets: Tensor, top: Tensor, log_total: Tensor,
-    label_smoothing: float, z_loss: float, softcap: float, needs_dx: bool, needs_dw: bool,
+    label_smoothing: float, z_loss: float, softcap: float, needs_dx: bool, needs_dw: bool, filter_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dx in x's dtype, dW in fp32), empty where not needed."""
     *_, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
@@ -452,8 +502,8 @@ def _recompute_backward(
         with torch.cuda.device_of(a):
             _recompute_backward_kernel[(cdiv(a.shape[0], options["BLOCK_A"]), n_slices)](
                 a, b, out, *row_args, a.shape[0], b.shape[0], a.shape[1], slice_size, weight.shape[0], a.stride(0), b.stride(0),
-                IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, A_IS_TOKENS=a_is_tokens,
-                ACC=accumulator(a), **options,
+                IGNORE_INDEX=IGNORED, LABEL_SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, FILTER=filter_eps,
+                A_IS_TOKENS=a_is_tokens, ACC=accumulator(a), **options,
             )  # fmt: skip
 
     if needs_dx:  # few rows of x leave SMs idle: the vocabulary is cut, one fp32 dx per slice, then summed
@@ -471,12 +521,16 @@ def _recompute_backward(
 
 
 _recompute.register_fake(lambda x, *_: empty_rows(x, x.shape[0]))
-_recompute_backward.register_fake(lambda grad, x, weight, *rest: _empty_results(x, weight, *rest[-2:])[-2:])
+_recompute_backward.register_fake(
+    lambda grad, x, weight, targets, top, log_total, label_smoothing, z_loss, softcap, needs_dx, needs_dw, filter_eps=0.0: _empty_results(
+        x, weight, needs_dx, needs_dw
+    )[-2:]
+)
 _recompute_backward.register_autograd(no_second_derivative("linear_cross_entropy"))
 
 
 def _save_recompute(ctx, inputs, output):
-    x, weight, targets, *ctx.options = inputs
+    x, weight, targets, *ctx.options, ctx.filter_eps = inputs
     ctx.save_for_backward(x, weight, targets, output[2], output[3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -484,14 +538,24 @@ def _save_recompute(ctx, inputs, output):
 
 def _backward_recompute(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 6
+        return (None,) * 7
     needs = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors  # read once, as non-reentrant checkpointing requires
-    dx, dw = _recompute_backward(grad_loss, *saved, *ctx.options, *needs)
-    return dx if needs[0] else None, dw.to(saved[1].dtype) if needs[1] else None, *(None,) * 4
+    dx, dw = _recompute_backward(grad_loss, *saved, *ctx.options, *needs, ctx.filter_eps)
+    return dx if needs[0] else None, dw.to(saved[1].dtype) if needs[1] else None, *(None,) * 5
 
 
 _recompute.register_autograd(_backward_recompute, setup_context=_save_recompute)
+
+
+def _filter(filter_eps: float | str | None, x: Tensor, label_smoothing: float) -> float:
+    if filter_eps is None:
+        return 0.0
+    if filter_eps != "auto" and not (isinstance(filter_eps, float) and 0 < filter_eps < 1):
+        raise ValueError(f"filter_eps is {filter_eps!r}; it must be a number between 0 and 1, 'auto', or None for exact gradients")
+    if label_smoothing:
+        raise ValueError("filter_eps cannot be used with label_smoothing, which gives every entry a part of the gradient")
+    return torch.finfo(x.dtype).eps / 32 if filter_eps == "auto" else float(filter_eps)
 
 
 def linear_cross_entropy(
@@ -509,6 +573,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     strategy: str = "chunk",
     memory_budget_mb: float = BUDGET_MB,
+    filter_eps: float | str | None = None,
 ) -> Any:  # the loss, or (loss, statistics) with return_stats
     """Loss of the logits x Wᵀ; the options mean what they mean in `cross_entropy` (`reference.py` holds the formula).
 
@@ -520,7 +585,14 @@ def linear_cross_entropy(
     none and recomputes them in backward: 10 instead of 6 N·K·V FLOPs, for less memory (a CPU and sm_75, which have no tensor cores for
     it, use chunks too, but keep no gradients between forward and backward).
 
-    Raises ValueError for an unknown strategy or reduction, or shapes that do not fit."""
+    `filter_eps` leaves out what small probabilities p add to the gradients, as cut-cross-entropy does (arXiv 2411.09009, section 4.3): on a
+    CPU those of an entry of the vocabulary with p ≤ filter_eps in all rows of a chunk, with "recompute" on a GPU those of a tile without
+    a larger one. The loss is exact. "auto" is ε / 32 of x's dtype: 2⁻¹² in bf16. In units of a row's scale, dx changes by at most Σ p |w|
+    over the left-out entries w of the head, and the row of dW of an entry by at most filter_eps · Σ |x|. So an entry that no text uses
+    is no longer made less likely: its gradient is 0.
+
+    Raises ValueError for an unknown strategy or reduction, shapes that do not fit, or filter_eps with label smoothing or with chunks on a
+    GPU."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
     check_options(reduction, label_smoothing, softcap, targets, token_weight)
@@ -538,18 +610,21 @@ def linear_cross_entropy(
         row_scale = row_scale * token_weight.reshape(-1).masked_fill(~is_valid, 0)
     row_scale = row_scale.to(wide)  # a weight or normalizer in fp64 makes nothing wider
     options = (label_smoothing, z_loss, softcap or 0.0)
+    least = _filter(filter_eps, x, label_smoothing)
     is_triton, needs_dx, needs_dw, total = uses_triton(x), False, False, None
     refuse_transforms("linear_cross_entropy", x, weight, token_weight)
     if strategy == "recompute" and is_triton and architecture(x) != "sm_75":
-        loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options)
+        loss, nll, top, log_total, correct = _recompute(x, weight, targets, *options, least)
         lse = top + log_total
     else:
+        if least and (is_triton or x.device.type != "cpu"):
+            raise ValueError("filter_eps needs strategy 'recompute' on a GPU: the products of a chunk there are whole")
         has_fp32_logits = not is_triton and x.device.type != "cpu"  # a CPU converts a few rows at a time
         rows = chunk_rows(x.shape[0], weight.shape[0], memory_budget_mb, max(4, x.itemsize) if has_fp32_logits else x.itemsize)
         op = _linear_cross_entropy_triton if is_triton else _linear_cross_entropy
         in_forward = strategy == "chunk" and reduction != "none" and torch.is_grad_enabled()
         needs_dx, needs_dw = (in_forward and t.requires_grad for t in (x, weight))
-        total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw, return_stats)
+        total, loss, nll, lse, correct, _, _ = op(x, weight, targets, row_scale, *options, rows, needs_dx, needs_dw, return_stats, least)
     if reduction == "none":
         result = (loss * row_scale).view(shape)
     elif total is None or not (needs_dx or needs_dw):

@@ -14,7 +14,7 @@ from ..common.errors import UserError
 from ..data import built_in
 from ..data.shards import Split
 from ..kernels.dispatch import has_triton
-from ..kernels.flash_attention import head_tiles
+from ..kernels.flash_attention import LARGEST_HEAD, head_tiles
 from ..kernels.linear_cross_entropy import BUDGET_MB, chunk_rows
 from ..model.gpt import GPTConfig
 from . import processes
@@ -215,14 +215,20 @@ def known_data(config: RunConfig, *, tokens: int | None = None, vocab_size: int 
 def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     """The plan of the run of `config` with this data on this device.
 
-    Raises UserError if the config's shape, context or vocabulary do not fit each other or the data, or if the micro-batches of all
-    processes do not divide the global batch."""
+    Raises UserError if the config's shape, context or vocabulary do not fit each other, the data or the device, or if the micro-batches of
+    all processes do not divide the global batch."""
     t, shape = config.train, config.shape(data.vocab_size)
     sequence = t.sequence(shape)
     if t.global_batch % (t.micro_batch * device.count):
         raise UserError(
             f"train.micro_batch ({t.micro_batch}) × processes ({device.count}) must divide train.global_batch ({t.global_batch}); "
             f"try --train.global_batch {max(1, t.global_batch // (t.micro_batch * device.count)) * t.micro_batch * device.count}"
+        )
+
+    if device.runs_triton and config.data.document_mask and shape.head_dim > LARGEST_HEAD:
+        raise UserError(
+            f"model.head_dim is {shape.head_dim}, and packed documents on a GPU take heads of at most {LARGEST_HEAD}; set "
+            f"model.head_dim {LARGEST_HEAD}, or data.document_mask false"
         )
 
     embedding = shape.vocab_size * shape.width * (1 if shape.tie_embeddings else 2)
@@ -284,7 +290,8 @@ def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -
     normed = 2 * s.width * item  # outputs of the two norms: the inputs of qkv and gate_up
     residual = 2 * s.width * 4 + 2 * 4  # inputs of the two norms, and 1 / rms
     packed = (heads + 2 * kv_heads) * item  # output of qkv: saved for the norms of q and k, or because v is a view of it
-    if is_grouped and (on_cpu or not device.runs_flash_attention):  # PyTorch's attention repeats k and v for each query head
+    runs_flash_attention = device.runs_flash_attention and s.head_dim <= LARGEST_HEAD
+    if is_grouped and (on_cpu or not runs_flash_attention):  # PyTorch's attention repeats k and v for each query head
         qkv = 3 * heads * item + s.qk_norm * packed
     else:
         qkv = (heads + kv_heads) * item + packed
@@ -382,7 +389,7 @@ def _warnings(p: Plan) -> list[PlanWarning]:
         text = f"no C++ compiler, so torch.compile is off and training is slower ({d.compiler_missing})"
         found.append(PlanWarning(text, "on Debian: apt install g++"))
     head_dim, padded = p.shape.head_dim, sum(head_tiles(p.shape.head_dim))
-    if head_dim <= 256 and padded > head_dim:
+    if head_dim <= LARGEST_HEAD and padded > head_dim:
         near = [n for n in (*range(head_dim, 15, -1), *range(head_dim, 257)) if sum(head_tiles(n)) == n]
         text = f"the attention kernels pad heads of {head_dim} to {padded}, which wastes {padded / head_dim - 1:.0%} of their work"
         found.append(PlanWarning(text, f"set model.head_dim {min(near, key=lambda n: (abs(n - head_dim), -n))}"))

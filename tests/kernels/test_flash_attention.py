@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.harness import Recorder, check_memory, check_numbers, traffic
 from tritale.kernels import dispatch, launch, reference
-from tritale.kernels.flash_attention import _choose, _document_bounds, attention_backend, flash_attention
+from tritale.kernels.flash_attention import _attend_documents, _choose, _document_bounds, attention_backend, flash_attention
 
 MODULE = sys.modules["tritale.kernels.flash_attention"]  # the package's attribute of that name is the function
 KERNELS = ("flash_attention_fwd", "flash_attention_bwd_dq", "flash_attention_bwd_dkv")
@@ -371,6 +371,21 @@ def test_packed_documents_never_become_a_mask(n_kv_head, window):
     events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     assert q.numel() <= largest < n * n
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+def test_documents_one_by_one_are_the_definition(window, softcap):
+    """What heads above 256, for which there is no Triton kernel, run on a GPU."""
+    q, k, v = heads("cpu", 24, 24, 4, 2, 264)
+    documents = bounds([0, 7, 0, 16, 1, 0], "cpu")
+    results = []
+    for out in (
+        _attend_documents(q, k, v, True, window, softcap, 0.1, documents),
+        reference.flash_attention(q, k, v, window=window, softcap=softcap, scale=0.1, cu_seqlens=documents),
+    ):
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
 def test_flash_attn_is_called_with_its_own_conventions(monkeypatch):

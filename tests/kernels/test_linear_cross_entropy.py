@@ -300,6 +300,57 @@ def test_chunks_are_of_like_size_within_the_budget():
     assert chunk_rows(1, 65536, 1e-6) == 128
 
 
+FILTERING = [("chunk", "torch"), ("recompute", "torch"), ("recompute", "auto")]
+
+
+@pytest.mark.parametrize(("strategy", "name"), FILTERING)
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "softcap": 20.0}, {"reduction": "none"}], ids=lambda o: "-".join(o) or "plain")
+def test_left_out_probabilities_change_the_gradients_within_the_bound(device, strategy, name, options, small_tiles):
+    x, weight, targets = draw(30, 6, 90, device)
+    with torch.no_grad():
+        x *= 3
+        weight[40:] -= 3 * x.mean(0)  # most entries are unlikely everywhere
+        weight[40:] *= 0.01
+        weight[:40] *= 2
+    eps, call = 0.01, options | {"strategy": strategy}
+    outputs, found = [], []
+    with backend(name):
+        for filter_eps in (None, eps):
+            loss = linear_cross_entropy(x, weight, targets, filter_eps=filter_eps, **call)
+            outputs.append(loss)
+            found.append(torch.autograd.grad(loss.sum(), (x, weight)))
+    assert torch.equal(*outputs)
+    (dx, dw), (dx_filtered, dw_filtered) = found
+    s = x @ weight.T
+    if "softcap" in options:
+        s = 20 * torch.tanh(s / 20)
+    is_valid = targets != -100
+    scale = 1.0 if options.get("reduction") == "none" else 1 / is_valid.sum()
+    slope = 1 + 2 * options.get("z_loss", 0) * s.logsumexp(1, keepdim=True).abs()
+    p = s.softmax(1) * slope * is_valid[:, None]
+    most_dx = (torch.where(p <= eps * slope, p, 0) * weight.norm(dim=1)).sum(1) * scale
+    most_dw = eps * (x.norm(dim=1, keepdim=True) * slope * is_valid[:, None]).sum() * scale
+    assert ((dx - dx_filtered).norm(dim=1) <= most_dx + 1e-12).all()
+    assert ((dw - dw_filtered).norm(dim=1) <= most_dw).all()
+    assert not torch.equal(dw, dw_filtered) and not torch.equal(dx, dx_filtered)
+    if name == "torch":
+        used = (p > eps * slope).any(0).index_fill(0, targets.masked_fill(~is_valid, 0), True)  # ignored rows count as entry 0
+        assert not used.all() and torch.equal(dw_filtered.any(1), used) and dw.any(1).all()
+
+
+@pytest.mark.parametrize(("strategy", "name"), FILTERING)
+def test_filtered_gradients_keep_nan_and_precision(device, strategy, name, small_tiles):
+    x, weight, targets = draw(20, 5, 60, device, torch.float32, ignored=0.0)
+    with backend(name):
+        gradients = lambda f: torch.autograd.grad(linear_cross_entropy(x, weight, targets, strategy=strategy, filter_eps=f), (x, weight))
+        auto, exact = gradients("auto"), gradients(None)
+        torch.testing.assert_close(auto, exact)
+        with torch.no_grad():
+            x[3, 2] = float("nan")
+        found = gradients(0.5)
+    assert found[0][3].isnan().all() and found[1].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_wrong_arguments_say_what_is_allowed(device, name):
     x, weight, targets = draw(3, 4, 5, device, torch.float32)
@@ -312,6 +363,14 @@ def test_wrong_arguments_say_what_is_allowed(device, name):
             linear_cross_entropy(x, weight[:, :3], targets)
         with pytest.raises(ValueError, match=r"token_weight \(1,\) must have the targets' shape, \(3,\)"):
             linear_cross_entropy(x, weight, targets, token_weight=torch.ones(1, device=device))
+        for wrong in (0.0, 1.0, float("nan"), "some"):
+            with pytest.raises(ValueError, match="between 0 and 1, 'auto', or None"):
+                linear_cross_entropy(x, weight, targets, filter_eps=wrong)
+        with pytest.raises(ValueError, match="label_smoothing"):
+            linear_cross_entropy(x, weight, targets, filter_eps="auto", label_smoothing=0.1)
+    if name == "auto":
+        with pytest.raises(ValueError, match="'recompute' on a GPU"):
+            linear_cross_entropy(x, weight, targets, filter_eps="auto")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

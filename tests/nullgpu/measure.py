@@ -45,6 +45,9 @@ MEMORY = {
     "44m, compiled, fp32": _step("microstories-44m", 16, FP32),
     "44m, eager, fp32": _step("microstories-44m", 16, f"{FP32} {EAGER}"),
     "44m, compiled, grouped heads": _step("microstories-44m", 32, GROUPED),
+    "44m, compiled, grouped heads of 320, no document mask": _step(
+        "microstories-44m", 16, f"--model.n_head 4 --model.n_kv_head 2 --model.head_dim 320 {ROWS}"
+    ),
     "44m, compiled, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32}"),
     "44m, eager, grouped heads, fp32": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER}"),
     "44m, eager, grouped heads, fp32, no document mask": _step("microstories-44m", 16, f"{GROUPED} {FP32} {EAGER} {ROWS}"),

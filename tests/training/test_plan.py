@@ -11,6 +11,7 @@ import torch
 from runs import REPOSITORY, TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tritale.common.errors import UserError
 from tritale.common.run_folder import step_folders
 from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
@@ -130,6 +131,15 @@ def test_each_warning_is_made_with_its_remedy(changes, facts, message):
     data = dataclasses.replace(DATA, **{k: v for k, v in facts.items() if hasattr(DATA, k)})
     device = dataclasses.replace(CPU, **{k: v for k, v in facts.items() if hasattr(CPU, k)})
     assert re.search(message, warnings(data, device, **changes))
+
+
+def test_packed_documents_on_a_gpu_take_heads_of_at_most_256():
+    gpu = dataclasses.replace(CPU, runs_triton=True)
+    message = "model.head_dim is 258, and packed documents on a GPU take heads of at most 256; set model.head_dim 256, or data.doc"
+    with pytest.raises(UserError, match=message):
+        plan(configured(model__head_dim=258), DATA, gpu)
+    for device, changes in ((gpu, {"model__head_dim": 256}), (gpu, {"data__document_mask": False}), (CPU, {})):
+        assert plan(configured(**{"model__head_dim": 258, **changes}), DATA, device).parameters
 
 
 def test_values_just_inside_a_limit_make_no_warning():
