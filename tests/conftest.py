@@ -10,6 +10,7 @@ With a GPU the kernel tests run natively. All other tests and all child processe
 
 import importlib
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -36,6 +37,9 @@ if torch.cuda.is_available():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 else:
     interpret_kernels()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script ignores Ctrl-C, and its children would do the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes

@@ -24,8 +24,7 @@ def run(tmp_path_factory):
 
 def test_it_serves_on_the_loopback_address_until_ctrl_c(run):
     command = [sys.executable, "-m", "tritale.cli.main", "serve", str(run), "--port", "0"]
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores SIGINT, and its children inherit that
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=listens)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         assert process.stdout and process.stderr
         line = process.stdout.readline()

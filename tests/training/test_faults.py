@@ -151,7 +151,7 @@ def test_several_processes_end_in_one_line(ending, tmp_path):
             time.sleep(0.1)
         ranks[0].resume()
         status, message = 1, "tritale train: process 1 was ended by signal 9 (9 is often a lack of memory); run the same command again"
-    text = launcher.communicate()[1].strip()
+    text = launcher.communicate(timeout=100)[1].strip()
     assert launcher.returncode == status and text.startswith(message) and "\n" not in text and not psutil.wait_procs(ranks, timeout=20)[1]
 
 
