@@ -67,14 +67,19 @@ def _torch_step(logits, targets, row_scale, results, *options):
     return logits
 
 
+def _cap(s: Tensor, softcap: float) -> Tensor | None:
+    """Caps s in place, and returns the derivative, None without a cap."""
+    if not softcap:
+        return None
+    s.div_(softcap).tanh_().mul_(softcap)
+    return s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
+
+
 def _torch_rows(s, targets, row_scale, results, label_smoothing, z_loss, softcap, needs_gradient, with_correct):
     loss, nll, lse, correct = results
     vocab_size, is_ignored = s.shape[1], targets == IGNORED
     index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
-    slope = None
-    if softcap:
-        s.div_(softcap).tanh_().mul_(softcap)
-        slope = s.div(softcap).square_().neg_().add_(1)  # d tanh = 1 − tanh²
+    slope = _cap(s, softcap)
     if with_correct:
         top, arg = s.max(dim=1, keepdim=True)
         correct.copy_(arg.squeeze(1) == targets)
@@ -124,10 +129,8 @@ def _filtered_step(logits, targets, row_scale, results, z_loss, softcap, with_co
     index = targets.masked_fill(is_ignored, 0).long()
     is_kept[index] = True
     entries = is_kept.nonzero().squeeze(1)
-    d, slope = logits.index_select(1, entries).to(results[0].dtype), None
-    if softcap:
-        d.div_(softcap).tanh_().mul_(softcap)
-        slope = d.div(softcap).square_().neg_().add_(1)
+    d = logits.index_select(1, entries).to(results[0].dtype)
+    slope = _cap(d, softcap)
     scale = row_scale.unsqueeze(1)
     factor = scale * (1 + 2 * z_loss * results[2].unsqueeze(1) if z_loss else 1)
     d.sub_(torch.cat(shifts)).exp_().mul_(factor / torch.cat(totals))
