@@ -32,7 +32,7 @@ from tritale.training.logs import Log
 from tritale.training.plan import DataFacts, DeviceFacts, plan
 from tritale.training.step import TrainingStep, explain_errors
 
-BEGIN, END = "<!-- measured: python -m bench.race --report -->", "<!-- end of measured -->"
+BEGIN = "<!-- measured: python -m bench.race --report -->"
 OURS = "ours"
 ADAMW = {"optim.matrices": "adamw", "optim.weight_decay": 0.1, "optim.betas": "[0.9,0.95]"}
 UNTUNED = ADAMW | {"optim.lr": 5e-4, "optim.embedding_lr": "null", "train.global_batch": 1, "init": "normal"}
@@ -263,7 +263,7 @@ def main() -> None:
         rows = read(args.results)
         chart(rows, ROOT / "docs/race.png")
         parts = [f"## {text}, {preset}\n\n{tables(mine)}" for (text, preset), mine in grouped(rows, "text", "preset").items()]
-        write_between_markers(ROOT / "docs/race.md", "\n" + "\n".join(parts) + "\n", BEGIN, END)
+        write_between_markers(ROOT / "docs/race.md", "\n" + "\n".join(parts) + "\n", BEGIN)
 
 
 if __name__ == "__main__":

@@ -455,11 +455,11 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{file} is not a results file of pytest bench --benchmark ({error}); choose one in bench/results/") from error
 
 
-def write_between_markers(page: Path, body: str, begins: str = BEGIN, ends: str = END) -> None:
+def write_between_markers(page: Path, body: str, begins: str = BEGIN) -> None:
     before, begin, rest = page.read_text(encoding="utf-8").partition(begins)
-    _, end, after = rest.partition(ends)
+    _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"{page} lacks the lines {begins!r} and {ends!r}")
+        raise ValueError(f"{page} lacks the lines {begins!r} and {END!r}")
     page.write_text(f"{before}{begin}\n{body}{end}{after}", encoding="utf-8")
     print(f"written: {page}")
 
