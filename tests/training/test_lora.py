@@ -105,7 +105,7 @@ def test_every_command_takes_a_checkpoint_with_an_adapter(lora_run, tmp_path, ca
         ["status", run],
         ["report", run],
         ["generate", run, "--instruct", "--prompt", "写一个故事", "--max-new-tokens", "4"],
-        ["sweep", run, *few, "--samples", "1", "--prompt", "小兔", "--max-new-tokens", "4"],
+        ["sweep", run, *few, "--samples", "1", "--max-new-tokens", "4"],
         ["evaluate", run, *few, "--held-out", "2", "--max-new-tokens", "4"],
         ["export", run, "--to", "hf", "--out", tmp_path / "hf"],
         ["export", run, "--to", "litgpt", "--out", tmp_path / "litgpt"],
@@ -195,7 +195,7 @@ def planned(tmp_path, matrices: str = "adamw", vocab_size: int = 900, **changes)
         out_dir=str(tmp_path / "run"),
         init_from=str(folder),
         lora=LoRAConfig(**{"rank": 8, **changes}),
-        data=DataConfig(source="none"),
+        data=DataConfig(source="elsewhere"),
         train=TrainConfig(global_batch=8, micro_batch=8, compile=False, checkpoint_every=1000),
         optim=OptimConfig(matrices=matrices, warmup_steps=2, embedding_lr=0.1),
     )
