@@ -292,9 +292,10 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
 # --- Memory --------------------------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -> int:
+def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool, is_frozen: bool) -> int:
     """Bytes per token that the forward pass saves for the backward pass. The residual stream is fp32, the inputs of matrix products have
-    the run's precision. Exact within 2 %, except in eager bf16 on a CPU, which saves some more fp32 copies."""
+    the run's precision. `is_frozen`: only adapters are trained, of all matrices; less is saved if some have none. Exact within 2 %, except
+    in eager bf16 on a CPU, which saves some more fp32 copies."""
     s, item = shape, 4 if device.precision == "fp32" else 2
     heads, kv_heads = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
     on_cpu, is_grouped = not device.runs_triton, s.n_head > s.n_kv_head
@@ -313,9 +314,12 @@ def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -
     attention = qkv + heads * item + s.n_head * 4  # q, k, v; its output; lse
     mlp = 3 * s.mlp_width * item  # gate, up; silu(gate) · up
     layer = normed + residual + attention + mlp
-    if on_cpu and not is_compiled:  # x / rms, silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
-        layer += (2 * s.width + s.mlp_width + s.head_dim + s.qk_norm * (heads + kv_heads)) * 4
-    last_norm = s.width * 4 * (2 if on_cpu and not is_compiled else 1)
+    is_eager = on_cpu and not is_compiled
+    if is_eager:  # silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
+        layer += (s.mlp_width + s.head_dim) * 4
+    if is_eager and not is_frozen:  # x / rms, for the gradients of the norms' weights
+        layer += (2 * s.width + s.qk_norm * (heads + kv_heads)) * 4
+    last_norm = s.width * 4 * (2 if is_eager and not is_frozen else 1)
     return s.n_layer * layer + last_norm
 
 
@@ -325,10 +329,10 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     rows, item = micro_batch * config.train.sequence(shape), 4 if device.precision == "fp32" else 2
     head = shape.vocab_size * shape.width
     is_compiled = config.train.compile and not device.compiler_missing
-    activations = rows * activation_bytes(shape, device, is_compiled)
+    adapters = config.lora.parameters(shape)
+    activations = rows * activation_bytes(shape, device, is_compiled, adapters > 0)
     if item == 2:  # autocast's copies of the blocks' matrices
         activations += 2 * (shape.n_matrix - head)
-    adapters = config.lora.parameters(shape)
     activations += rows * shape.n_layer * len(set(config.lora.targets)) * config.lora.rank * item  # x Aᵀ
     chunk = min(rows, chunk_rows(rows, shape.vocab_size, BUDGET_MB, item)) * shape.vocab_size * item  # the gradient overwrites the logits
     loss = rows * shape.width * item + chunk + (2 * head if item == 2 else 0)
