@@ -82,7 +82,7 @@ def export_merged(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     Raises UserError if `out` exists."""
     refuse_existing(out)
     with atomic_folder(out) as folder:
-        save_model(folder, model, **tokenizer.special_ids)
+        save_model(folder, model, state=None, base=None, **tokenizer.special_ids)
         tokenizer.save(folder, context=model.config.context)
         write_checksums(folder)
 

@@ -156,8 +156,8 @@ class Plan:
         ratio = self.tokens / self.parameters
         fits_all = " (all sequences of a step)" if self.largest_micro_batch == t.global_batch // d.count else ""
         first, middle, last = (f"{rate:.1e}" if rate else "0" for rate in self.rates)
-        others = c.optim.embedding_lr and not c.lora.rank
-        embedding_rate = f" (embedding, head and norms: × {c.optim.embedding_lr / c.optim.lr:.3g})" if others else ""
+        others = None if c.lora.rank else c.optim.embedding_lr
+        embedding_rate = f" (embedding, head and norms: × {others / c.optim.lr:.3g})" if others else ""
         share = f"; {count(self.trained)} are trained, adapters of rank {c.lora.rank}" if c.lora.rank else ""
         return {
             "device": f"{d.count} × {d.name}, {d.precision}",

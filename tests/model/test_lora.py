@@ -18,7 +18,6 @@ from tritale.model.lora import TARGETS, LoRALinear, adapter_state, add_adapters
 
 SHAPES = {"mistral": {"tie_embeddings": False}, "qwen3": {"qk_norm": True}}
 CHOICES = [TARGETS, ("v_proj", "q_proj"), ("up_proj", "o_proj", "down_proj")]
-IDS = {"eos_token_id": 0, "pad_token_id": 3}
 
 
 def plain_model(shape: str = "qwen3") -> GPT:
@@ -38,7 +37,7 @@ def adapted(model: GPT, targets: Sequence[str] = TARGETS, rank: int = 3, alpha: 
 
 def write(folder: Path, model: GPT, base: Path | None = None) -> Path:
     folder.mkdir()
-    save_model(folder, model, **IDS, base=Base.at(base) if base else None)
+    save_model(folder, model, eos_token_id=0, pad_token_id=3, base=Base.at(base) if base else None)
     write_checksums(folder)
     return folder
 
