@@ -17,6 +17,7 @@ from tritale.common.files import sha256_of
 from tritale.evaluation.average import average
 from tritale.evaluation.trained_run import TrainedRun
 from tritale.inference import LLM
+from tritale.inference.engine import Engine
 from tritale.model import GPT, GPTConfig, load_model
 from tritale.model.checkpoint import save_model
 from tritale.model.lora import TARGETS
@@ -120,6 +121,7 @@ def test_every_command_takes_a_checkpoint_with_an_adapter(lora_run, tmp_path, ca
             assert "files; an adapter of" in printed and "damaged" not in printed
         if command[0] == "export" and "hf" in command:
             assert "transformers" in printed and "the same logits" in printed
+    Engine(run, slots=1, queue=1, device="cpu").stop()  # of the server, which has loaded the newest checkpoint
     assert model_object(run / "step-00000004")["created"] > 0
     assert (tmp_path / "hf" / "model.safetensors").is_file() and not (tmp_path / "hf" / "adapter_config.json").exists()
     model, exported = load_model(run / "step-00000004"), load_model(tmp_path / "hf")
