@@ -16,7 +16,7 @@ from pathlib import Path
 from tritale.common.console import end_with, prepare_output, wrapped
 from tritale.common.errors import UserError, sentence
 from tritale.common.files import locked, sha256_of
-from tritale.common.run_folder import find_checkpoint, step_folder
+from tritale.common.run_folder import find_checkpoint, step_folder, weights_of
 from tritale.data.batches import Batches, PairBatches
 from tritale.data.built_in import open_data, write_built_in
 from tritale.data.chat import prompt_ids
@@ -101,7 +101,7 @@ def run(config: RunConfig, here: processes.Processes, log: Log, stop: processes.
     order = {"global_batch": train.global_batch, "seed": config.seed, "rank": here.rank, "world_size": here.world_size}
     shared = {"here": here, "autocast": step.autocast}
     if config.objective == "dpo" and base:
-        name = sha256_of(base / "model.safetensors")[:16]
+        name = sha256_of(weights_of(base))[:16]
         references = [reference_log_probs(step.whole_model(), s, name, **sizes, **shared) for s in (train_split, validation_split)]
         batches = PairBatches(train_split, references[0].cpu(), **sizes, **order)
         evaluate = functools.partial(validate_pairs, split=validation_split, reference=references[1], config=config.dpo, **sizes, **shared)

@@ -25,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..common.run_folder import find_checkpoint
+    from ..common.run_folder import find_checkpoint, is_adapter
     from ..inference import LLM
     from ..model import consumers, export
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM.load(source, device="cpu", ema=args.ema)
     model, tokenizer = llm.model, llm.tokenizer
     if args.to == "hf":
-        export.export_hf(source, out, ema=args.ema)
+        export.export_merged(model, tokenizer, out) if is_adapter(source) else export.export_hf(source, out, ema=args.ema)
         check, use = consumers.check_hf, f'in Python: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     elif args.to == "litgpt":
         export.export_litgpt(model, tokenizer, out)

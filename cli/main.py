@@ -24,6 +24,7 @@ from . import (
     import_,
     instruct,
     lr_find,
+    merge,
     pairs,
     plan,
     prepare,
@@ -40,7 +41,7 @@ COMMANDS: dict[str, ModuleType] = {
     "prepare": prepare, "instruct": instruct, "plan": plan, "lr-find": lr_find, "train": train, "status": status, "report": report,
     "doctor": doctor, "verify": verify, "generate": generate,
     "sweep": sweep, "evaluate": evaluate, "pairs": pairs, "teach": teach,
-    "average": average, "export": export, "import": import_, "serve": serve,
+    "average": average, "merge": merge, "export": export, "import": import_, "serve": serve,
 }  # fmt: skip
 
 # Names of our options in other programs, where the spelling is not similar.

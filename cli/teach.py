@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from ..instructions.copies import COPIES
     from .main import main
 
+    if any(option.startswith("--lora.") for option in args.overrides):
+        raise UserError("both trainings change all weights; for adapters give lora.rank to one of them: tritale train (docs/teach.md)")
     base = find_checkpoint(args.base)
     context = ["--context", context_of(base)]
     data = args.data or data_of([base])

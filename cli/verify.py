@@ -16,14 +16,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a line for each checkpoint and data split in the folder. The exit status is 1 if one is damaged."""
     from ..common.errors import UserError
-    from ..common.run_folder import STEP_FOLDER, listing
+    from ..common.run_folder import ADAPTER, STEP_FOLDER, listing
     from ..data.shards import INDEX, Split
     from ..model.checkpoint import CHECKSUMS
 
     folder = args.dir
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a run such as out/quickstart, one of its step-… folders, or data")
-    names = (CHECKSUMS, INDEX, "model.safetensors")
+    names = (CHECKSUMS, INDEX, "model.safetensors", ADAPTER)
     found = {path.parent for name in names for path in folder.rglob(name) if not any(part.startswith(".") for part in path.parts)}
     found |= {path for path in folder.rglob("step-*") if path.is_dir() and STEP_FOLDER.fullmatch(path.name)}
     found = sorted(path for path in found if path == folder or path.name != "trainer")  # that one is a part of its checkpoint
@@ -46,7 +46,8 @@ def checked(checkpoint: Path) -> str:
     changed."""
     from ..common.errors import UserError
     from ..common.files import read_json_object
-    from ..model.checkpoint import CHECKSUMS, DAMAGED, check_files
+    from ..common.run_folder import is_adapter
+    from ..model.checkpoint import CHECKSUMS, DAMAGED, base_of, check_files
 
     n_files = 0
     for folder in (checkpoint, checkpoint / "trainer"):
@@ -59,4 +60,6 @@ def checked(checkpoint: Path) -> str:
             raise UserError(f"{folder / CHECKSUMS} is missing")
         check_files(folder)
         n_files += len(read_json_object(folder / CHECKSUMS, remedy=DAMAGED))
+    if is_adapter(checkpoint):
+        return f"whole, {n_files} files; an adapter of {base_of(checkpoint).folder}, whose weights have not changed"
     return f"whole, {n_files} files"

@@ -12,6 +12,7 @@ from .files import final_name
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # of a LoRA run, in place of model.safetensors
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
@@ -46,9 +47,20 @@ def check_is_final(folder: Path) -> None:
         )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a checkpoint holds an adapter of another checkpoint, and no weights of its own."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def weights_of(folder: Path) -> Path:
+    """The file of a checkpoint's weights, or of its adapter."""
+    return folder / (ADAPTER if is_adapter(folder) else "model.safetensors")
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder has its final name and the files of a checkpoint."""
-    return final_name(folder) is None and all((folder / name).is_file() for name in CHECKPOINT_FILES)
+    names = [weights_of(folder).name if name == "model.safetensors" else name for name in CHECKPOINT_FILES]
+    return final_name(folder) is None and all((folder / name).is_file() for name in names)
 
 
 def find_checkpoints(folder: Path) -> dict[str, Path]:

@@ -63,7 +63,7 @@ def average(
         "validation": {"documents": documents.n_documents, "of_documents": validation.n_documents, "characters": documents.characters},
     }
     with atomic_folder(out) as temporary:
-        save_model(temporary, model, state=None, **tokenizer.special_ids)
+        save_model(temporary, model, state=None, base=None, **tokenizer.special_ids)
         tokenizer.save(temporary, context=model.config.context)
         write_json(temporary / "average.json", about)
         write_checksums(temporary)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..common.errors import UserError
-from ..common.run_folder import find_checkpoints
+from ..common.run_folder import find_checkpoints, weights_of
 from ..common.sampling import Sampling
 from ..data.chat import Messages
 from .detokenizer import Completion
@@ -241,7 +241,7 @@ class Engine:
 
     def _version(self, folder: Path) -> tuple:
         try:
-            file = (folder / "model.safetensors").stat()
+            file = weights_of(folder).stat()
         except OSError:  # the run keeps its last few only
             message = f"the checkpoint {folder.name!r} was deleted; /v1/models lists the existing ones"
             raise EngineError(message, "checkpoint_gone") from None

@@ -4,9 +4,10 @@ Without QK-norm it is a Mistral, with QK-norm a Qwen3; `transformers.AutoModelFo
 safetensors and JSON are read, so a checkpoint from an untrusted source cannot run code.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from ..common.errors import UserError, one_line
 from ..common.files import read_json_object, sha256_of, write_json
-from ..common.run_folder import listing
+from ..common.run_folder import ADAPTER, ADAPTER_CONFIG, is_adapter, listing
 from ..common.sampling import Sampling
 from ..kernels.rotary import rotary_tables
 from .gpt import GPT, GPTConfig
+from .lora import adapter_state, merged
 
 FORMAT = 1  # config.json's "tritale_format"; a checkpoint without the key has format 1
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -41,6 +43,17 @@ LARGEST = {  # of damaged values: larger ones would fill the memory or take fore
     "n_layer": 1000, "n_head": 1024, "n_kv_head": 1024, "head_dim": 1024, "width": 2**16, "context": 2**20,
 }  # fmt: skip
 NUMBERS = {"rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "init_std": "initializer_range"}  # of GPTConfig, and of config.json
+
+
+class Base(NamedTuple):
+    """The checkpoint whose weights an adapter changes."""
+
+    folder: Path
+    sha256: str  # of its weights
+
+    @classmethod
+    def at(cls, folder: Path) -> "Base":
+        return cls(folder.resolve(), sha256_of(folder / WEIGHTS))
 
 
 def hf_config(config: GPTConfig, *, eos_token_id: int, pad_token_id: int) -> dict:
@@ -148,19 +161,9 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
     if not c.tie_embeddings:
         state["lm_head.weight"] = model.head
     for i, block in enumerate(model.blocks):
-        q, k, v = block.qkv.weight.split([n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
-        gate, up = block.gate_up.weight.chunk(2)
-        layer = {
-            "input_layernorm": block.attention_norm,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention_out.weight,
-            "post_attention_layernorm": block.mlp_norm,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp_out.weight,
-        }
+        layer = {"input_layernorm": block.attention_norm, "post_attention_layernorm": block.mlp_norm}
+        for name, parts in c.projections.items():
+            layer |= zip(parts, getattr(block, name).weight.split([rows for rows, _ in parts.values()]), strict=True)
         if c.qk_norm:
             layer |= {"self_attn.q_norm": block.q_norm, "self_attn.k_norm": block.k_norm}
         state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
@@ -175,16 +178,26 @@ def save_model(
     pad_token_id: int,
     im_end_id: int | None = None,
     state: dict[str, Tensor] | None = None,
+    base: Base | None = None,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors into an existing folder. Call `write_checksums` last. `state` is a
-    copy of `hf_state(model)`, if the model may change meanwhile. `im_end_id` of a model for conversations also ends a text."""
+    copy of `hf_state(model)`, if the model may change meanwhile. `im_end_id` of a model for conversations also ends a text.
+
+    With `base`, the checkpoint whose weights a model with adapters has, the adapters in PEFT's format in place of model.safetensors;
+    `state` is then a copy of `adapter_state(model)`."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    write_json(folder / "config.json", hf_config(model.config, **tokens))
+    record = {"tritale_base": {"path": os.path.relpath(base.folder, folder.resolve()), "sha256": base.sha256}} if base else {}
+    write_json(folder / "config.json", hf_config(model.config, **tokens) | record)
     sampling = {name: getattr(Sampling, name) for name in ("temperature", "top_p", "top_k")}
     if im_end_id is not None:
         sampling |= {"eos_token_id": [eos_token_id, im_end_id]}
     write_json(folder / "generation_config.json", {"bos_token_id": eos_token_id, **tokens, "do_sample": True, **sampling})
-    save_tensors(folder / WEIGHTS, hf_state(model) if state is None else state)
+    if base is None:
+        save_tensors(folder / WEIGHTS, hf_state(model) if state is None else state)
+        return
+    save_tensors(folder / ADAPTER, adapter_state(model) if state is None else state)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.folder), **(model.adapters or {})}
+    write_json(folder / ADAPTER_CONFIG, settings | {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True})
 
 
 def write_checksums(folder: Path) -> None:
@@ -243,11 +256,58 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: GPT, folder: Path, *, name: str = WEIGHTS) -> None:
-    """Copy the weights of a checkpoint, or with `name` EMA their running mean, into a model of the same shape. Raises UserError if the
-    tensors do not match, or if the checkpoint has no running mean."""
+    """Copy the weights of a checkpoint, or with `name` EMA their running mean, into a model of the same shape. Those of an adapter are its
+    base's with the adapter merged. Raises UserError if the tensors do not match, or if the checkpoint has no running mean;
+    FileNotFoundError or UserError if an adapter's base is missing or has changed."""
     if name == EMA and not (folder / EMA).is_file():
         raise UserError(f"{folder} has no {EMA}; train with --train.ema 0.999, or leave out --ema")
-    copy_weights(model, load_tensors(folder, name), folder / name)
+    state = load_tensors(*((base_of(folder).folder, WEIGHTS) if is_adapter(folder) else (folder, name)))
+    if is_adapter(folder):
+        adapter, settings = load_tensors(folder, ADAPTER), read_json(folder, ADAPTER_CONFIG)
+        try:
+            state = merged(state, adapter, settings["lora_alpha"] / settings["r"])
+        except (KeyError, TypeError, RuntimeError, ArithmeticError):
+            raise UserError(f"{folder / ADAPTER} does not fit its base or {ADAPTER_CONFIG}; {DAMAGED}") from None
+    copy_weights(model, state, folder / name)
+
+
+def base_of(folder: Path) -> Base:
+    """The checkpoint that an adapter was trained on: at the same place as seen from the adapter, or at its absolute path of that time.
+
+    Raises FileNotFoundError if it is missing, UserError if its weights have changed."""
+    record, settings = read_json(folder, "config.json").get("tritale_base"), read_json(folder, ADAPTER_CONFIG)
+    path, sha256 = (record.get(key) for key in ("path", "sha256")) if isinstance(record, dict) else (None, None)
+    if not isinstance(path, str) or not isinstance(sha256, str):
+        raise UserError(f"{folder / 'config.json'} does not name the checkpoint that the adapter was trained on; {DAMAGED}")
+    places = [(folder / path).resolve(), Path(str(settings.get("base_model_name_or_path")))]
+    found = [place for place in places if (place / WEIGHTS).is_file()]
+    for place in found:
+        if sha256_of(place / WEIGHTS) == sha256:
+            return Base(place, sha256)
+    if found:
+        raise UserError(f"{folder} is an adapter of {found[0]}, whose {WEIGHTS} is another one now (its sha256 differs); restore that")
+    raise FileNotFoundError(f"{folder} is an adapter of {places[0]}, which is missing; move that checkpoint back to this place")
+
+
+@torch.no_grad()
+def load_adapter(model: GPT, folder: Path) -> Base:
+    """Copy an adapter and the weights of its base, which is returned, into a model with adapters. Raises UserError if they do not fit."""
+    base, own, adapter = base_of(folder), adapter_state(model), load_tensors(folder, ADAPTER)
+    load_weights(model, base.folder)
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in adapter.items()}:
+        raise UserError(f"{folder / ADAPTER} has other tensors than the model's adapters; {DAMAGED}")
+    for name, tensor in own.items():
+        tensor.copy_(adapter[name])
+    return base
+
+
+def merged_model(model: GPT) -> GPT:
+    """A copy of a model in which its adapters are merged."""
+    assert model.adapters is not None
+    plain = empty_model(model.config, model.embedding.device).requires_grad_(False)
+    scale = model.adapters["lora_alpha"] / model.adapters["r"]
+    copy_weights(plain, merged(hf_state(model), adapter_state(model), scale), Path(WEIGHTS))
+    return plain
 
 
 @torch.no_grad()

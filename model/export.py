@@ -16,7 +16,7 @@ from ..common.files import atomic_file, atomic_folder, write_json
 from ..data.chat import CHAT_TEMPLATE
 from ..data.foreign_tokenizer import ForeignTokenizer
 from ..data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer
-from .checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_config, hf_state
+from .checkpoint import CHECKSUMS, EMA, WEIGHTS, check_files, hf_config, hf_state, save_model, write_checksums
 from .gpt import GPT, GPTConfig
 
 # The names of the tensors in Hugging Face's files, in litgpt's, and in GGUF files. litgpt packs q, k and v.
@@ -74,6 +74,17 @@ def export_hf(source: Path, out: Path, *, ema: bool = False) -> None:
         for path in source.iterdir():
             if path.is_file() and path.name not in (CHECKSUMS, WEIGHTS if ema else EMA):
                 shutil.copyfile(path, folder / (WEIGHTS if path.name == EMA else path.name))
+
+
+def export_merged(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a model as an ordinary checkpoint without the state of a training, for example one in whose weights an adapter is merged.
+
+    Raises UserError if `out` exists."""
+    refuse_existing(out)
+    with atomic_folder(out) as folder:
+        save_model(folder, model, state=None, base=None, **tokenizer.special_ids)
+        tokenizer.save(folder, context=model.config.context)
+        write_checksums(folder)
 
 
 # ---- litgpt -------------------------------------------------------------------------------------------------------------------------

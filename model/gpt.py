@@ -69,6 +69,17 @@ class GPTConfig:
         return replace(PRESETS[name], **changes)
 
     @property
+    def projections(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """{matrix of a block: {projection that is packed in it, by Hugging Face's name: its shape}}, in the order of their rows."""
+        heads, kv_heads = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        return {
+            "qkv": {f"self_attn.{x}_proj": (n, self.width) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))},
+            "attention_out": {"self_attn.o_proj": (self.width, heads)},
+            "gate_up": {f"mlp.{x}_proj": (self.mlp_width, self.width) for x in ("gate", "up")},
+            "mlp_out": {"mlp.down_proj": (self.width, self.mlp_width)},
+        }
+
+    @property
     def n_matrix(self) -> int:
         """Parameters in matrix products: all matrices and the head, also if it is tied to the embedding."""
         heads = (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
@@ -179,6 +190,7 @@ class GPT(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.width))
         self.head = self.embedding if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
         cos, sin = rotary_tables(config.context, config.head_dim, config.rope_theta)
+        self.adapters: dict | None = None  # of `lora.add_adapters`: rank, alpha and targets, as PEFT names them
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()

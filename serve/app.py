@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..common.errors import UserError
-from ..common.run_folder import find_checkpoints
+from ..common.run_folder import find_checkpoints, weights_of
 from ..common.sampling import Sampling
 from ..data.chat import Messages, problem
 from ..inference import Completion
@@ -420,7 +420,7 @@ def is_address(name: str) -> bool:
 
 def model_object(folder: Path) -> dict:
     try:
-        created = int((folder / "model.safetensors").stat().st_mtime)
+        created = int(weights_of(folder).stat().st_mtime)
     except OSError:  # deleted meanwhile
         created = 0
     return {"id": folder.name, "object": "model", "created": created, "owned_by": "tritale"}

@@ -16,9 +16,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ..common.console import end_with
 from ..common.errors import UserError
-from ..common.run_folder import find_checkpoint
+from ..common.run_folder import find_checkpoint, is_adapter
 from ..model.checkpoint import read_shape
 from ..model.gpt import PRESETS, GPTConfig
+from ..model.lora import TARGETS
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"  # in the repository and in the wheel
 LONGEST_CONFIG = 1_000_000  # characters
@@ -193,6 +194,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters: the weights of init_from stay as they are, and each target learns alpha / rank · B A beside its matrix W.
+
+    Args:
+        rank: Rows of A and columns of B; 0 for no adapters, so that all weights are trained.
+        alpha: Scale of the adapters; they are multiplied by alpha / rank.
+        targets: The matrices of the blocks that have an adapter, by Hugging Face's names.
+    """
+
+    rank: int = between(0, 0, 1024)
+    alpha: float = between(32.0, 1e-3, 1e4)
+    targets: tuple[str, ...] = checked(
+        TARGETS, lambda names: len(names) > 0 and set(names) <= {*TARGETS}, f"a list of some of {', '.join(TARGETS)}"
+    )
+
+    def parameters(self, shape: GPTConfig) -> int:
+        """The number of trained parameters; 0 without adapters."""
+        parts = {name.split(".")[1]: sum(size) for matrix in shape.projections.values() for name, size in matrix.items()}
+        return shape.n_layer * self.rank * sum(parts[name] for name in set(self.targets))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -329,6 +352,7 @@ class RunConfig:
         objective: cross_entropy (the next token), or dpo (pairs of answers).
         data: The training and validation data.
         model: The model's shape.
+        lora: Low-rank adapters.
         train: The training loop.
         optim: The optimizer.
         dpo: Preference training.
@@ -342,6 +366,7 @@ class RunConfig:
     objective: str = one_of("cross_entropy", "dpo")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -363,6 +388,12 @@ class RunConfig:
         if self.init_from and self.model != ModelConfig():
             raise UserError(f"init_from takes the model's shape from {self.init_from}; leave out the keys of model")
 
+        if self.lora.rank and not self.init_from:
+            raise UserError("lora.rank trains adapters of a model; set init_from to its run")
+        if not self.lora.rank and self.lora != LoRAConfig():
+            raise UserError("the keys of lora have no effect with lora.rank 0; set it, for example to 8, or leave them out")
+        if self.lora.rank and (self.train.ema or self.train.parallel == "fsdp"):
+            raise UserError("train.ema and train.parallel fsdp are for runs that train all weights; leave them out, or lora.rank")
         if self.objective == "dpo" and not self.init_from:
             raise UserError("objective dpo starts with a model that follows instructions; set init_from to its run")
         if self.objective != "dpo" and self.dpo != DPOConfig():
@@ -378,6 +409,8 @@ class RunConfig:
         if not self.init_from:
             return self.model.build(vocab_size)
         folder = find_checkpoint(Path(self.init_from))
+        if self.lora.rank and is_adapter(folder):
+            raise UserError(f"{folder} is an adapter itself; merge it first, and set init_from to DIR: tritale merge {folder} --out DIR")
         shape = read_shape(folder)
         if vocab_size not in (None, shape.vocab_size):
             raise UserError(
@@ -404,7 +437,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, object]:
 
 def differences(before: dict[str, object], config: RunConfig) -> list[str]:
     """The keys in which a saved flat config and this one differ, as "key: before → now", without keys that may change at any time."""
-    after = flatten(config)
+    before, after = flatten(RunConfig()) | before, flatten(config)  # an earlier version had fewer keys
     events = ("train.validate_every", "train.sample_every", "train.checkpoint_every")
     changeable = ("micro_batch", "parallel", "compile", "keep_", "profile", "max_bad_", "spike")
     free = ("out_dir", "resume", "log.", *(f"train.{key}" for key in changeable))
@@ -429,7 +462,7 @@ SYNONYMS = {
     "num_attention_heads": "model.n_head", "num_key_value_heads": "model.n_kv_head", "intermediate_size": "model.mlp_width",
     "tie_word_embeddings": "model.tie_embeddings", "sliding_window": "model.window", "dataset": "data.source", "data_dir": "data.source",
     "profile": "train.profile", "tensorboard": "log.tensorboard", "swanlab": "log.swanlab", "output_dir": "out_dir", "out": "out_dir",
-    "resume_from_checkpoint": "resume",
+    "resume_from_checkpoint": "resume", "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "target_modules": "lora.targets",
 }  # fmt: skip
 NO_KEYS = {
     "config": "a config file cannot name another; give --config twice",

@@ -118,6 +118,7 @@ class Plan:
     shape: GPTConfig
     sequence: int  # tokens
     parameters: int
+    trained: int  # parameters: all, or those of the adapters
     embedding: int  # parameters of the embedding, and of the head if it is not tied
     tokens_per_step: int
     micro_batches: int  # per step and process
@@ -155,12 +156,14 @@ class Plan:
         ratio = self.tokens / self.parameters
         fits_all = " (all sequences of a step)" if self.largest_micro_batch == t.global_batch // d.count else ""
         first, middle, last = (f"{rate:.1e}" if rate else "0" for rate in self.rates)
-        embedding_rate = f" (embedding, head and norms: × {c.optim.embedding_lr / c.optim.lr:.3g})" if c.optim.embedding_lr else ""
+        others = None if c.lora.rank else c.optim.embedding_lr
+        embedding_rate = f" (embedding, head and norms: × {others / c.optim.lr:.3g})" if others else ""
+        share = f"; {count(self.trained)} are trained, adapters of rank {c.lora.rank}" if c.lora.rank else ""
         return {
             "device": f"{d.count} × {d.name}, {d.precision}",
             "matrix products": f"{d.flops / 1e9:,.0f} GFLOP/s ({d.flops_source}; the reference for mfu)",
             "data": ", ".join(facts),
-            "model": f"{count(self.parameters)} parameters, {self.embedding / self.parameters:.0%} of them in the embedding",
+            "model": f"{count(self.parameters)} parameters, {self.embedding / self.parameters:.0%} of them in the embedding{share}",
             "step": f"{self.tokens_per_step:,} tokens in {self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
             + (f", {self.steps_per_epoch:,} steps per epoch" if self.steps_per_epoch is not None else ""),
             "run": f"{run}, {digits(ratio)} tokens per parameter ({digits(ratio / CHINCHILLA)} × Chinchilla's {CHINCHILLA})",
@@ -234,7 +237,9 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     embedding = shape.vocab_size * shape.width * (1 if shape.tie_embeddings else 2)
     matrices = shape.n_matrix - shape.vocab_size * shape.width  # parameters of the blocks' matrices; n_matrix counts the head once
     norms = shape.width * (2 * shape.n_layer + 1) + 2 * shape.head_dim * shape.n_layer * shape.qk_norm
-    parameters = embedding + matrices + norms
+    adapters = config.lora.parameters(shape)
+    parameters = embedding + matrices + norms + adapters
+    trained = adapters or parameters
 
     tokens_per_step = t.global_batch * sequence
     steps_per_epoch = None if data.tokens is None else data.tokens // tokens_per_step
@@ -245,16 +250,21 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
     first, middle, last = (config.optim.lr * lr_factor(i, t.max_steps, config.optim) for i in (0, t.max_steps // 2, t.max_steps - 1))
 
     # AdamW keeps two fp32 numbers per parameter, Muon one.
-    optimizer = 8 * (parameters - matrices) + (4 if config.optim.matrices == "muon" else 8) * matrices
+    trained_matrices = adapters or matrices
+    optimizer = 8 * (trained - trained_matrices) + (4 if config.optim.matrices == "muon" else 8) * trained_matrices
     per_process = t.global_batch // device.count
     needs = {n: memory(config, shape, device, n, parameters, optimizer) for n in divisors(per_process)}
     largest = max((n for n, m in needs.items() if m.total <= FILL * device.free_memory), default=0)
 
     # fp32 weights, their EMA and optimizer state; the other files are small.
-    checkpoint = 4 * parameters * (2 if t.ema else 1) + optimizer
+    checkpoint = 4 * trained * (2 if t.ema else 1) + optimizer
     checkpoints = -(-t.max_steps // t.checkpoint_every)
     if t.keep_last:
         checkpoints = min(checkpoints, t.keep_last + t.keep_best)
+
+    flops = shape.flops_per_token(min(sequence, data.document_length(sequence)))
+    if adapters:  # a frozen matrix has no product for its gradient
+        flops += 6 * adapters - 2 * shape.n_matrix
 
     return Plan(
         config=config,
@@ -263,6 +273,7 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         shape=shape,
         sequence=sequence,
         parameters=parameters,
+        trained=trained,
         embedding=embedding,
         tokens_per_step=tokens_per_step,
         micro_batches=per_process // t.micro_batch,
@@ -274,16 +285,17 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
         largest_micro_batch=largest,
         checkpoint=checkpoint,
         checkpoints=checkpoints,
-        flops_per_token=shape.flops_per_token(min(sequence, data.document_length(sequence))),
+        flops_per_token=flops,
     )
 
 
 # --- Memory --------------------------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -> int:
+def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool, is_frozen: bool) -> int:
     """Bytes per token that the forward pass saves for the backward pass. The residual stream is fp32, the inputs of matrix products have
-    the run's precision. Exact within 2 %, except in eager bf16 on a CPU, which saves some more fp32 copies."""
+    the run's precision. `is_frozen`: only adapters are trained, of all matrices; less is saved if some have none. Exact within 2 %, except
+    in eager bf16 on a CPU, which saves some more fp32 copies."""
     s, item = shape, 4 if device.precision == "fp32" else 2
     heads, kv_heads = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
     on_cpu, is_grouped = not device.runs_triton, s.n_head > s.n_kv_head
@@ -302,9 +314,12 @@ def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool) -
     attention = qkv + heads * item + s.n_head * 4  # q, k, v; its output; lse
     mlp = 3 * s.mlp_width * item  # gate, up; silu(gate) · up
     layer = normed + residual + attention + mlp
-    if on_cpu and not is_compiled:  # x / rms, silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
-        layer += (2 * s.width + s.mlp_width + s.head_dim + s.qk_norm * (heads + kv_heads)) * 4
-    last_norm = s.width * 4 * (2 if on_cpu and not is_compiled else 1)
+    is_eager = on_cpu and not is_compiled
+    if is_eager:  # silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
+        layer += (s.mlp_width + s.head_dim) * 4
+    if is_eager and not is_frozen:  # x / rms, for the gradients of the norms' weights
+        layer += (2 * s.width + s.qk_norm * (heads + kv_heads)) * 4
+    last_norm = s.width * 4 * (2 if is_eager and not is_frozen else 1)
     return s.n_layer * layer + last_norm
 
 
@@ -314,18 +329,23 @@ def memory(config: RunConfig, shape: GPTConfig, device: DeviceFacts, micro_batch
     rows, item = micro_batch * config.train.sequence(shape), 4 if device.precision == "fp32" else 2
     head = shape.vocab_size * shape.width
     is_compiled = config.train.compile and not device.compiler_missing
-    activations = rows * activation_bytes(shape, device, is_compiled)
+    adapters = config.lora.parameters(shape)
+    activations = rows * activation_bytes(shape, device, is_compiled, adapters > 0)
     if item == 2:  # autocast's copies of the blocks' matrices
         activations += 2 * (shape.n_matrix - head)
+    activations += rows * shape.n_layer * len(set(config.lora.targets)) * config.lora.rank * item  # x Aᵀ
     chunk = min(rows, chunk_rows(rows, shape.vocab_size, BUDGET_MB, item)) * shape.vocab_size * item  # the gradient overwrites the logits
-    loss = 4 * head + rows * shape.width * item + max(chunk + (2 * head if item == 2 else 0), 4 * head)
+    loss = rows * shape.width * item + chunk + (2 * head if item == 2 else 0)
+    if not adapters:  # the head's gradient, and at the end another one of the embedding
+        loss = rows * shape.width * item + 4 * head + max(chunk + (2 * head if item == 2 else 0), 4 * head)
     if device.runs_triton:  # the loss's input, and in eager code that of the last norm, are still there
         loss += rows * shape.width * item * (1 if is_compiled else 2)
     parts = device.count if config.train.parallel == "fsdp" else 1
-    gathered = 4 * parameters if parts > 1 else 0  # at most: all weights at a validation, those and the gradients of a block in a step
+    # At most: all weights at a validation, with adapters those in which they are merged; the weights and gradients of a block in a step.
+    gathered = 4 * parameters if parts > 1 or adapters else 0
     return Memory(
         weights=4 * parameters * (2 if config.train.ema else 1) // parts + gathered,
-        gradients=4 * parameters // parts,
+        gradients=4 * (adapters or parameters) // parts,
         optimizer=optimizer // parts,
         activations=activations,
         loss=loss,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..common.errors import UserError
 from ..common.files import atomic_folder, final_name, remove_folder, write_json
-from ..common.run_folder import step_folder, step_folders
+from ..common.run_folder import step_folder, step_folders, weights_of
 from ..data.tokenizer import Tokenizer
 from ..model import checkpoint
 from ..model.checkpoint import (
@@ -26,12 +26,14 @@ from ..model.checkpoint import (
     WEIGHTS,
     check_files,
     hf_state,
+    load_adapter,
     load_tensors,
     load_weights,
     read_json,
     read_shape,
     save_tensors,
 )
+from ..model.lora import adapter_state
 from . import processes
 from .config import RunConfig, differences, flatten
 from .health import Health
@@ -81,7 +83,7 @@ def newest_complete(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
             for path in (folder / CHECKSUMS, folder / "trainer" / CHECKSUMS):
                 if "format" in trainer and not path.is_file():  # only earlier versions wrote none
                     raise FileNotFoundError(f"{path} is missing")
-            for name in (WEIGHTS, "trainer/state.safetensors"):
+            for name in (weights_of(folder).name, "trainer/state.safetensors"):
                 with safe_open(folder / name, "pt"):  # reads the header and compares it with the file's size
                     pass
             return folder
@@ -159,14 +161,16 @@ class Saver:
                         value = step.shards.whole(value, p).to("cpu")
                     if is_main:
                         tensors[f"{step.names[p]}/{key}"] = value
-        models = {WEIGHTS: step.whole_model(device=device)} | ({EMA: step.whole_model(ema=True, device=device)} if step.averages else {})
+        weights = {WEIGHTS: adapter_state(step.model) if step.base else hf_state(step.whole_model(device=device))}
+        if step.averages:
+            weights[EMA] = hf_state(step.whole_model(ema=True, device=device))
         step.count()
         preference = processes.total(step.preference.clone()).tolist()
         if not is_main:
             return
         trainer = {"format": FORMAT, "config": flatten(step.config), "grad_scaler": step.scaler.state_dict(), **asdict(progress)}
         trainer |= {"health": asdict(step.health), "preference": preference}
-        weights = {name: copied(hf_state(model)) for name, model in models.items()}
+        weights = {name: copied(state) for name, state in weights.items()}
         arguments = folder, weights, copied(tensors), trainer
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
@@ -189,7 +193,7 @@ class Saver:
         needed = sum(t.nbytes for tensors in (*weights.values(), state) for t in tensors.values())
         try:
             with atomic_folder(folder) as temporary:
-                checkpoint.save_model(temporary, model, **tokenizer.special_ids, state=weights[WEIGHTS])
+                checkpoint.save_model(temporary, model, **tokenizer.special_ids, state=weights[WEIGHTS], base=self._step.base)
                 if EMA in weights:
                     save_tensors(temporary / EMA, weights[EMA])
                 tokenizer.save(temporary, context=model.config.context)
@@ -230,7 +234,7 @@ def check_config(folder: Path, config: RunConfig) -> None:
     compared that the weights and the optimizer state depend on."""
     trainer = read_trainer(folder)
     changed = differences(trainer["config"], config)
-    needed = [c for c in changed if c.startswith(("data.", "model.", "seed", "init_from", "optim.matrices"))]
+    needed = [c for c in changed if c.startswith(("data.", "model.", "lora.", "seed", "init_from", "optim.matrices"))]
     if needed and config.resume == "force":
         raise UserError(f"{folder.parent} cannot resume with {'; '.join(needed)}: choose another --out_dir, or restore the old values")
     if trainer["step"] > config.train.max_steps:
@@ -251,7 +255,9 @@ def load(folder: Path, step: TrainingStep) -> Progress:
     Raises FileNotFoundError if a file is missing, UserError if one is damaged."""
     trainer = read_trainer(folder)
     read_shape(folder)  # refuses a newer format
-    for ema in (False, True) if step.averages else (False,):
+    if step.base:
+        step.base = load_adapter(step.model, folder)  # not init_from's: that run may have gone on
+    for ema in () if step.base else (False, True) if step.averages else (False,):
         model = step.whole_model(ema=ema, device=torch.device("cpu"))
         has_ema = ema and (folder / EMA).is_file()  # an earlier part of the run may have had none
         load_weights(model, folder, name=EMA if has_ema else WEIGHTS)

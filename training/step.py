@@ -19,8 +19,9 @@ from ..common.errors import UserError
 from ..common.graphs import WARM_UP, Graphed
 from ..common.run_folder import find_checkpoint
 from ..data.batches import Batch
-from ..model.checkpoint import load_weights
+from ..model.checkpoint import Base, load_weights, merged_model
 from ..model.gpt import GPT
+from ..model.lora import add_adapters
 from . import processes
 from .config import RunConfig, divisors
 from .health import ROWS, Health, Recorder
@@ -66,10 +67,15 @@ class TrainingStep:
             )
         torch.manual_seed(config.seed)
         self.model = GPT(planned.shape).to(here.device)
+        self.base: Base | None = None  # of adapters
         if config.init_from:
-            load_weights(self.model, find_checkpoint(Path(config.init_from)))
-        self.parameters: list[nn.Parameter] = list(self.model.parameters())
-        processes.copy_from_main(self.parameters)
+            folder = find_checkpoint(Path(config.init_from))
+            load_weights(self.model, folder)
+            if config.lora.rank:
+                self.base = Base.at(folder)
+                add_adapters(self.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+        processes.copy_from_main(list(self.model.parameters()))
+        self.parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         self.state_shapes = state_shapes(self.optimizers, names)
@@ -200,10 +206,12 @@ class TrainingStep:
         return grad_norm
 
     def whole_model(self, *, ema: bool = False, device: torch.device | None = None) -> GPT:
-        """The model, or with `ema` the one with the running mean of the weights. With FSDP it is a copy on `device` that holds all weights,
-        and all processes must call this."""
+        """The model, or with `ema` the one with the running mean of the weights. With adapters it is a copy in which they are merged. With
+        FSDP it is a copy on `device` that holds all weights, and all processes must call this."""
         if self.shards:
             return self.shards.whole_model(self.averages if ema else self.parameters, device or self.here.device)
+        if self.base:
+            return merged_model(self.model)
         model = self.ema if ema else self.model
         assert model is not None
         return model

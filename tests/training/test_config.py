@@ -42,6 +42,8 @@ NUMBERS = {  # values outside the limits of a key
     "data.replay_share": ["-0.1", "1"],
     "data.emphasis": ["0.5", "-1", "1e30"],
     "data.cut_share": ["-0.1", "1.1"],
+    "lora.rank": ["-1", "1025", "1.5"],
+    "lora.alpha": ["0", "-1", "1e30"],
     "dpo.beta": ["0", "-1", "1e30"],
     "dpo.sft_weight": ["-1", "1e30"],
     "train.profile": ["-1"],
@@ -70,6 +72,7 @@ OTHERS = {
     "resume": ["no", "null"],
     "out_dir": ["", " ", "a\0b", "a\nb", "~/runs", "$HOME/runs", "s3://bucket/run", "out/run ", "null", "a\udcff"],
     "data.source": ["", "a\0b", "~/data", "https://host/data", "built_in", "Built-In", "None"],
+    "lora.targets": ["q_proj", "[]", "[lm_head]", "[q_proj, embed_tokens]", "[1]", "null"],
     "log.prompts": ["hello", "[1]", "null", "{a: 1}", "[[小兔]]", "[小兔", '["\\ud800"]'],
     "log.project": ["", " ", "\udcff"],
 }
