@@ -1,6 +1,6 @@
 """What a person with a GPU runs once, in about 15 minutes, so that the project learns from real hardware: python -m bench.first_gpu
 
-1. The kernel tests, natively instead of in the interpreter.
+1. The tests of the kernels and of the decoder, natively instead of in the interpreter.
 2. Training steps of the 44 M model, eager and as CUDA graphs: time, whether both have the same losses, memory beside the plan.
 3. Each op beside its definition, its compiled definition and PyTorch's own.
 4. The launch table: each option of each kernel at half, equal and double its value (within limits), one at a time.
@@ -66,7 +66,17 @@ def kernel_tests(seconds: float) -> dict:
     """What pytest prints. The tests of the compiled code, of the traffic and of the source need no GPU and are left out. At the end of its
     time pytest is interrupted, and still lists what has failed."""
     left_out = [f"--ignore=tests/kernels/test_{name}.py" for name in ("machine_code", "traffic", "source")]
-    command = [sys.executable, "-c", PYTEST, "tests/kernels", "-rf", "--tb=short", "--color=no", *left_out]
+    command = [
+        sys.executable,
+        "-c",
+        PYTEST,
+        "tests/inference/test_gpu_runner.py",
+        "tests/kernels",
+        "-rf",
+        "--tb=short",
+        "--color=no",
+        *left_out,
+    ]
     pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     is_late = False
     try:

@@ -158,7 +158,7 @@ MODELS_OF = {
     "newton_schulz": ("44m",), "decode_attention": ("44m", "1b"), "sample": ("44m",),
 }  # fmt: skip
 HEADS_OF = {
-    "flash_attention": HEADS, "flash_attention packed, capped": ("d96", "d128"), "flash_attention fp32": ("d16", "d32"),
+    "flash_attention": HEADS, "flash_attention packed, capped": ("d96", "d128", "d192", "d256"), "flash_attention fp32": ("d16", "d32"),
     "decode_attention": ("d80", "d128", "d256"),
 }  # fmt: skip
 # Products of blocks need tensor cores. Triton uses none on sm_75; the ops choose PyTorch's kernels there.

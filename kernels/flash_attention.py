@@ -53,6 +53,9 @@ from .triton_compat import jit, tl
 # A head of D entries is two tiles of D0 and D1 columns, both powers of two as Triton requires: 48 = 32 + 16, 80 = 64 + 16, 96 = 64 + 32.
 # One tile of 64, 128 and 128 would make a third and more of the tensor cores' work padding. D1 = 0: one tile.
 #
+# ONE_LOOP, for heads above 128: the loop with masks takes the interior too. What both loops read, such as k and v in dK/dV, would stay in
+# registers from before the first; with one loop it stays in shared memory, and each product reads it there.
+#
 # Strides are passed divided by ALIGN and multiplied again inside, so that the compiler sees that a row of a head size like 40 or 72 starts
 # on 16 bytes. It checks plain arguments only for divisibility by 16, and would load such rows two bytes at a time.
 #
@@ -167,10 +170,10 @@ def _seen(
 def _walk(
     o_block, p_start, p_end, n_self, n_other, window,
     BY_KEY: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """What the ROWS rows from o_block see of the other operand, [lo, hi) each, and the blocks of it that they walk: from `inner` up to
-    `right` without a mask; with a mask the edges, n_edge blocks: the first n_left from `left`, the others from `right`."""
+    `right` without a mask (ONE_LOOP: none); with a mask the edges, n_edge blocks: the first n_left from `left`, the others from `right`."""
     o_m = tl.minimum(o_block + tl.arange(0, ROWS), n_self - 1)
     b_lo, b_hi = _seen(o_m, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     lo_first, hi_first = _seen(o_block, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
@@ -178,7 +181,7 @@ def _walk(
     lo_last, hi_last = _seen(o_last, p_start, p_end, n_self, n_other, window, BY_KEY, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS)
     left = tl.maximum(lo_first, 0) // BLOCK * BLOCK
     end = tl.maximum(hi_last, 0)
-    inner = tl.cdiv(tl.maximum(lo_last, 0), BLOCK) * BLOCK
+    inner = tl.cdiv(end if ONE_LOOP else tl.maximum(lo_last, 0), BLOCK) * BLOCK
     right = tl.maximum(tl.maximum(hi_first, 0) // BLOCK * BLOCK, inner)
     n_left = tl.cdiv(tl.maximum(tl.minimum(inner, end) - left, 0), BLOCK)
     n_right = tl.cdiv(tl.maximum(end - right, 0), BLOCK)
@@ -205,7 +208,7 @@ def _flash_attention_fwd(
     UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     if IS_LONG:
         stride_qt, stride_kt, stride_vt = _long(stride_qt), _long(stride_kt), _long(stride_vt)
@@ -219,14 +222,14 @@ def _flash_attention_fwd(
     p_k += _head(o_b, o_h // GROUP, stride_kb, stride_kh, ALIGN)
     p_v += _head(o_b, o_h // GROUP, stride_vb, stride_vh, ALIGN)
     b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
-        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N
+        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N, ONE_LOOP
     )
 
     b_q = _tiles(p_q, stride_qt, n_query - o_block, BLOCK_M, D, D0, D1, False)
     b_o = _zeros(BLOCK_M, D0, D1, ACC)
     b_top = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     b_sum = tl.zeros([BLOCK_M], dtype=ACC)
-    for IS_EDGE in tl.static_range(2):
+    for IS_EDGE in tl.static_range(1 if ONE_LOOP else 0, 2):
         for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_N):
             o_n = tl.where(o < n_left, left + o * BLOCK_N, right + (o - n_left) * BLOCK_N) if IS_EDGE else o
             b_k = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
@@ -267,7 +270,7 @@ def _flash_attention_bwd_dq(
     SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     if IS_LONG:
         stride_qt, stride_kt, stride_vt = _long(stride_qt), _long(stride_kt), _long(stride_vt)
@@ -286,7 +289,7 @@ def _flash_attention_bwd_dq(
     p_k += _head(o_b, o_h // GROUP, stride_kb, stride_kh, ALIGN)
     p_v += _head(o_b, o_h // GROUP, stride_vb, stride_vh, ALIGN)
     b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
-        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N
+        o_block, p_start, p_end, n_query, n_key, window, False, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_M, BLOCK_N, ONE_LOOP
     )
 
     # delta first: o is not needed any more when the loops start.
@@ -301,7 +304,7 @@ def _flash_attention_bwd_dq(
     b_lse = tl.load(p_lse + o_row + o_m, mask=o_m < n_query, other=0.0)
     b_q = _tiles(p_q, stride_qt, n_rows, BLOCK_M, D, D0, D1, False)
     b_dq = _zeros(BLOCK_M, D0, D1, ACC)
-    for IS_EDGE in tl.static_range(2):
+    for IS_EDGE in tl.static_range(1 if ONE_LOOP else 0, 2):
         for o in range(0 if IS_EDGE else inner, n_edge if IS_EDGE else right, 1 if IS_EDGE else BLOCK_N):
             o_n = tl.where(o < n_left, left + o * BLOCK_N, right + (o - n_left) * BLOCK_N) if IS_EDGE else o
             b_k = _tiles(p_k + tl.cast(o_n, tl.int64) * stride_kt, stride_kt, n_key - o_n, BLOCK_N, D, D0, D1, not IS_EDGE)
@@ -329,7 +332,7 @@ def _flash_attention_bwd_dkv(
     SCALE: tl.constexpr, UNIT: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, IS_LONG: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     if IS_LONG:
         stride_qt, stride_kt, stride_vt, stride_dot = _long(stride_qt), _long(stride_kt), _long(stride_vt), _long(stride_dot)
@@ -347,14 +350,14 @@ def _flash_attention_bwd_dkv(
     p_lse += o_bh.to(tl.int64) * GROUP * n_query
     p_delta += o_bh.to(tl.int64) * GROUP * n_query
     b_lo, b_hi, left, n_left, inner, right, n_edge = _walk(
-        o_block, p_start, p_end, n_key, n_query, window, True, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_N, BLOCK_M
+        o_block, p_start, p_end, n_key, n_query, window, True, IS_CAUSAL, HAS_WINDOW, HAS_DOCUMENTS, BLOCK_N, BLOCK_M, ONE_LOOP
     )
 
     b_k = _tiles(p_k, stride_kt, n_rows, BLOCK_N, D, D0, D1, False)
     b_v = _tiles(p_v, stride_vt, n_rows, BLOCK_N, D, D0, D1, False)
     b_dk = _zeros(BLOCK_N, D0, D1, ACC)
     b_dv = _zeros(BLOCK_N, D0, D1, ACC)
-    for IS_EDGE in tl.static_range(2):
+    for IS_EDGE in tl.static_range(1 if ONE_LOOP else 0, 2):
         # One loop over the blocks and the heads of the group: a loop in a loop takes some twenty registers more.
         for i in range(0, GROUP * (n_edge if IS_EDGE else (right - inner) // BLOCK_M)):
             head, o = i % GROUP, i // GROUP
@@ -392,13 +395,13 @@ def _flash_attention_bwd_dkv(
 
 
 def head_tiles(head_dim: int) -> tuple[int, int]:
-    """(D0, D1): the widths of the one or two column tiles a head is cut into, powers of two of at least 16, or 0."""
-    d0 = max(16, 1 << (head_dim.bit_length() - 1))
+    """(D0, D1): the widths of the one or two column tiles a head is cut into, powers of two of at least 16, or 0. D0 is at most 128."""
+    d0 = min(128, max(16, 1 << (head_dim.bit_length() - 1)))
     rest = head_dim - d0
     if rest <= 0:
         return d0, 0
     d1 = max(16, power_of_two(rest))
-    return (d0, d1) if d1 < d0 else (2 * d0, 0)
+    return (d0, d1) if d1 < d0 or d0 == 128 else (2 * d0, 0)
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], dict]:
@@ -414,7 +417,8 @@ def _constants(q: Tensor, k: Tensor, start: Tensor | None, is_causal: bool, wind
     log2e = math.log2(math.e)
     return dict(
         UNIT=(softcap or scale) * log2e, INNER=scale / softcap if softcap else 0.0, GROUP=q.shape[2] // k.shape[2],
-        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_DOCUMENTS=start is not None, D=q.shape[-1], D0=d0, D1=d1, ACC=accumulator(q),
+        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_DOCUMENTS=start is not None,
+        D=q.shape[-1], D0=d0, D1=d1, ACC=accumulator(q), ONE_LOOP=d0 + d1 > 128,
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ environment does not change: all other tests, and the processes they start, use 
 `device` (tests/kernels/conftest.py), which sets TRITON_INTERPRET=1 for that test; `dispatch.interprets` reads it at each call. The compile
 checks must not be interpreted and run in their own process (bench/machine_code.py).
 
-With a GPU the kernel tests run natively. All other tests and all child processes run on the CPU, so that they compute the same everywhere.
+With a GPU the kernel tests and those of the GPU's decoder run natively. All other tests and all child processes run on the CPU, so that
+they compute the same everywhere.
 """
 
 import importlib
@@ -41,7 +42,7 @@ else:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script ignores Ctrl-C, and its children would do the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-KERNEL_TESTS = Path(__file__).parent / "kernels"
+ON_GPU = {Path(__file__).parent / name for name in ("kernels", "inference/test_gpu_runner.py")}  # where there is one
 SHARED = ("test_machine_code.py", "test_traffic.py")  # their tests share a fixture that takes minutes
 
 
@@ -71,11 +72,18 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hides the GPU from tests that are not in ON_GPU, and from the fixtures that several of them share, which are set up first."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU & {item.path, *item.path.parents}:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
-def isolated(request, monkeypatch):
-    """Restores torch's global settings after each test, and hides the GPU from all but the kernel tests."""
-    if KERNEL_TESTS not in request.path.parents:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def isolated():
+    """Restores torch's global settings after each test."""
     precision, dtype, threads = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_num_threads()
     yield
     torch.set_float32_matmul_precision(precision)  # "high" is TF32

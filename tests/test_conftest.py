@@ -7,6 +7,7 @@ import sys
 from runs import REPOSITORY
 
 LEAKY = """
+import pytest
 import torch
 
 torch.cuda.is_available = lambda: True  # as on a machine with a GPU
@@ -18,8 +19,12 @@ def test_one():
 def test_two():
     assert torch.get_float32_matmul_precision() == "highest" and torch.get_default_dtype() == torch.float32
 
-def test_on_the_cpu():
-    assert not torch.cuda.is_available()
+@pytest.fixture(scope="module")
+def shared_has_gpu():
+    return torch.cuda.is_available()
+
+def test_on_the_cpu(shared_has_gpu):
+    assert not torch.cuda.is_available() and not shared_has_gpu
 """
 
 

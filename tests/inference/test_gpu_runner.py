@@ -1,4 +1,7 @@
-"""The decoder of a GPU, through Triton's interpreter: its tokens are those of `native.c`. tests/nullgpu counts what a step launches."""
+"""The decoder of a GPU, there or through Triton's interpreter: its tokens are those of `native.c`. tests/nullgpu counts what a step
+launches."""
+
+import copy
 
 import pytest
 import torch
@@ -28,12 +31,15 @@ def model(request) -> GPT:
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A function that makes a GPU's decoder, whose kernels are interpreted."""
+    """A function that makes a GPU's decoder: on the GPU, or with interpreted kernels."""
     if not dispatch.has_triton():
         pytest.skip("needs Triton (Linux)")
 
     def decoder(model: GPT, **options) -> Decoder:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if torch.cuda.is_available():
+            model = copy.deepcopy(model).to("cuda")
+        else:
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(native, "can_run", lambda model: False)
         decoder = Decoder(model, **options)
         assert isinstance(decoder._runner, GPURunner)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from runs import REPOSITORY, command, losses, train
 
 from tritale.kernels import dispatch
@@ -37,7 +36,7 @@ def launches(result: subprocess.CompletedProcess) -> dict[str, int]:
     return json.loads(result.stdout.rsplit("launches", 1)[1])
 
 
-@pytest.mark.skipif(not dispatch.has_triton() or torch.cuda.is_available(), reason="runs Triton's interpreter in place of a GPU")
+@pytest.mark.skipif(not dispatch.has_triton(), reason="needs Triton (Linux)")
 @pytest.mark.parametrize("options", [{}, {"model__qk_norm": "true"}], ids=["plain", "qk_norm"])
 def test_trains_through_the_kernels_with_the_losses_of_pytorch(tmp_path, options):
     train(tmp_path / "torch", **SIZES, **options)

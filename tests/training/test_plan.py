@@ -207,8 +207,8 @@ def test_activations_are_what_the_forward_pass_saves(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations_of_the_gpu_path_are_what_the_forward_pass_saves(shape, monkeypatch):
     """bf16 through the ops of the Triton kernels, on fake tensors of the real shapes."""
-    if not dispatch.has_triton() or torch.cuda.is_available():
-        pytest.skip("needs the Triton ops on a CPU")
+    if not dispatch.has_triton():
+        pytest.skip("needs Triton (Linux)")
     device = dataclasses.replace(CPU, precision="bf16", runs_triton=True)
     p = plan(configured(model__context=64, **shape), dataclasses.replace(DATA, vocab_size=500), device)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

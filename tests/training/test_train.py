@@ -212,8 +212,6 @@ def test_a_bad_config_writes_nothing(tmp_path):
     ],
 )
 def test_configs_that_do_not_fit_the_data_or_device_are_refused(options, message, tmp_path):
-    if torch.cuda.is_available() and "train__precision" in options:
-        pytest.skip("there is a GPU")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_here(tmp_path / "run", **options)
 
