@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"seed": args.seed, "tokenizer": tokenizer, "context": args.context, "in_order": args.in_order}
     samples: list[Sample] = []
     for name, stories, n in zip((TRAIN, HELD_OUT), splits, (args.samples, args.held_out), strict=True):
-        made = make_samples(stories, n, **settings)
+        made = make_samples(stories, n, **settings, is_training=name == TRAIN)
         samples = list(track(made, f"writing {name}", total=n, console=console, transient=True))
         write_samples(args.out / name, samples)
         kinds = Counter(r.kind for sample in samples for r in sample.requirements)

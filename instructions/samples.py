@@ -31,6 +31,8 @@ from .wording import instruction, language_of
 MOST = 3  # requirements of an instruction
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
+OFTEN = {"sentence": 4, "words": 2}  # how much more often than another kind training samples ask for these, which are the hardest
+PLOT_SHARE = 0.4  # of the training samples whose emphasis ends where the plot shows
 
 Track = Callable[[Iterable, str], Iterable]
 
@@ -42,6 +44,7 @@ class Sample:
     messages: tuple[dict[str, str], ...]
     requirements: tuple[Requirement, ...] = ()
     is_built_in: bool = False  # the story is a built-in one, so all features of a story can be judged
+    is_about_plot: bool = False  # only the characters up to those that show the plot may be emphasised
 
     @property
     def story(self) -> str:
@@ -58,6 +61,8 @@ class Sample:
         first in the story, and, of a built-in story, its first character and those that first tell which plot it has."""
         found = [span for r in self.requirements for span in parts(r, self.story)]
         plot = plot_shows(self.story) if self.is_built_in else []
+        if plot and self.is_about_plot:
+            found = [(begin, end) for begin, end in found if end <= plot[-1] + 1]
         return found + [(i, i + 1) for i in (0, *plot) if plot]
 
     def judge(self, story: str) -> list[Verdict]:
@@ -67,7 +72,7 @@ class Sample:
     def to_json(self) -> dict:
         value: dict = {"messages": list(self.messages), "requirements": [r.to_json() for r in self.requirements]}
         value["emphasis"] = [list(span) for span in self.emphasis]
-        return value | ({"is_built_in": True} if self.is_built_in else {})
+        return value | {name: True for name in ("is_built_in", "is_about_plot") if getattr(self, name)}
 
     @classmethod
     def from_json(cls, value: object) -> "Sample":
@@ -82,7 +87,7 @@ class Sample:
         if not isinstance(requirements, list):
             raise ValueError("requirements is not a list")
         kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return cls(kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True)
+        return cls(kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True, value.get("is_about_plot") is True)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -157,14 +162,15 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
 
 
 def make_samples(
-    stories: Stories, n: int, *, seed: int, tokenizer: Tokenizer | None = None, context: int | None = None, in_order: bool = False
+    stories: Stories, n: int, *, seed: int, tokenizer: Tokenizer | None = None, context: int | None = None, in_order: bool = False,
+    is_training: bool = False,
 ) -> Iterator[Sample]:
     """`n` samples of 1 to MOST requirements of different kinds: the kinds, their order and the phrasing are drawn at random. The stories
     are taken in a random order, and again with other requirements if there are fewer than `n`. The same arguments give the same samples.
 
     With a `tokenizer` and `context`, only those that fit into the context. `in_order`: requirements in the order of FIELDS instead.
     Raises UserError if nearly no story gives a sample."""
-    candidates = _candidates(stories, seed, in_order)
+    candidates = _candidates(stories, seed, in_order, is_training)
     made = tried = 0
     while made < n:
         batch = list(islice(candidates, min(AT_ONCE, n - made + 16)))
@@ -182,7 +188,7 @@ def make_samples(
             )
 
 
-def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample | None]:
+def _candidates(stories: Stories, seed: int, in_order: bool, is_training: bool) -> Iterator[Sample | None]:
     for turn in count():
         order = range(stories.n) if stories.n >= 1 << 30 else Random(f"{seed} {turn}").sample(range(stories.n), stories.n)
         for i in order:
@@ -190,6 +196,8 @@ def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample 
             text, found_by = stories.get(i)
             found = found_by(rng)
             kinds = rng.sample(list(found), len(found))
+            if is_training:
+                kinds.sort(key=lambda kind: -(rng.random() ** (1 / OFTEN.get(kind, 1))))  # weighted, without replacement
             if "summary" in kinds[: (n := rng.randint(1, MOST))]:  # it names the people and the place
                 kinds = [kind for kind in kinds if kind not in ("people", "place")]
             chosen = [found[kind] for kind in (FIELDS if in_order else kinds) if kind in kinds[:n]]
@@ -198,4 +206,4 @@ def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample 
                 continue
             request = instruction(tuple(chosen), language_of(text), rng)
             messages = ({"role": "user", "content": request}, {"role": "assistant", "content": text})
-            yield Sample(messages, tuple(chosen), stories.is_built_in)
+            yield Sample(messages, tuple(chosen), stories.is_built_in, is_training and rng.random() < PLOT_SHARE)
