@@ -500,6 +500,7 @@ _flash_attention_backward.register_autograd(no_second_derivative("flash_attentio
 
 _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _sdpa_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+WIDE_UP_TO = 24_576  # tokens of a document · head size, up to which PyTorch's backward in 16 bits takes longer than in fp32 (docs/log.md)
 
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -539,10 +540,12 @@ def _document_attention_backward(
     is_causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = all_like(q, k, v)
-    grad, q, k, v, out = (unit_stride(t) for t in (grad, q, k, v, out))
-    for start, end in _documents(cu_seqlens):
-        inputs = [_heads_first(t, start, end) for t in (grad, q, k, v, out)]
-        order = _order(q, end - start, is_causal, window)
+    tensors, documents = [unit_stride(t) for t in (grad, q, k, v, out)], _documents(cu_seqlens)
+    if q.shape[-1] * max((end - start for start, end in documents), default=0) <= WIDE_UP_TO:
+        tensors = [t.to(wide_dtype(t)) for t in tensors]
+    for start, end in documents:
+        inputs = [_heads_first(t, start, end) for t in tensors]
+        order = _order(tensors[1], end - start, is_causal, window)
         parts = _sdpa_backward(*inputs, lse[:, :, start:end].contiguous(), 0.0, scale=scale, **order)
         for total, part in zip((dq, dk, dv), parts, strict=True):
             total[:, start:end] = part.transpose(1, 2)

@@ -146,6 +146,25 @@ def test_packed_attention_is_attention_document_by_document(n_kv_head, window):
     assert_close(gradients((out * pull).sum(), q, k, v), gradients((expected * pull).sum(), q, k, v))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("most, dtype", [(33 * 16, torch.float32), (33 * 16 - 1, torch.bfloat16)])
+def test_gradients_of_short_documents_are_made_in_fp32(monkeypatch, window, most, dtype):
+    """In 16 bits PyTorch's kernel takes longer for them."""
+    module = sys.modules["tritale.kernels.flash_attention"]
+    used, backward = set(), module._sdpa_backward  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(module, "_sdpa_backward", lambda g, *rest, **options: used.add(g.dtype) or backward(g, *rest, **options))
+    monkeypatch.setattr(module, "WIDE_UP_TO", most)
+    q, k, v, pull = (torch.randn(1, 40, 2, 16).bfloat16() for _ in range(4))
+    cu_seqlens, wide = torch.tensor([0, 7, 7, 40], dtype=torch.int32), [t.double().requires_grad_() for t in (q, k, v)]
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    found = torch.autograd.grad(kernels.flash_attention(*leaves, window=window, cu_seqlens=cu_seqlens), leaves, pull)
+    expected = torch.autograd.grad(reference.flash_attention(*wide, window=window, cu_seqlens=cu_seqlens), wide, pull.double())
+    assert used == {dtype}
+    for gradient, exact in zip(found, expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("lay", [lambda t: t[..., ::2], lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)[..., :12]])
 def test_packed_attention_takes_heads_that_lie_apart(lay):
     q, k, v = (lay(torch.randn(1, 13, 2, 24, dtype=torch.float64)).requires_grad_() for _ in range(3))
