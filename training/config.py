@@ -253,7 +253,6 @@ class OptimConfig:
 
     Args:
         matrices: muon or adamw.
-        trained: Which weights are trained: all, or attention, that is its matrices and norms. The others keep the values of init_from.
         lr: Peak learning rate. Muon's update is scaled to the size of AdamW's, so the same rate suits both.
         embedding_lr: Peak learning rate of the embedding, the head and the norms; null uses lr.
         betas: Betas of AdamW.
@@ -266,7 +265,6 @@ class OptimConfig:
     """
 
     matrices: str = one_of("muon", "adamw")
-    trained: str = one_of("all", "attention")
     lr: float = between(2e-3, 1e-10, 100.0)
     embedding_lr: float | None = between(None, 1e-10, 100.0)
     betas: tuple[float, float] = between((0.9, 0.95), 0.0, 0.99999)
@@ -362,8 +360,6 @@ class RunConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be less than train.max_steps ({self.train.max_steps}); "
                 f"try {self.train.max_steps // 10}"
             )
-        if self.optim.trained != "all" and (not self.init_from or self.train.parallel == "fsdp"):
-            raise UserError(f"optim.trained {self.optim.trained} keeps other weights as they are; set init_from, and train.parallel ddp")
         if self.init_from and self.model != ModelConfig():
             raise UserError(f"init_from takes the model's shape from {self.init_from}; leave out the keys of model")
 

@@ -83,14 +83,14 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(model: GPT, config: OptimConfig, *, bf16: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon if the config chooses it, for the weights that require a gradient. Only matrices of the blocks decay. Each group has its peak learning rate in "peak_lr".
+    """AdamW, and Muon if the config chooses it. Only matrices of the blocks decay. Each group has its peak learning rate in "peak_lr".
 
     On a GPU the learning rates are tensors there, so that a CUDA graph of a step reads the current ones."""
     device = model.embedding.device
     on_gpu = device.type == "cuda"
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
-    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrices)]
+    matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     groups = [{"params": rest, "lr": embedding_lr, "weight_decay": 0.0}]
     if config.matrices == "adamw":
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})

@@ -30,7 +30,6 @@ from .preference import STATISTICS, answer_log_probs, dpo_loss
 from .sharding import Shards
 
 MEASURE_SECONDS = 10  # after the compilation
-ATTENTION = ("attention_norm", "qkv.weight", "q_norm", "k_norm", "attention_out.weight")  # ends of the names of its parameters
 
 
 @contextlib.contextmanager
@@ -69,10 +68,7 @@ class TrainingStep:
         self.model = GPT(planned.shape).to(here.device)
         if config.init_from:
             load_weights(self.model, find_checkpoint(Path(config.init_from)))
-        if config.optim.trained == "attention":
-            for name, p in self.model.named_parameters():
-                p.requires_grad_(name.endswith(ATTENTION))
-        self.parameters: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters: list[nn.Parameter] = list(self.model.parameters())
         processes.copy_from_main(self.parameters)
         self.optimizers = build_optimizers(self.model, config.optim, bf16=precision == "bf16")
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
@@ -102,8 +98,7 @@ class TrainingStep:
             if isinstance(optimizer, Muon):
                 optimizer.shards = self.shards
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema and not self.shards else None
-        pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True) if self.ema else ()
-        self.averages: list[Tensor] = [average for average, p in pairs if p.requires_grad]
+        self.averages: list[Tensor] = [*self.ema.parameters()] if self.ema else []
         if config.train.ema and self.shards:
             self.averages = [p.detach().clone() for p in self.parameters]
         self.ema_rate = torch.zeros((), device=here.device)

@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import re
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -65,19 +63,6 @@ def teach(out_dir, tiny_run, data, **options):
 
 def weights(out_dir, step):
     return load_file(out_dir / f"step-{step:08d}" / "model.safetensors")
-
-
-def test_training_of_attention_keeps_all_other_weights_and_resumes(tiny_run, instructions, tmp_path):
-    options = {"optim__trained": "attention", "train__ema": 0.9, "train__max_steps": 4, "train__checkpoint_every": 2}
-    teach(tmp_path / "whole", tiny_run, instructions["sft"], **options)
-    before, after = weights(tiny_run, 6), weights(tmp_path / "whole", 4)
-    is_same = {name: bool((after[name] == tensor).all()) for name, tensor in before.items()}
-    assert {name for name, same in is_same.items() if not same} == {name for name in before if re.search("self_attn|input_layernorm", name)}
-    shutil.rmtree(tmp_path / "whole" / "step-00000004")
-    teach(tmp_path / "whole", tiny_run, instructions["sft"], **options)
-    assert all((weights(tmp_path / "whole", 4)[name] == tensor).all() for name, tensor in after.items())
-    with pytest.raises(SystemExit, match="optim.trained attention keeps other weights as they are; set init_from"):
-        run_here(tmp_path / "new", optim__trained="attention")
 
 
 def test_training_on_answers_begins_with_the_checkpoint_and_resumes_bit_for_bit(tiny_run, instructions, tmp_path):
