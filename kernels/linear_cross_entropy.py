@@ -166,10 +166,15 @@ def _add_product(dw: Tensor, d: Tensor, x: Tensor, is_first: bool) -> None:
             dw[entries].copy_(part) if is_first else dw[entries].add_(part)
 
 
-def _empty_results(x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(
+    x: Tensor, weight: Tensor, needs_dx: bool, needs_dw: bool, rows: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, nll, lse, _, correct = empty_rows(x, x.shape[0])
     dx = contiguous_like(x) if needs_dx else x.new_empty(0)
-    dw = contiguous_like(weight, loss.dtype) if needs_dw else x.new_empty(0, dtype=loss.dtype)
+    # One product on a CPU needs no sum in fp32.
+    is_whole = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] <= rows
+    dtype = weight.dtype if is_whole else loss.dtype
+    dw = contiguous_like(weight, dtype) if needs_dw else x.new_empty(0, dtype=dtype)
     return loss, nll, lse, correct, dx, dw
 
 
@@ -184,7 +189,7 @@ def _unit(row_scale: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct, filter_eps):
-    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0 or filter_eps:
         dw.zero_()
@@ -215,8 +220,13 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
 
 
 def _times(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """g · factor in dtype, in one pass; of one dimension, or the factor would be rounded to g's dtype first."""
-    return g.to(dtype) if factor is None else torch.mul(g, factor.detach().reshape(1), out=torch.empty_like(g, dtype=dtype))
+    """g · factor in dtype, in one pass."""
+    if factor is None:
+        return g.to(dtype)
+    factor = factor.detach()
+    if g.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        return g.mul(factor).to(dtype)  # factor is not rounded; with `out` of another dtype both would be converted first
+    return torch.mul(g, factor.reshape(1), out=torch.empty_like(g, dtype=dtype))  # of one dimension, or it would be rounded to g's dtype
 
 
 class _Once(torch.autograd.Function):
@@ -251,7 +261,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
 
     @op.register_fake
     def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct=True, filter_eps=0.0):
-        *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw)
+        *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows)
         return results[0].new_empty(()), *results, dx, dw
 
     def save(ctx, inputs, output):

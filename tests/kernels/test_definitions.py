@@ -129,6 +129,19 @@ def test_bf16_head_keeps_the_gradient_of_an_fp32_weight_in_fp32():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("memory_budget_mb", [256.0, 0.02])  # one chunk, and six
+def test_a_weight_in_bf16_gets_its_gradient_rounded_once(memory_budget_mb):
+    x, weight = torch.randn(700, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16().requires_grad_()
+    targets, wide = torch.randint(50, (700,)), [t.detach().double().requires_grad_() for t in (x, weight)]
+    pull = 1.0037  # bf16 has 1.0 and 1.0078
+    found = gradients(pull * kernels.linear_cross_entropy(x, weight, targets, memory_budget_mb=memory_budget_mb), x, weight)
+    expected = gradients(pull * reference.linear_cross_entropy(*wide, targets), *wide)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - exact).norm() < 0.01 * exact.norm()
+        assert abs((gradient.double() * exact).sum() / exact.square().sum() - 1) < 2e-3  # no factor is rounded away
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_attention_is_attention_document_by_document(n_kv_head, window):
