@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
     def prepare(source: Path, name: str) -> list:
         return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
 
-    def train(config: str, start: Path, name: str, steps: int, source: str, *more: object) -> list:
-        what = ["--init_from", start, "--data.source", out / source, "--out_dir", out / name, "--train.max_steps", steps]
-        return ["train", "--config", CONFIGS / config, *what, *more, *args.overrides]
+    def train(config: str, start: Path, name: str, steps: int, source: str) -> list:
+        what = ["--init_from", start, "--data.source", out / source, "--data.replay", data, "--out_dir", out / name]
+        return ["train", "--config", CONFIGS / config, *what, "--train.max_steps", steps, *args.overrides]
 
     sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         "copies": (prepare(out / "samples" / COPIES, "copies"), out / "copies" / "report.json"),
         "copying": (train("copying.yaml", base, "copying", args.steps[0], "copies"), copying),
         "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
-        "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions", "--data.replay", data), sft),
+        "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions"), sft),
         "evaluation": (
             ["evaluate", base, sft, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
             out / "evaluation" / "evaluate.json",

@@ -10,8 +10,9 @@ messages may be missing.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from ..common.files import atomic_file, read_json_object
 from ..data.built_in import RECIPE, open_data
 from ..data.chat import encode_chats, problem
 from ..data.shards import REMEDY, Split
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import FIXED_TOKENS, Tokenizer
 from ..stories.facts import plot_shows
 from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
 from .derive import Found, Vocabulary, of_built_in, of_text
@@ -33,6 +34,7 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
 OFTEN = {"sentence": 4, "words": 2}  # how much more often than another kind training samples ask for these, which are the hardest
 PLOT_SHARE = 0.4  # of the training samples whose emphasis ends where the plot shows
+ALTERED, ALTERED_TOKENS = 0.5, 0.3  # shares of the training samples whose sentence is altered, and of its tokens that are
 
 Track = Callable[[Iterable, str], Iterable]
 
@@ -87,7 +89,9 @@ class Sample:
         if not isinstance(requirements, list):
             raise ValueError("requirements is not a list")
         kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return cls(kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True, value.get("is_about_plot") is True)
+        return cls(
+            kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True, value.get("is_about_plot") is True
+        )
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -162,15 +166,24 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
 
 
 def make_samples(
-    stories: Stories, n: int, *, seed: int, tokenizer: Tokenizer | None = None, context: int | None = None, in_order: bool = False,
+    stories: Stories,
+    n: int,
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+    in_order: bool = False,
     is_training: bool = False,
 ) -> Iterator[Sample]:
     """`n` samples of 1 to MOST requirements of different kinds: the kinds, their order and the phrasing are drawn at random. The stories
     are taken in a random order, and again with other requirements if there are fewer than `n`. The same arguments give the same samples.
 
     With a `tokenizer` and `context`, only those that fit into the context. `in_order`: requirements in the order of FIELDS instead.
-    Raises UserError if nearly no story gives a sample."""
+    `is_training`: OFTEN, PLOT_SHARE and, with a `tokenizer`, ALTERED apply. Raises UserError if nearly no story gives a sample."""
     candidates = _candidates(stories, seed, in_order, is_training)
+    if tokenizer and is_training:
+        rng, letters = Random(f"{seed} altered"), letter_ids(tokenizer)
+        candidates = (sample and alter_sentence(sample, tokenizer, letters, rng) for sample in candidates)
     made = tried = 0
     while made < n:
         batch = list(islice(candidates, min(AT_ONCE, n - made + 16)))
@@ -207,3 +220,21 @@ def _candidates(stories: Stories, seed: int, in_order: bool, is_training: bool) 
             request = instruction(tuple(chosen), language_of(text), rng)
             messages = ({"role": "user", "content": request}, {"role": "assistant", "content": text})
             yield Sample(messages, tuple(chosen), stories.is_built_in, is_training and rng.random() < PLOT_SHARE)
+
+
+def letter_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of the vocabulary's entries that consist of letters."""
+    return [i for i in range(len(FIXED_TOKENS), tokenizer.vocab_size) if re.fullmatch(r"[^\W\d_]+", tokenizer.decode([i]))]
+
+
+def alter_sentence(sample: Sample, tokenizer: Tokenizer, letters: list[int], rng: Random) -> Sample:
+    """The sample; a share ALTERED of those that ask for a sentence with some of its tokens replaced by any of `letters`, in the instruction
+    and in the story, so that the model cannot guess the sentence from the story, but has to copy it."""
+    asked = next((r for r in sample.requirements if r.kind == "sentence"), None)
+    if asked is None or rng.random() >= ALTERED:
+        return sample
+    text = tokenizer.decode([i if rng.random() >= ALTERED_TOKENS else rng.choice(letters) for i in tokenizer.encode(asked.text)])
+    if "\ufffd" in text:  # half a character was replaced
+        return sample
+    messages = tuple({"role": m["role"], "content": m["content"].replace(asked.text, text)} for m in sample.messages)
+    return replace(sample, messages=messages, requirements=tuple(replace(r, text=text) if r is asked else r for r in sample.requirements))

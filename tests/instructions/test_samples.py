@@ -1,6 +1,8 @@
 """Samples are a function of the seed, fit into the context, meet their own requirements, and share no story between the splits."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
 from tritale.instructions.requirements import FEATURES, FIELDS
 from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, open_stories, read_samples
+from tritale.stories.facts import plot_shows
 from tritale.stories.generator import story
 
 
@@ -75,6 +78,33 @@ def test_emphasis_is_what_was_asked_for_and_where_the_plot_shows(built_in, plain
             assert "emphasis" not in json.dumps(sample.to_json()["messages"]) and Sample.from_json(sample.to_json()) == sample
 
 
+def test_training_samples_ask_for_hard_requirements_more_often_and_may_end_at_the_plot(built_in, seed):
+    stories = open_stories(built_in)[0]
+    kinds = [Counter(r.kind for s in make_samples(stories, 400, seed=seed, is_training=is_training) for r in s.requirements)
+             for is_training in (False, True)]  # fmt: skip
+    assert kinds[1]["sentence"] > 1.5 * kinds[0]["sentence"] and kinds[1]["people"] < kinds[0]["people"]
+    about_plot = [s for s in make_samples(stories, 400, seed=seed, is_training=True) if s.is_about_plot]
+    assert 100 < len(about_plot) < 220
+    for sample in about_plot:
+        assert max(end for _, end in sample.emphasis) == plot_shows(sample.story)[-1] + 1
+        assert len(sample.emphasis) <= len(replace(sample, is_about_plot=False).emphasis)
+        assert Sample.from_json(sample.to_json()) == sample
+
+
+def test_an_altered_sentence_is_the_same_in_the_instruction_and_in_the_story(built_in, seed):
+    tokenizer = Tokenizer.load(built_in / "tokenizer")
+    train = open_stories(built_in)[0]
+    plain = make_samples(train, 300, seed=seed, is_training=True)
+    pairs = list(zip(plain, make_samples(train, 300, seed=seed, is_training=True, tokenizer=tokenizer), strict=True))
+    n_altered = 0
+    for sample, altered in pairs:
+        sentences = [next((r.text for r in s.requirements if r.kind == "sentence"), "") for s in (sample, altered)]
+        n_altered += sentences[0] != sentences[1]
+        assert altered.story == sample.story.replace(*sentences) if sentences[0] else altered == sample
+        assert altered.messages[0]["content"].count(sentences[1]) and all(verdict.is_met for verdict in altered.judge(altered.story)[:1])
+    assert 0.3 < n_altered / sum(any(r.kind == "sentence" for r in s.requirements) for s, _ in pairs) < 0.7
+
+
 def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in):
     known = {story(7, i).text for i in range(300)}
     train, held_out = open_stories(built_in)
@@ -106,7 +136,8 @@ def test_a_context_that_no_sample_fits_into_is_said(plain):
 def test_the_command_writes_samples_that_are_read_as_they_were(built_in, tmp_path, capsys):
     main(["instruct", str(built_in), "--out", str(tmp_path), "--samples", "40", "--held-out", "20", "--seed", "3"])
     train, held_out = open_stories(built_in)
-    assert read_samples(tmp_path / TRAIN) == list(make_samples(train, 40, seed=3))
+    tokenizer = Tokenizer.load(built_in / "tokenizer")
+    assert read_samples(tmp_path / TRAIN) == list(make_samples(train, 40, seed=3, tokenizer=tokenizer, is_training=True))
     assert read_samples(tmp_path / HELD_OUT) == list(make_samples(held_out, 20, seed=3))
     first = json.loads((tmp_path / TRAIN).read_text(encoding="utf-8").splitlines()[0])
     assert [m["role"] for m in first["messages"]] == ["user", "assistant"] and first["is_built_in"] is True
