@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..common.console import progress_bar
 from ..common.errors import UserError
 from . import options
 
@@ -25,7 +26,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..common.run_folder import is_checkpoint
     from ..evaluation.instructions import Evaluation, context_of, data_of
@@ -46,9 +46,8 @@ def run(args: argparse.Namespace) -> None:
     data = args.data or data_of(folders)
     console = Console(markup=False, highlight=False)
     console.soft_wrap = not console.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     rows: dict[str, dict] = {}
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         if args.instructions:
             samples = read_samples(args.instructions)
         else:

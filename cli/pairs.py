@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from ..common.console import progress_bar
     from ..common.errors import UserError
     from ..common.files import atomic_file
     from ..data.built_in import open_data
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     llm = LLM.load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         tokenizer, _, validation = open_data(args.data)
         if args.instructions:
             samples = read_samples(args.instructions)

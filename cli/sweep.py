@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..common.console import wrapped
+from ..common.console import progress_bar, wrapped
 from ..common.errors import UserError
 from . import options
 
@@ -28,7 +28,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..evaluation.sweep import Sweep, check_outputs, every_nth
     from ..evaluation.sweep_page import write_sweep
@@ -50,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     rows: list[dict] = []
     left_out: dict[str, str] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("indexing the training text", total=None)
         sweep = Sweep(
             trained, prompts=prompts, samples=args.samples, sampling=sampling, seed=args.seed,

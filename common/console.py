@@ -5,7 +5,11 @@ import os
 import sys
 import time
 from contextlib import suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 
 class LastingOutput(io.TextIOWrapper):
@@ -46,6 +50,14 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * n:
             return f"{seconds / n:,.{int(seconds < 10 * n)}f} {unit}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def progress_bar(console: "Console") -> "Progress":
+    """A bar with the number of items and the time left, which disappears at its end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def wrapped(text: str) -> str:
