@@ -19,8 +19,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
     p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
-    p.add_argument("--copies", type=int, default=16_000, metavar="N", help="exercises of the first training, which is in copying")
-    p.add_argument("--steps", type=int, nargs=2, default=(400, 1500), metavar="N", help="steps of both trainings")
+    p.add_argument(
+        "--copies", type=int, default=6_000, metavar="N", help="exercises in copying of the first training, and as many of its stories"
+    )
+    p.add_argument("--steps", type=int, nargs=2, default=(400, 1700), metavar="N", help="steps of both trainings")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 
 

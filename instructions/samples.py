@@ -32,8 +32,8 @@ from .wording import instruction, language_of
 MOST = 3  # requirements of an instruction
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
-OFTEN = {"sentence": 4, "words": 2}  # how much more often than another kind training samples ask for these, which are the hardest
-PLOT_SHARE = 0.4  # of the training samples whose emphasis ends where the plot shows
+OFTEN = {"sentence": 4, "words": 4}  # how much more often than another kind training samples ask for these, which are the hardest
+PLOT_SHARE = 0.25  # of the training samples whose emphasis ends where the plot shows
 ALTERED, ALTERED_TOKENS = 0.5, 0.3  # shares of the training samples whose sentence is altered, and of its tokens that are
 
 Track = Callable[[Iterable, str], Iterable]
