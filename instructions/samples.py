@@ -32,8 +32,6 @@ from .wording import instruction, language_of
 MOST = 3  # requirements of an instruction
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
-OFTEN = {"sentence": 4, "words": 4}  # how much more often than another kind training samples ask for these, which are the hardest
-PLOT_SHARE = 0.25  # of the training samples whose emphasis ends where the plot shows
 ALTERED, ALTERED_TOKENS = 0.5, 0.3  # shares of the training samples whose sentence is altered, and of its tokens that are
 
 Track = Callable[[Iterable, str], Iterable]
@@ -46,7 +44,6 @@ class Sample:
     messages: tuple[dict[str, str], ...]
     requirements: tuple[Requirement, ...] = ()
     is_built_in: bool = False  # the story is a built-in one, so all features of a story can be judged
-    is_about_plot: bool = False  # only the characters up to those that show the plot may be emphasised
 
     @property
     def story(self) -> str:
@@ -63,8 +60,6 @@ class Sample:
         first in the story, and, of a built-in story, its first character and those that first tell which plot it has."""
         found = [span for r in self.requirements for span in parts(r, self.story)]
         plot = plot_shows(self.story) if self.is_built_in else []
-        if plot and self.is_about_plot:
-            found = [(begin, end) for begin, end in found if end <= plot[-1] + 1]
         return found + [(i, i + 1) for i in (0, *plot) if plot]
 
     def judge(self, story: str) -> list[Verdict]:
@@ -74,7 +69,7 @@ class Sample:
     def to_json(self) -> dict:
         value: dict = {"messages": list(self.messages), "requirements": [r.to_json() for r in self.requirements]}
         value["emphasis"] = [list(span) for span in self.emphasis]
-        return value | {name: True for name in ("is_built_in", "is_about_plot") if getattr(self, name)}
+        return value | ({"is_built_in": True} if self.is_built_in else {})
 
     @classmethod
     def from_json(cls, value: object) -> "Sample":
@@ -179,8 +174,8 @@ def make_samples(
     are taken in a random order, and again with other requirements if there are fewer than `n`. The same arguments give the same samples.
 
     With a `tokenizer` and `context`, only those that fit into the context. `in_order`: requirements in the order of FIELDS instead.
-    `is_training`: OFTEN, PLOT_SHARE and, with a `tokenizer`, ALTERED apply. Raises UserError if nearly no story gives a sample."""
-    candidates = _candidates(stories, seed, in_order, is_training)
+    `is_training`: sentences are altered, which takes a `tokenizer`. Raises UserError if nearly no story gives a sample."""
+    candidates = _candidates(stories, seed, in_order)
     if tokenizer and is_training:
         rng, letters = Random(f"{seed} altered"), letter_ids(tokenizer)
         candidates = (sample and alter_sentence(sample, tokenizer, letters, rng) for sample in candidates)
@@ -201,7 +196,7 @@ def make_samples(
             )
 
 
-def _candidates(stories: Stories, seed: int, in_order: bool, is_training: bool) -> Iterator[Sample | None]:
+def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample | None]:
     for turn in count():
         order = range(stories.n) if stories.n >= 1 << 30 else Random(f"{seed} {turn}").sample(range(stories.n), stories.n)
         for i in order:
@@ -209,8 +204,6 @@ def _candidates(stories: Stories, seed: int, in_order: bool, is_training: bool) 
             text, found_by = stories.get(i)
             found = found_by(rng)
             kinds = rng.sample(list(found), len(found))
-            if is_training:
-                kinds.sort(key=lambda kind: -(rng.random() ** (1 / OFTEN.get(kind, 1))))  # weighted, without replacement
             if "summary" in kinds[: (n := rng.randint(1, MOST))]:  # it names the people and the place
                 kinds = [kind for kind in kinds if kind not in ("people", "place")]
             chosen = [found[kind] for kind in (FIELDS if in_order else kinds) if kind in kinds[:n]]
@@ -219,7 +212,7 @@ def _candidates(stories: Stories, seed: int, in_order: bool, is_training: bool) 
                 continue
             request = instruction(tuple(chosen), language_of(text), rng)
             messages = ({"role": "user", "content": request}, {"role": "assistant", "content": text})
-            yield Sample(messages, tuple(chosen), stories.is_built_in, is_training and rng.random() < PLOT_SHARE)
+            yield Sample(messages, tuple(chosen), stories.is_built_in)
 
 
 def letter_ids(tokenizer: Tokenizer) -> list[int]:
