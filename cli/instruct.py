@@ -13,9 +13,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, default=20_000, metavar="N", help="training samples")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="samples from held-out stories")
     p.add_argument("--context", type=int, default=None, metavar="N", help="leave out samples with more tokens than the model's context")
-    p.add_argument(
-        "--copies", type=int, default=0, metavar="N", help="also write N exercises in copying, and N training samples, to copies.jsonl"
-    )
+    p.add_argument("--copies", type=int, default=0, metavar="N", help="also write N exercises in copying to copies.jsonl")
     p.add_argument("--in-order", action="store_true", help="always give the requirements in the same order")
     p.add_argument("--seed", type=int, default=0)
 
@@ -37,17 +35,16 @@ def run(args: argparse.Namespace) -> None:
     splits = open_stories(args.data, track=show)
     tokenizer = Tokenizer.load(args.data / "tokenizer")
     settings = {"seed": args.seed, "tokenizer": tokenizer, "context": args.context, "in_order": args.in_order}
-    made: dict[str, list[Sample]] = {}
+    samples: list[Sample] = []
     for name, stories, n in zip((TRAIN, HELD_OUT), splits, (args.samples, args.held_out), strict=True):
-        samples = make_samples(stories, n, **settings, is_training=name == TRAIN)
-        made[name] = list(track(samples, f"writing {name}", total=n, console=console, transient=True))
-        write_samples(args.out / name, made[name])
-        kinds = Counter(r.kind for sample in made[name] for r in sample.requirements)
+        made = make_samples(stories, n, **settings)
+        samples = list(track(made, f"writing {name}", total=n, console=console, transient=True))
+        write_samples(args.out / name, samples)
+        kinds = Counter(r.kind for sample in samples for r in sample.requirements)
         console.print(f"{args.out / name}  {n:,} samples: {', '.join(f'{kind} {k:,}' for kind, k in kinds.most_common())}", soft_wrap=True)
     if args.copies:
-        stories = made[TRAIN][: args.copies]  # so that the model does not forget them, and copies in a story too
-        write_samples(args.out / COPIES, [*make_copies(tokenizer, args.copies, seed=args.seed), *stories])
-        console.print(f"{args.out / COPIES}  {args.copies:,} exercises in copying, {len(stories):,} samples", soft_wrap=True)
-    for sample in made[HELD_OUT][:3]:
+        write_samples(args.out / COPIES, make_copies(tokenizer, args.copies, seed=args.seed))
+        console.print(f"{args.out / COPIES}  {args.copies:,} exercises in copying", soft_wrap=True)
+    for sample in samples[:3]:
         console.print(f"\n{sample.messages[0]['content']}", style="bold")
         console.print(sample.story)

@@ -108,12 +108,9 @@ def judge(requirement: Requirement, story: str, *, is_built_in: bool = False) ->
 
 
 def parts(requirement: Requirement, story: str) -> list[tuple[int, int]]:
-    """(begin, end) of the words, names, place, sentence or beginning of the requirement where they are first in the story. For words also
-    the first character of their sentence, which decides whether they come."""
+    """(begin, end) of the words, names, place, sentence or beginning of the requirement where they are first in the story."""
     names = requirement.words or ((requirement.text,) if requirement.kind in ("place", "sentence", "beginning") else ())
-    found = [(begin, begin + len(name)) for name in names if (begin := story.find(name)) >= 0]
-    starts = [max(story.rfind(mark, 0, begin) for mark in "。！？”\n") + 1 for begin, _ in found] if requirement.kind == "words" else []
-    return found + [(start, start + 1) for start in starts]
+    return [(begin, begin + len(name)) for name in names if (begin := story.find(name)) >= 0]
 
 
 def occurs(word: str, story: str) -> bool:

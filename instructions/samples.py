@@ -10,9 +10,8 @@ messages may be missing.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from random import Random
@@ -22,7 +21,7 @@ from ..common.files import atomic_file, read_json_object
 from ..data.built_in import RECIPE, open_data
 from ..data.chat import encode_chats, problem
 from ..data.shards import REMEDY, Split
-from ..data.tokenizer import FIXED_TOKENS, Tokenizer
+from ..data.tokenizer import Tokenizer
 from ..stories.facts import plot_shows
 from ..stories.generator import TRAIN_START, VALIDATION_START, Story, story
 from .derive import Found, Vocabulary, of_built_in, of_text
@@ -32,7 +31,6 @@ from .wording import instruction, language_of
 MOST = 3  # requirements of an instruction
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
-ALTERED, ALTERED_TOKENS = 0.5, 0.3  # shares of the training samples whose sentence is altered, and of its tokens that are
 
 Track = Callable[[Iterable, str], Iterable]
 
@@ -84,9 +82,7 @@ class Sample:
         if not isinstance(requirements, list):
             raise ValueError("requirements is not a list")
         kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        return cls(
-            kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True, value.get("is_about_plot") is True
-        )
+        return cls(kept, tuple(map(Requirement.from_json, requirements)), value.get("is_built_in") is True)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -161,24 +157,14 @@ def open_stories(folder: Path, *, track: Track = lambda items, description: item
 
 
 def make_samples(
-    stories: Stories,
-    n: int,
-    *,
-    seed: int,
-    tokenizer: Tokenizer | None = None,
-    context: int | None = None,
-    in_order: bool = False,
-    is_training: bool = False,
+    stories: Stories, n: int, *, seed: int, tokenizer: Tokenizer | None = None, context: int | None = None, in_order: bool = False
 ) -> Iterator[Sample]:
     """`n` samples of 1 to MOST requirements of different kinds: the kinds, their order and the phrasing are drawn at random. The stories
     are taken in a random order, and again with other requirements if there are fewer than `n`. The same arguments give the same samples.
 
     With a `tokenizer` and `context`, only those that fit into the context. `in_order`: requirements in the order of FIELDS instead.
-    `is_training`: sentences are altered, which takes a `tokenizer`. Raises UserError if nearly no story gives a sample."""
+    Raises UserError if nearly no story gives a sample."""
     candidates = _candidates(stories, seed, in_order)
-    if tokenizer and is_training:
-        rng, letters = Random(f"{seed} altered"), letter_ids(tokenizer)
-        candidates = (sample and alter_sentence(sample, tokenizer, letters, rng) for sample in candidates)
     made = tried = 0
     while made < n:
         batch = list(islice(candidates, min(AT_ONCE, n - made + 16)))
@@ -213,21 +199,3 @@ def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample 
             request = instruction(tuple(chosen), language_of(text), rng)
             messages = ({"role": "user", "content": request}, {"role": "assistant", "content": text})
             yield Sample(messages, tuple(chosen), stories.is_built_in)
-
-
-def letter_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of the vocabulary's entries that consist of letters."""
-    return [i for i in range(len(FIXED_TOKENS), tokenizer.vocab_size) if re.fullmatch(r"[^\W\d_]+", tokenizer.decode([i]))]
-
-
-def alter_sentence(sample: Sample, tokenizer: Tokenizer, letters: list[int], rng: Random) -> Sample:
-    """The sample; a share ALTERED of those that ask for a sentence with some of its tokens replaced by any of `letters`, in the instruction
-    and in the story, so that the model cannot guess the sentence from the story, but has to copy it."""
-    asked = next((r for r in sample.requirements if r.kind == "sentence"), None)
-    if asked is None or rng.random() >= ALTERED:
-        return sample
-    text = tokenizer.decode([i if rng.random() >= ALTERED_TOKENS else rng.choice(letters) for i in tokenizer.encode(asked.text)])
-    if "\ufffd" in text:  # half a character was replaced
-        return sample
-    messages = tuple({"role": m["role"], "content": m["content"].replace(asked.text, text)} for m in sample.messages)
-    return replace(sample, messages=messages, requirements=tuple(replace(r, text=text) if r is asked else r for r in sample.requirements))

@@ -12,7 +12,7 @@ def test_an_answer_repeats_the_ids_that_were_asked():
     n_whole = 0
     for sample in copies:
         asked, answer = (message["content"] for message in sample.messages)
-        assert answer == TIMES * asked and asked.isalpha() and sample.emphasis == [(0, len(answer))]
+        assert answer == TIMES * asked and asked.isalpha()
         ids, repeated = tokenizer.encode(asked), tokenizer.encode(answer)
         assert len(ids) <= ENTRIES[1]  # entries of the vocabulary, which may merge
         n_whole += repeated == TIMES * ids

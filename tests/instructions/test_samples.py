@@ -70,25 +70,9 @@ def test_emphasis_is_what_was_asked_for_and_where_the_plot_shows(built_in, plain
             for r in sample.requirements:
                 assert set(r.words or (r.text,)) <= {*parts, *FEATURES, ""} or r.kind == "summary", sample
             assert ("summary" in {r.kind for r in sample.requirements}) <= bool(parts)
-            n_asked = sum(
-                len(r.words) * (1 + (r.kind == "words")) or (r.kind in ("place", "sentence", "beginning")) for r in sample.requirements
-            )
+            n_asked = sum(len(r.words) or (r.kind in ("place", "sentence", "beginning")) for r in sample.requirements)
             assert n_asked + 5 <= len(parts) < n_asked + 20 if folder == built_in else len(parts) == n_asked
             assert "emphasis" not in json.dumps(sample.to_json()["messages"]) and Sample.from_json(sample.to_json()) == sample
-
-
-def test_an_altered_sentence_is_the_same_in_the_instruction_and_in_the_story(built_in, seed):
-    tokenizer = Tokenizer.load(built_in / "tokenizer")
-    train = open_stories(built_in)[0]
-    plain = make_samples(train, 300, seed=seed, tokenizer=tokenizer)
-    pairs = list(zip(plain, make_samples(train, 300, seed=seed, is_training=True, tokenizer=tokenizer), strict=True))
-    n_altered = 0
-    for sample, altered in pairs:
-        sentences = [next((r.text for r in s.requirements if r.kind == "sentence"), "") for s in (sample, altered)]
-        n_altered += sentences[0] != sentences[1]
-        assert altered.story == sample.story.replace(*sentences) if sentences[0] else altered == sample
-        assert altered.messages[0]["content"].count(sentences[1]) and all(verdict.is_met for verdict in altered.judge(altered.story)[:1])
-    assert 0.3 < n_altered / sum(any(r.kind == "sentence" for r in s.requirements) for s, _ in pairs) < 0.7
 
 
 def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in):
@@ -122,8 +106,7 @@ def test_a_context_that_no_sample_fits_into_is_said(plain):
 def test_the_command_writes_samples_that_are_read_as_they_were(built_in, tmp_path, capsys):
     main(["instruct", str(built_in), "--out", str(tmp_path), "--samples", "40", "--held-out", "20", "--seed", "3"])
     train, held_out = open_stories(built_in)
-    tokenizer = Tokenizer.load(built_in / "tokenizer")
-    assert read_samples(tmp_path / TRAIN) == list(make_samples(train, 40, seed=3, tokenizer=tokenizer, is_training=True))
+    assert read_samples(tmp_path / TRAIN) == list(make_samples(train, 40, seed=3))
     assert read_samples(tmp_path / HELD_OUT) == list(make_samples(held_out, 20, seed=3))
     first = json.loads((tmp_path / TRAIN).read_text(encoding="utf-8").splitlines()[0])
     assert [m["role"] for m in first["messages"]] == ["user", "assistant"] and first["is_built_in"] is True
