@@ -95,8 +95,8 @@ def test_the_validation_of_the_run_is_that_of_the_loaded_checkpoint(lora_run, tm
     shutil.rmtree(run / "step-00000002")
     shutil.copytree(run / "step-00000004", run / "step-00000002")
     out, about = average(TrainedRun.open(run), last=2, validation_documents=10**6, data=None, advance=lambda n: None)
-    reported = [line["val_bits_per_char"] for line in metrics(run) if "val_bits_per_char" in line]
-    assert about["last"]["val_bits_per_char"] == pytest.approx(reported[-1], rel=1e-6) != reported[0]
+    reported = [line["val_bits_per_char"] for line in metrics(run) if "val_bits_per_char" in line]  # of six digits
+    assert about["last"]["val_bits_per_char"] == pytest.approx(reported[-1], rel=1e-5) != reported[0]
     for a, b in zip(load_model(out).parameters(), load_model(run / "step-00000004").parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
 
