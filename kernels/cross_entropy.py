@@ -416,10 +416,9 @@ def cross_entropy(
     shape, logits, targets = targets.shape, logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     options = ignore_index, label_smoothing, z_loss, softcap or 0.0, inplace_backward and _may_overwrite(logits)
     if is_triton:
-        loss, nll, top, log_total, correct = _cross_entropy(logits, targets, *options)
-        lse = top + log_total
+        loss, nll, *of_lse, correct = _cross_entropy(logits, targets, *options)
     else:
-        loss, nll, lse, correct = _TorchCrossEntropy.apply(logits, targets, *options, return_stats)
+        loss, nll, *of_lse, correct = _TorchCrossEntropy.apply(logits, targets, *options, return_stats)
     is_valid = targets != ignore_index
     if token_weight is not None:
         loss = loss * token_weight.reshape(-1).masked_fill(~is_valid, 0)
@@ -431,7 +430,7 @@ def cross_entropy(
         result = result / reference.mean_divisor(is_valid, normalizer)
     if not return_stats:
         return result
-    return result, statistics(nll, lse, correct, z_loss, shape)
+    return result, statistics(nll, sum(of_lse[1:], of_lse[0]), correct, z_loss, shape)  # added here, since it costs a launch
 
 
 def statistics(nll: Tensor, lse: Tensor, correct: Tensor, z_loss: float, shape: torch.Size) -> dict[str, Tensor]:
