@@ -189,7 +189,7 @@ def _unit(row_scale: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct, filter_eps):
-    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows)
+    loss, nll, lse, correct, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows if step is _torch_step else 0)
     n, needs_gradient = x.shape[0], needs_dx or needs_dw
     if n == 0 or filter_eps:
         dw.zero_()
@@ -220,7 +220,7 @@ def _chunked(step, x, weight, targets, row_scale, label_smoothing, z_loss, softc
 
 
 def _times(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """g · factor in dtype, in one pass."""
+    """g · factor in dtype, rounded once."""
     if factor is None:
         return g.to(dtype)
     factor = factor.detach()
@@ -261,7 +261,7 @@ def _chunked_op(name: str, step: Callable) -> Callable:
 
     @op.register_fake
     def _(x, weight, targets, row_scale, label_smoothing, z_loss, softcap, rows, needs_dx, needs_dw, with_correct=True, filter_eps=0.0):
-        *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows)
+        *results, dx, dw = _empty_results(x, weight, needs_dx, needs_dw, rows if step is _torch_step else 0)
         return results[0].new_empty(()), *results, dx, dw
 
     def save(ctx, inputs, output):
