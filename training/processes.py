@@ -264,6 +264,15 @@ def cpp_compiler_missing() -> str | None:
     return None
 
 
+def trust_vector_instructions() -> None:
+    """Let Inductor use the vector instructions that the CPU reports. Otherwise it compiles and loads a library for each kind of them, with an
+    empty cache a quarter of the quick start's compilation. A compiler that takes PyTorch's headers takes them all."""
+    from torch._inductor import config
+
+    if sys.platform == "linux" and config.cpp.vec_isa_ok is None:
+        config.cpp.vec_isa_ok = True
+
+
 def data_sheet_tflops(name: str) -> int | None:
     """The entry of PEAK_TFLOPS for a GPU of this name. Laptop versions and parts of a GPU (MIG) share a name with a faster one, and have
     none."""

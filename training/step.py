@@ -113,6 +113,7 @@ class TrainingStep:
         self.module: nn.Module = self.model
         self.forward_backward, self.clip_and_step = self._forward_backward, self._clip_and_step
         if config.train.compile and not planned.device.compiler_missing and not self.shards:
+            processes.trust_vector_instructions()
             self.module = cast(nn.Module, torch.compile(self.module, dynamic=False))
             if here.device.type == "cuda":
                 self.forward_backward = Graphed(self._forward_backward)

@@ -2,12 +2,15 @@
 
 import functools
 import shutil
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import TINY
+from torch._inductor import config as inductor_config
+from torch._inductor import cpu_vec_isa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritale.common.errors import UserError
@@ -128,6 +131,17 @@ def test_a_compiler_with_pythons_headers_is_enough(monkeypatch, tmp_path):
     assert "python3-dev" in (dispatch.launcher_missing() or "")
     (tmp_path / "Python.h").touch()
     assert dispatch.launcher_missing() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Inductor's test of the instructions stays elsewhere")
+def test_a_compiled_step_on_a_cpu_does_not_test_the_vector_instructions(tmp_path, monkeypatch):
+    """Such a test compiles PyTorch's headers, once for each kind of instructions."""
+    compiled = []
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: compiled.append(code) or True)
+    monkeypatch.setattr(inductor_config.cpp, "vec_isa_ok", None)
+    tiny_step(tmp_path, train__compile="true")
+    cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+    assert cpu_vec_isa.VecAVX2() and cpu_vec_isa.VecISA._avx_code not in compiled
 
 
 @pytest.mark.parametrize(("precision", "has_bf16", "dtype"), [("auto", True, "bfloat16"), ("bf16", False, "float16"), ("fp32", True, None)])
