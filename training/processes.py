@@ -265,8 +265,8 @@ def cpp_compiler_missing() -> str | None:
 
 
 def trust_vector_instructions() -> None:
-    """Let Inductor use the vector instructions that the CPU reports. Otherwise it compiles and loads a library for each kind of them: with an
-    empty cache a quarter of the time that the quick start compiles. A compiler that takes PyTorch's headers takes them all."""
+    """Let Inductor use the vector instructions that the CPU reports. Otherwise it compiles and loads a library for each kind of them, which
+    is a quarter of the quick start's compilation. A compiler that takes PyTorch's headers takes them all."""
     from torch._inductor import config
 
     if sys.platform == "linux" and config.cpp.vec_isa_ok is None:
