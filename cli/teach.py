@@ -18,13 +18,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     options.add_model(p, "base", options.CHECKPOINT + "; keys of the config, such as --optim.lr 0.01, are those of both trainings")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
-    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training,")
-    p.add_argument(
-        "--summaries", type=int, default=24_000, metavar="N", help="and as many more about the summary of a story, if it has one"
-    )
-    p.add_argument(
-        "--copies", type=int, default=6_000, metavar="N", help="exercises of the first training, in copying, and as many conversations"
-    )
+    p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
+    p.add_argument("--summaries", type=int, default=24_000, metavar="N", help="more of them, which ask for a summary, if stories have one")
+    p.add_argument("--copies", type=int, default=6_000, metavar="N", help="exercises of the first training, and as many conversations")
     p.add_argument("--steps", type=int, nargs=2, default=(400, 1700), metavar="N", help="steps of both trainings")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 
