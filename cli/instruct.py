@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from ..common.errors import UserError
     from ..data.tokenizer import Tokenizer
     from ..instructions.copies import COPIES, make_copies
-    from ..instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, make_summaries, open_stories, write_samples
+    from ..instructions.samples import HELD_OUT, TRAIN, Sample, fitting, make_samples, make_summaries, open_stories, write_samples
 
     if args.samples < 1 or args.held_out < 1 or args.copies < 0 or args.summaries < 0:
         sizes = f"--samples ({args.samples}) and --held-out ({args.held_out}) must be at least 1"
@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> None:
         kinds = Counter(r.kind for sample in made[name] for r in sample.requirements)
         console.print(f"{args.out / name}  {n:,} samples: {', '.join(f'{kind} {k:,}' for kind, k in kinds.most_common())}", soft_wrap=True)
     if args.copies:
-        altered = made[TRAIN][: args.copies]
-        write_samples(args.out / COPIES, make_copies(tokenizer, altered, seed=args.seed))
-        console.print(f"{args.out / COPIES}  {len(altered):,} exercises in copying and as many altered samples", soft_wrap=True)
+        copies = list(make_copies(tokenizer, made[TRAIN][: args.copies], seed=args.seed))
+        if args.context:  # an altered sentence may have more tokens
+            copies = fitting(copies, tokenizer, args.context)
+        write_samples(args.out / COPIES, copies)
+        console.print(f"{args.out / COPIES}  {len(copies):,} exercises in copying and altered samples", soft_wrap=True)
     for sample in made[HELD_OUT][:3]:
         console.print(f"\n{sample.messages[0]['content']}", style="bold")
         console.print(sample.story)

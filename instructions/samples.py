@@ -177,9 +177,7 @@ def make_samples(
         tried += len(batch)
         samples = [sample for sample in batch if sample]
         if tokenizer and context:
-            marked = [(*s.prompt, {**s.messages[-1], "content": mark(s.story, borders=s.borders)}) for s in samples]
-            encoded = encode_chats(tokenizer, marked)
-            samples = [sample for sample, (ids, _) in zip(samples, encoded, strict=True) if len(ids) <= context]
+            samples = fitting(samples, tokenizer, context)
         yield from samples[: n - made]
         made += len(samples)
         if tried > 2000 and made < tried / 50:
@@ -187,6 +185,12 @@ def make_samples(
                 f"only {made} of {tried} stories gave a sample: the others are longer than the context of {context} tokens with their "
                 "instruction, or empty; give shorter stories, or a model with a longer context"
             )
+
+
+def fitting(samples: list[Sample], tokenizer: Tokenizer, context: int) -> list[Sample]:
+    """The samples with at most `context` tokens."""
+    marked = [(*s.prompt, {**s.messages[-1], "content": mark(s.story, borders=s.borders)}) for s in samples]
+    return [sample for sample, (ids, _) in zip(samples, encode_chats(tokenizer, marked), strict=True) if len(ids) <= context]
 
 
 def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample | None]:

@@ -12,9 +12,10 @@ from tritale.data.built_in import write_built_in
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
+from tritale.instructions.copies import COPIES, make_copies
 from tritale.instructions.derive import split_sentences
 from tritale.instructions.requirements import FEATURES, FIELDS
-from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, make_summaries, open_stories, read_samples
+from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, fitting, make_samples, make_summaries, open_stories, read_samples
 from tritale.stories.generator import story
 
 
@@ -169,3 +170,27 @@ def test_files_without_samples_are_named(tmp_path):
         read_samples(path)
     path.write_text(json.dumps(GOOD) + "\n\n", encoding="utf-8")
     assert read_samples(path) == [Sample(tuple(GOOD["messages"]))]
+
+
+def test_exercises_fit_into_the_context(built_in, tmp_path):
+    context = 280
+    main(
+        [
+            "instruct",
+            str(built_in),
+            "--out",
+            str(tmp_path),
+            "--samples",
+            "300",
+            "--held-out",
+            "5",
+            "--copies",
+            "300",
+            "--context",
+            str(context),
+        ]
+    )
+    tokenizer = Tokenizer.load(built_in / "tokenizer")
+    copies = read_samples(tmp_path / COPIES)
+    assert fitting(copies, tokenizer, context) == copies and len(copies) > 500
+    assert len(fitting(list(make_copies(tokenizer, read_samples(tmp_path / TRAIN), seed=0)), tokenizer, context)) == len(copies) < 600
