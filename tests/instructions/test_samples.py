@@ -12,7 +12,7 @@ from tritale.data.built_in import write_built_in
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
-from tritale.instructions.copies import COPIES, make_copies
+from tritale.instructions.copies import COPIES
 from tritale.instructions.derive import split_sentences
 from tritale.instructions.requirements import FEATURES, FIELDS
 from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, fitting, make_samples, make_summaries, open_stories, read_samples
@@ -172,25 +172,13 @@ def test_files_without_samples_are_named(tmp_path):
     assert read_samples(path) == [Sample(tuple(GOOD["messages"]))]
 
 
-def test_exercises_fit_into_the_context(built_in, tmp_path):
-    context = 280
-    main(
-        [
-            "instruct",
-            str(built_in),
-            "--out",
-            str(tmp_path),
-            "--samples",
-            "300",
-            "--held-out",
-            "5",
-            "--copies",
-            "300",
-            "--context",
-            str(context),
-        ]
-    )
+def test_exercises_fit_into_the_context(built_in, tmp_path, monkeypatch):
+    """An altered sentence may have more tokens than before."""
+    short, long = (Sample(({"role": "user", "content": "写。"}, {"role": "assistant", "content": "好" * n})) for n in (9, 400))
     tokenizer = Tokenizer.load(built_in / "tokenizer")
-    copies = read_samples(tmp_path / COPIES)
-    assert fitting(copies, tokenizer, context) == copies and len(copies) > 500
-    assert len(fitting(list(make_copies(tokenizer, read_samples(tmp_path / TRAIN), seed=0)), tokenizer, context)) == len(copies) < 600
+    ((ids, _),) = encode_chats(tokenizer, [long.messages])
+    assert fitting([long, short], tokenizer, len(ids)) == [long, short] and fitting([long, short], tokenizer, len(ids) - 1) == [short]
+    monkeypatch.setattr("tritale.instructions.copies.make_copies", lambda tokenizer, samples, seed: [short, long, short])
+    sizes = ["--samples", "10", "--held-out", "5", "--copies", "3", "--context", "300"]
+    main(["instruct", str(built_in), "--out", str(tmp_path), *sizes])
+    assert read_samples(tmp_path / COPIES) == [short, short]
