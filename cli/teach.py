@@ -19,8 +19,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for all stages and teach.html (default: that of the run with -taught)")
     p.add_argument("--data", type=Path, metavar="DIR", help="data folder of plain stories (default: that of the run)")
     p.add_argument("--conversations", type=int, default=24_000, metavar="N", help="conversations of the second training")
-    p.add_argument("--copies", type=int, default=16_000, metavar="N", help="exercises of the first training, which is in copying")
-    p.add_argument("--steps", type=int, nargs=2, default=(400, 1500), metavar="N", help="steps of both trainings")
+    p.add_argument("--summaries", type=int, default=24_000, metavar="N", help="more of them, which ask for a summary, if stories have one")
+    p.add_argument("--copies", type=int, default=6_000, metavar="N", help="exercises of the first training, and as many conversations")
+    p.add_argument("--steps", type=int, nargs=2, default=(400, 1700), metavar="N", help="steps of both trainings")
     p.add_argument("--held-out", type=int, default=500, metavar="N", help="instructions of the evaluation")
 
 
@@ -49,17 +50,18 @@ def run(args: argparse.Namespace) -> None:
     def prepare(source: Path, name: str) -> list:
         return ["prepare", "--task", "sft", "--input", source, "--tokenizer", base, *context, "--out", out / name]
 
-    def train(config: str, start: Path, name: str, steps: int, source: str, *more: object) -> list:
-        what = ["--init_from", start, "--data.source", out / source, "--out_dir", out / name, "--train.max_steps", steps]
-        return ["train", "--config", CONFIGS / config, *what, *more, *args.overrides]
+    def train(config: str, start: Path, name: str, steps: int, source: str) -> list:
+        what = ["--init_from", start, "--data.source", out / source, "--data.replay", data, "--out_dir", out / name]
+        return ["train", "--config", CONFIGS / config, *what, "--train.max_steps", steps, *args.overrides]
 
     sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
+    sizes += ["--summaries", args.summaries]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
         "samples": (["instruct", data, "--out", out / "samples", *context, *sizes], out / "samples" / COPIES),
         "copies": (prepare(out / "samples" / COPIES, "copies"), out / "copies" / "report.json"),
         "copying": (train("copying.yaml", base, "copying", args.steps[0], "copies"), copying),
         "instructions": (prepare(out / "samples" / "train.jsonl", "instructions"), out / "instructions" / "report.json"),
-        "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions", "--data.replay", data), sft),
+        "sft": (train("sft.yaml", copying, "sft", args.steps[1], "instructions"), sft),
         "evaluation": (
             ["evaluate", base, sft, "--instructions", held_out, "--data", data, "--out", out / "evaluation", "--overwrite"],
             out / "evaluation" / "evaluate.json",

@@ -9,7 +9,7 @@ White space around a message is dropped, so that its first line end cannot merge
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 ANSWER = f"{START}assistant\n"
 NEXT = "\x1e"  # between the two conversations of a pair in one text
 EMPHASIS = "\x1a"  # before and behind an emphasised part of an answer, and no part of it; not white space, which is dropped
+BORDER = "\x16"  # in an answer where a token has to end, and no part of it
 # The same text for Hugging Face's `apply_chat_template` and for llama.cpp.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -55,8 +56,8 @@ def problem(messages: object) -> str | None:
             return f"message {number} has no role and content, both text"
         if message.get("role") not in ROLES:
             return f"message {number} has the role {str(message.get('role'))[:40]!r}; the roles are {', '.join(ROLES)}"
-        if any(mark in message["content"] for mark in (START, END, NEXT, EMPHASIS)):
-            return f"message {number} contains {START}, {END}, U+001E or U+001A, which separate messages and their parts"
+        if any(mark in message["content"] for mark in (START, END, NEXT, EMPHASIS, BORDER)):
+            return f"message {number} contains {START}, {END}, U+001E, U+001A or U+0016, which separate messages and their parts"
     return None
 
 
@@ -64,11 +65,14 @@ def encode_chats(tokenizer: "Tokenizer", chats: Sequence[Messages]) -> list[tupl
     """The ids of each conversation; and for each id 1 if it is learnt, as are the assistant's messages with their `<|im_end|>`, 2 if it is
     learnt and has a character between two EMPHASIS, else 0.
 
-    The ids are those of `<|endoftext|>` and `chat_text` without EMPHASIS."""
+    The ids are those of `<|endoftext|>` and `chat_text` without EMPHASIS. The parts of a message between two BORDER are encoded one by
+    one."""
     role_ids = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
     line_end = tokenizer.encode("\n")
     texts = [message["content"].strip() for message in chain.from_iterable(chats)]
-    contents = iter(zip(texts, tokenizer.encode_batch([text.replace(EMPHASIS, "") for text in texts]), strict=True))
+    parts = [text.replace(EMPHASIS, "").split(BORDER) for text in texts]
+    ids_of_parts = iter(tokenizer.encode_batch([*chain.from_iterable(parts)]))
+    contents = iter([(text, [*chain.from_iterable(islice(ids_of_parts, len(p)))]) for text, p in zip(texts, parts, strict=True)])
     encoded = []
     for messages in chats:
         ids, learnt = [tokenizer.eot_id], [0]
@@ -84,17 +88,23 @@ def encode_chats(tokenizer: "Tokenizer", chats: Sequence[Messages]) -> list[tupl
 
 def emphasised(tokenizer: "Tokenizer", ids: Sequence[int], text: str) -> list[int]:
     """1 for each id of `text`, 2 for those with a character between two EMPHASIS."""
-    of_bytes = b"".join(bytes([1 + i % 2]) * len(part.encode()) for i, part in enumerate(text.split(EMPHASIS)))
+    parts = text.replace(BORDER, "").split(EMPHASIS)
+    of_bytes = b"".join(bytes([1 + i % 2]) * len(part.encode()) for i, part in enumerate(parts))
     ends = list(accumulate(len(tokenizer.token_bytes(i)) for i in ids))
     return [max(of_bytes[begin:end]) for begin, end in pairwise([0, *ends])]
 
 
-def emphasise(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """`text` with EMPHASIS around the characters of the spans (begin, end), which may overlap."""
-    is_in = bytearray(len(text) + 2)  # 1 more on both sides
-    for begin, end in spans:
+def mark(text: str, emphasis: Iterable[tuple[int, int]] = (), borders: Iterable[int] = ()) -> str:
+    """`text` with EMPHASIS around the characters of the spans (begin, end), which may overlap, and BORDER before those at `borders`."""
+    is_in, ends = bytearray(len(text) + 2), set(borders)  # 1 more on both sides
+    for begin, end in emphasis:
         is_in[begin + 1 : end + 1] = bytes([1]) * (end - begin)
-    return "".join(EMPHASIS * (a != b) + character for a, b, character in zip(is_in[:-1], is_in[1:], [*text, ""], strict=True))
+    return "".join(EMPHASIS * (a != b) + BORDER * (i in ends) + text[i : i + 1] for i, (a, b) in enumerate(pairwise(is_in)))
+
+
+def without_marks(text: str) -> str:
+    """`text` without EMPHASIS and BORDER."""
+    return text.replace(EMPHASIS, "").replace(BORDER, "")
 
 
 def prompt_ids(tokenizer: "Tokenizer", messages: Messages) -> list[int]:

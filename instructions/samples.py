@@ -5,8 +5,8 @@ A line of a file is
     {"messages": [{"role": "user", "content": "写一个故事，…"}, {"role": "assistant", "content": "从前，…"}],
      "requirements": [{"kind": "words", "words": ["公园", "小狗"]}], "is_built_in": true}
 
-Training reads the messages, and `emphasis`, [[begin, end], …]: the characters of the story that weigh more in the loss. All but the
-messages may be missing.
+Training reads the messages; `emphasis`, [[begin, end], …], the characters of the story that weigh more in the loss; and `borders`, [i, …],
+the characters before which a token ends. All but the messages may be missing.
 """
 
 import json
@@ -19,7 +19,7 @@ from random import Random
 from ..common.errors import UserError
 from ..common.files import atomic_file, read_json_object
 from ..data.built_in import RECIPE, open_data
-from ..data.chat import encode_chats, problem
+from ..data.chat import encode_chats, mark, problem
 from ..data.shards import REMEDY, Split
 from ..data.tokenizer import Tokenizer
 from ..stories.facts import plot_shows
@@ -29,6 +29,7 @@ from .requirements import FIELDS, Requirement, Verdict, judge, parts
 from .wording import instruction, language_of
 
 MOST = 3  # requirements of an instruction
+TELL_THE_PLOT, ALONE = {"words", "feature", "sentence", "beginning"}, 0.5
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 AT_ONCE = 512  # samples whose tokens are counted in one call
 
@@ -60,13 +61,18 @@ class Sample:
         plot = plot_shows(self.story) if self.is_built_in else []
         return found + [(i, i + 1) for i in (0, *plot) if plot]
 
+    @property
+    def borders(self) -> list[int]:
+        """The places in the story where a token ends: both ends of a required word, so that its tokens are those in the instruction."""
+        return sorted({i for r in self.requirements if r.kind == "words" for span in parts(r, self.story) for i in span})
+
     def judge(self, story: str) -> list[Verdict]:
         """The verdict about each requirement for a story that a model wrote."""
         return [judge(r, story, is_built_in=self.is_built_in) for r in self.requirements]
 
     def to_json(self) -> dict:
         value: dict = {"messages": list(self.messages), "requirements": [r.to_json() for r in self.requirements]}
-        value["emphasis"] = [list(span) for span in self.emphasis]
+        value |= {"emphasis": [list(span) for span in self.emphasis], "borders": self.borders}
         return value | ({"is_built_in": True} if self.is_built_in else {})
 
     @classmethod
@@ -171,8 +177,7 @@ def make_samples(
         tried += len(batch)
         samples = [sample for sample in batch if sample]
         if tokenizer and context:
-            encoded = encode_chats(tokenizer, [sample.messages for sample in samples])
-            samples = [sample for sample, (ids, _) in zip(samples, encoded, strict=True) if len(ids) <= context]
+            samples = fitting(samples, tokenizer, context)
         yield from samples[: n - made]
         made += len(samples)
         if tried > 2000 and made < tried / 50:
@@ -180,6 +185,12 @@ def make_samples(
                 f"only {made} of {tried} stories gave a sample: the others are longer than the context of {context} tokens with their "
                 "instruction, or empty; give shorter stories, or a model with a longer context"
             )
+
+
+def fitting(samples: list[Sample], tokenizer: Tokenizer, context: int) -> list[Sample]:
+    """The samples with at most `context` tokens."""
+    marked = [(*s.prompt, {**s.messages[-1], "content": mark(s.story, borders=s.borders)}) for s in samples]
+    return [sample for sample, (ids, _) in zip(samples, encode_chats(tokenizer, marked), strict=True) if len(ids) <= context]
 
 
 def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample | None]:
@@ -199,3 +210,25 @@ def _candidates(stories: Stories, seed: int, in_order: bool) -> Iterator[Sample 
             request = instruction(tuple(chosen), language_of(text), rng)
             messages = ({"role": "user", "content": request}, {"role": "assistant", "content": text})
             yield Sample(messages, tuple(chosen), stories.is_built_in)
+
+
+def make_summaries(stories: Stories, n: int, *, seed: int) -> Iterator[Sample]:
+    """`n` samples that ask for the summary of a story instead of the story, with one or two of the requirements that TELL_THE_PLOT, a share
+    ALONE with nothing but a sentence; none if the stories have no summaries. The same arguments give the same samples.
+
+    What an instruction says about the plot is in a few tokens of a long story, but in most of a summary."""
+    for i in range(n):
+        rng = Random(f"{seed} summary {i}")
+        text, found_by = stories.get(i % stories.n)
+        found = found_by(rng)
+        if "summary" not in found:
+            return
+        kinds = [kind for kind in found if kind in TELL_THE_PLOT]
+        is_alone = rng.random() < ALONE and "sentence" in found
+        chosen = ["sentence"] if is_alone else rng.sample(kinds, min(len(kinds), rng.randint(1, 2)))
+        if not chosen:
+            continue
+        request = instruction(tuple(found[kind] for kind in chosen), language_of(text), rng, asks_for_summary=True)
+        summary = found["summary"].text
+        messages = ({"role": "user", "content": request}, {"role": "assistant", "content": summary})
+        yield Sample(messages, (Requirement("sentence", summary),))  # all of it is emphasised

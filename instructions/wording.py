@@ -18,6 +18,7 @@ class Wording:
     """The phrases of a language. `{}` stands for the value of a requirement."""
 
     openings: tuple[str, ...]
+    summary_openings: tuple[str, ...]  # of an instruction to write the summary of a story instead
     fields: dict[str, tuple[str, ...]]  # kind → names of the field
     clauses: dict[str, tuple[str, ...]]
     features: dict[str, tuple[str, tuple[str, ...]]]  # feature → its value in a field, and in a clause
@@ -30,6 +31,7 @@ class Wording:
 
 CHINESE = Wording(
     openings=("写一个故事", "请写一个故事", "讲一个故事", "请讲一个小故事", "给我讲个故事", "来一个故事"),
+    summary_openings=("写一句大意", "给故事想一个大意", "请写出故事的大意"),
     fields={
         "words": ("词汇", "词语", "要用的词"),
         "feature": ("特点",),
@@ -66,6 +68,7 @@ CHINESE = Wording(
 )
 ENGLISH_WORDING = Wording(
     openings=("Write a story", "Tell me a story", "Please write a short story"),
+    summary_openings=("Write the summary of a story", "Sum up a story in one sentence"),
     fields={
         "words": ("Words", "Words to use"),
         "feature": ("Features", "Feature"),
@@ -117,12 +120,12 @@ def language_of(text: str) -> str:
     return TRADITIONAL if len(_ONLY_TRADITIONAL.findall(text)) > len(_ONLY_SIMPLIFIED.findall(text)) else SIMPLIFIED
 
 
-def instruction(requirements: tuple[Requirement, ...], language: str, rng: Random) -> str:
-    """An instruction with the requirements in this order, in a phrasing that `rng` chooses."""
+def instruction(requirements: tuple[Requirement, ...], language: str, rng: Random, *, asks_for_summary: bool = False) -> str:
+    """An instruction with the requirements in this order, in a phrasing that `rng` chooses; to write a story, or the summary of one."""
     wording = ENGLISH_WORDING if language == ENGLISH else CHINESE
     own = (lambda phrase: phrase.translate(_TRADITIONAL)) if language == TRADITIONAL else str  # values stay as they are
     comma, stop, colon = wording.marks
-    opening = own(rng.choice(wording.openings))
+    opening = own(rng.choice(wording.summary_openings if asks_for_summary else wording.openings))
     if rng.random() < 0.5:
         lines = [f"{own(rng.choice(wording.fields[r.kind]))}{colon}{_value(r, wording, own, rng)}" for r in requirements]
         return "\n".join([opening + stop, *lines])

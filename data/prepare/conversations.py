@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import UserError
-from ..chat import EMPHASIS, NEXT, chat_text, emphasise, encode_chats, problem
+from ..chat import NEXT, chat_text, encode_chats, mark, problem, without_marks
 from ..tokenizer import Tokenizer
 from .checks import BadInput
 from .deduplicate import normalise
@@ -51,8 +51,8 @@ class ChatFields(Fields):
                 raise BadInput(file, line, "a pair of equal answers")
             group = chat_text(chats[0][:-1])  # the same question in both splits would be a leak
         else:
-            chats = [self._checked(conversation(record, file, line), file, line, record.get("emphasis") or [])]
-            group = chats[0][-1]["content"].replace(EMPHASIS, "")  # … and so would be the same answer, whatever was asked
+            chats = [self._checked(conversation(record, file, line), file, line, record)]
+            group = without_marks(chats[0][-1]["content"])  # … and so would be the same answer, whatever was asked
         if self.group_key is not None:
             if self.group_key not in record:
                 raise BadInput(file, line, f"no key {self.group_key!r}")
@@ -65,11 +65,11 @@ class ChatFields(Fields):
             raise BadInput(file, line, f"longer than the context of {self.context} tokens", f": {n} tokens")
         return Document(text, group, line)
 
-    def _checked(self, messages: Any, file: str, line: int, emphasis: Any = ()) -> list[dict[str, str]]:
+    def _checked(self, messages: Any, file: str, line: int, marks: dict | None = None) -> list[dict[str, str]]:
         if what := problem(messages):
             raise BadInput(file, line, "a conversation that cannot be encoded", f": {what}")
-        if emphasis:
-            messages = emphasised(messages, emphasis, file, line)
+        if marks:
+            messages = marked(messages, marks.get("emphasis") or [], marks.get("borders") or [], file, line)
         messages = [{"role": message["role"], "content": normalise(message["content"]).strip()} for message in messages]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise BadInput(file, line, "a conversation without an answer", "; its last message must be the assistant's")
@@ -113,13 +113,17 @@ def conversation(record: dict, file: str, line: int) -> Any:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def emphasised(messages: Any, spans: Any, file: str, line: int) -> Any:
-    """The messages with EMPHASIS in the last one around the spans, [[begin, end], …] in characters. Raises BadInput for other spans."""
+def marked(messages: Any, emphasis: Any, borders: Any, file: str, line: int) -> Any:
+    """The messages with the last one's emphasis, [[begin, end], …], and borders, [i, …], both in characters, as `mark` writes them.
+    Raises BadInput for other ones."""
     *before, answer = messages
     is_place = lambda value: type(value) is int and 0 <= value <= len(answer["content"])
-    if not isinstance(spans, list) or not all(isinstance(s, list) and len(s) == 2 and all(map(is_place, s)) for s in spans):
-        raise BadInput(file, line, "an emphasis that is not [[begin, end], …]", ", places in the answer, counted in characters")
-    return [*before, {**answer, "content": emphasise(answer["content"], spans)}]
+    places = ", places in the answer, counted in characters"
+    if not isinstance(emphasis, list) or not all(isinstance(s, list) and len(s) == 2 and all(map(is_place, s)) for s in emphasis):
+        raise BadInput(file, line, "an emphasis that is not [[begin, end], …]", places)
+    if not isinstance(borders, list) or not all(map(is_place, borders)):
+        raise BadInput(file, line, "borders that are not [i, …]", places)
+    return [*before, {**answer, "content": mark(answer["content"], emphasis, borders)}]
 
 
 def pair(record: dict, file: str, line: int) -> list[Any]:

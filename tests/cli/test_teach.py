@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run, tmp_path, capsys):
     base, flags = run
     out = tmp_path / "taught"
-    sizes = "--copies 600 --conversations 2000 --steps 15 160 --held-out 40"
+    sizes = "--copies 300 --conversations 2000 --steps 15 160 --held-out 40"
     command = ["teach", str(base), "--out", str(out), *sizes.split()]
     main([*command, *flags])
     printed = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_each_stage_is_an_ordinary_folder_and_a_second_call_repeats_nothing(run,
     assert before < after
 
     copied = read_json_object(out / "copying" / "step-00000015" / "trainer" / "trainer.json", remedy="")["config"]
-    assert copied["data.source"] == str(out / "copies") and copied["data.replay"] is None
+    assert copied["data.source"] == str(out / "copies") and copied["data.replay"] == str(base.parent / "stories")
 
     html = (out / "teach.html").read_text(encoding="utf-8")
     assert "tritale teach" in html and "copying" in html and "--steps" not in html

@@ -1,4 +1,5 @@
-"""Emphasised parts of answers: from the records' spans to the weights of targets, without a change of ids, order or splits."""
+"""Emphasised parts of answers: from the records' spans to the weights of targets, without a change of ids, order or splits. And the places
+where tokens end."""
 
 import json
 from itertools import pairwise
@@ -10,7 +11,7 @@ import torch
 
 from tritale.cli.main import main
 from tritale.data.batches import IGNORED, Batches
-from tritale.data.chat import EMPHASIS, emphasise, encode_chats
+from tritale.data.chat import EMPHASIS, encode_chats, mark, without_marks
 from tritale.data.shards import Split
 from tritale.data.tokenizer import Tokenizer
 
@@ -30,8 +31,9 @@ def test_tokens_with_an_emphasised_character_are_2_and_the_ids_do_not_change(tok
         ends = [sorted(rng.choices(range(len(answer) + 1), k=2)) for _ in range(rng.randint(0, 4))]
         spans = [(begin, end) for begin, end in ends]
         chat = lambda content: [{"role": "user", "content": "写。"}, {"role": "assistant", "content": content}]
-        ((ids, flags),) = encode_chats(tokenizer, [chat(emphasise(answer, spans))])
-        ((plain_ids, learnt),) = encode_chats(tokenizer, [chat(answer)])
+        borders = rng.choices(range(len(answer) + 1), k=rng.randint(0, 2))
+        ((ids, flags),) = encode_chats(tokenizer, [chat(mark(answer, spans, borders))])
+        ((plain_ids, learnt),) = encode_chats(tokenizer, [chat(mark(answer, borders=borders))])
         assert ids == plain_ids and [min(flag, 1) for flag in flags] == learnt
         at = 0
         for i, flag in zip(ids[learnt.index(1) : -2], flags[learnt.index(1) : -2], strict=True):
@@ -40,6 +42,22 @@ def test_tokens_with_an_emphasised_character_are_2_and_the_ids_do_not_change(tok
             assert flag == (2 if any(of_bytes[at : at + n]) else 1), (answer, spans)
             at += n
         assert at == len(answer.encode())
+
+
+def test_a_token_ends_at_each_border_and_the_text_stays(tokenizer, seed):
+    rng = Random(seed)
+    n_other = 0
+    for _ in range(200):
+        answer = "".join(rng.choices(LETTERS, k=rng.randint(1, 40)))
+        borders = rng.choices(range(len(answer) + 1), k=rng.randint(0, 4))
+        marked = mark(answer, [(0, len(answer) // 2)], borders)
+        assert without_marks(marked) == answer
+        ((ids, flags),) = encode_chats(tokenizer, [[{"role": "user", "content": "写。"}, {"role": "assistant", "content": marked}]])
+        content = [i for i, flag in zip(ids, flags, strict=True) if flag][:-1]
+        parts = [answer[a:b] for a, b in pairwise([0, *sorted(borders), len(answer)])]
+        assert content == [i for part in parts for i in tokenizer.encode(part)]
+        n_other += content != tokenizer.encode(answer)
+    assert n_other > 20
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +104,19 @@ def test_emphasis_multiplies_the_weight_of_its_targets_and_of_no_other(prepared)
         assert weighted.n_targets(step) == total == n_learnt + 7 * n_emphasised and plain.n_targets(step) == n_learnt
 
 
-@pytest.mark.parametrize("value", [[[3]], [[0, 99]], [[-1, 2]], "0-3", [[0, 1.5]]])
-def test_spans_outside_of_the_answer_are_named_by_file_and_line(tokenizer, tmp_path, value):
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("emphasis", value, "an emphasis that is not [[begin, end], …]") for value in ([[3]], [[0, 99]], [[-1, 2]], "0-3", [[0, 1.5]])]
+    + [("borders", value, "borders that are not [i, …]") for value in ([[3]], [99], [-1], "3", [1.5], [True])],
+)
+def test_places_outside_of_the_answer_are_named_by_file_and_line(tokenizer, tmp_path, key, value, expected):
     tokenizer.save(tmp_path / "tokenizer")
-    record = {"instruction": "写。", "output": "小兔笑。", "emphasis": value}
+    record = {"instruction": "写。", "output": "小兔笑。", key: value}
     (tmp_path / "chats.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
         main(["prepare", "--task", "sft", "--input", str(tmp_path / "chats.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"),
               "--context", "64", "--workers", "1", "--out", str(tmp_path / "data")])  # fmt: skip
-    assert "chats.jsonl:1: an emphasis that is not [[begin, end], …]" in str(caught.value)
+    assert f"chats.jsonl:1: {expected}" in str(caught.value)
 
 
 def test_a_share_of_the_conversations_ends_after_its_last_emphasised_token(prepared):

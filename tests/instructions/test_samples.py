@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -11,8 +12,10 @@ from tritale.data.built_in import write_built_in
 from tritale.data.chat import encode_chats
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
+from tritale.instructions.copies import COPIES
+from tritale.instructions.derive import split_sentences
 from tritale.instructions.requirements import FEATURES, FIELDS
-from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, make_samples, open_stories, read_samples
+from tritale.instructions.samples import HELD_OUT, TRAIN, Sample, fitting, make_samples, make_summaries, open_stories, read_samples
 from tritale.stories.generator import story
 
 
@@ -73,6 +76,21 @@ def test_emphasis_is_what_was_asked_for_and_where_the_plot_shows(built_in, plain
             n_asked = sum(len(r.words) or (r.kind in ("place", "sentence", "beginning")) for r in sample.requirements)
             assert n_asked + 5 <= len(parts) < n_asked + 20 if folder == built_in else len(parts) == n_asked
             assert "emphasis" not in json.dumps(sample.to_json()["messages"]) and Sample.from_json(sample.to_json()) == sample
+
+
+def test_a_summary_is_asked_for_with_what_tells_the_plot(built_in, plain, seed):
+    train = open_stories(built_in)[0]
+    samples = list(make_summaries(train, 400, seed=seed))
+    assert samples == list(make_summaries(train, 400, seed=seed)) and len(samples) == 400
+    n_alone = 0
+    for i, sample in enumerate(samples):
+        (text, found_by), asked = train.get(i % train.n), sample.prompt[0]["content"]
+        assert sample.story == found_by(Random(0))["summary"].text
+        assert "大意" in asked and sample.emphasis == [(0, len(sample.story))]
+        sentences = [s for s in split_sentences(text) if s in asked]
+        n_alone += len(sentences) == 1 and len(asked) < len(sentences[0]) + 20
+    assert n_alone > 150
+    assert list(make_summaries(open_stories(plain)[0], 10, seed=seed)) == []  # no summary is known of other texts
 
 
 def test_held_out_built_in_stories_are_new_to_a_model_trained_on_the_folder(built_in):
@@ -152,3 +170,15 @@ def test_files_without_samples_are_named(tmp_path):
         read_samples(path)
     path.write_text(json.dumps(GOOD) + "\n\n", encoding="utf-8")
     assert read_samples(path) == [Sample(tuple(GOOD["messages"]))]
+
+
+def test_exercises_fit_into_the_context(built_in, tmp_path, monkeypatch):
+    """An altered sentence may have more tokens than before."""
+    short, long = (Sample(({"role": "user", "content": "写。"}, {"role": "assistant", "content": "好" * n})) for n in (9, 400))
+    tokenizer = Tokenizer.load(built_in / "tokenizer")
+    ((ids, _),) = encode_chats(tokenizer, [long.messages])
+    assert fitting([long, short], tokenizer, len(ids)) == [long, short] and fitting([long, short], tokenizer, len(ids) - 1) == [short]
+    monkeypatch.setattr("tritale.instructions.copies.make_copies", lambda tokenizer, samples, seed: [short, long, short])
+    sizes = ["--samples", "10", "--held-out", "5", "--copies", "3", "--context", "300"]
+    main(["instruct", str(built_in), "--out", str(tmp_path), *sizes])
+    assert read_samples(tmp_path / COPIES) == [short, short]
