@@ -1,4 +1,4 @@
-"""The HTTP side: the page, `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`; errors in OpenAI's JSON."""
+"""The HTTP side: the page, `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/judge`, `/health`; errors in OpenAI's JSON."""
 
 import asyncio
 import base64
@@ -27,11 +27,14 @@ from ..common.sampling import Sampling
 from ..data.chat import Messages, problem
 from ..inference import Completion
 from ..inference.engine import Engine, EngineError, Piece, Request, Started
+from ..instructions.requirements import DIALOGUE, FEATURES, Requirement, judge
+from ..instructions.wording import CHINESE
 
 MAX_BODY = 256 * 1024  # bytes; a prompt that fills a context of 32,000 tokens fits
 BODY_SECONDS, MAX_FIELDS = 30, 50
 MAX_STOPS, MAX_STOP = 16, 200  # strings, characters: each is searched for at every token
 PAGE = Path(__file__).with_name("page.html")
+MOST_JUDGED, LONGEST_STORY = 20, 20_000  # requirements; characters of a story and of each of its requirements
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # OpenAI does not distinguish the first two
 DEFAULT = Sampling()
 Body = TypeVar("Body", bound=BaseModel)
@@ -161,6 +164,43 @@ class ChatRequest(Settings):
         return self
 
 
+class JudgeRequest(BaseModel):
+    """The body of `/judge`: a story, and what was required of it, as in the files of `tritale instruct`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    story: str = Field(max_length=LONGEST_STORY)
+    requirements: Annotated[list[dict], StopAtFirst()] = Field(max_length=MOST_JUDGED)
+
+    @model_validator(mode="after")
+    def with_valid_requirements(self) -> "JudgeRequest":
+        for requirement in self.requirements:
+            if len(json.dumps(requirement)) > LONGEST_STORY:
+                raise UserError(f"a requirement is longer than {LONGEST_STORY} characters")
+            Requirement.from_json(requirement)
+        return self
+
+    def verdicts(self) -> list[bool | None]:
+        """Whether each requirement is met; None if the text does not tell. Features other than dialogue are recognised by sentences of
+        the built-in stories, so that a story of another model may have one without being recognised."""
+        found = []
+        for requirement in map(Requirement.from_json, self.requirements):
+            is_met = judge(requirement, self.story, is_built_in=True).is_met
+            is_certain = requirement.kind != "feature" or requirement.text == DIALOGUE
+            found.append(is_met if is_met or is_certain else None)
+        return found
+
+
+def page_with_settings() -> str:
+    """The page, with the default settings and the words of an instruction."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name in ("temperature", "top_p", "top_k", "max_new_tokens"):
+        page = page.replace("{{" + name + "}}", str(getattr(DEFAULT, name)))
+    fields = {kind: names[0] for kind, names in CHINESE.fields.items()}
+    words = {"opening": CHINESE.openings[0], "fields": fields, "features": FEATURES, "length": CHINESE.length}
+    return page.replace("{{wording}}", json.dumps(words, ensure_ascii=False))
+
+
 def error_object(error: RequestError) -> dict:
     kinds = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
@@ -276,9 +316,7 @@ def make_app(engine: Engine, *, names: Iterable[str] = (), max_tokens: int = 204
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
 
-    page = PAGE.read_text(encoding="utf-8")
-    for name in ("temperature", "top_p", "top_k", "max_new_tokens"):
-        page = page.replace("{{" + name + "}}", str(getattr(DEFAULT, name)))
+    page = page_with_settings()
     policy = content_security_policy(page)
 
     @app.get("/")
@@ -320,6 +358,11 @@ def make_app(engine: Engine, *, names: Iterable[str] = (), max_tokens: int = 204
     async def chat_completions(http: HTTPRequest) -> Response:
         body = await read_body(http, ChatRequest)
         return await answer(http, body, [[message.model_dump() for message in body.messages]], CHAT)
+
+    @app.post("/judge")
+    async def judge_story(http: HTTPRequest) -> dict:
+        body = await read_body(http, JudgeRequest)
+        return {"is_met": await asyncio.to_thread(body.verdicts)}
 
     async def answer(http: HTTPRequest, body: Settings, prompts: Sequence[str | Messages], form: Form) -> Response:
         folder = await asyncio.to_thread(find, body.model)

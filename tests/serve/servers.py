@@ -56,6 +56,19 @@ def reciting(tokenizer: Tokenizer, text: str, *, is_endless: bool = False) -> GP
     return model
 
 
+@torch.no_grad()
+def write_answering(folder: Path, tokenizer: Tokenizer, text: str) -> None:
+    """A checkpoint that answers `text` to every conversation, and ends it with `<|im_end|>`."""
+    model, ids = reciting(tokenizer, text), tokenizer.encode(text)
+    (line_end,) = tokenizer.encode("\n")
+    model.head[ids[0]] += model.embedding[line_end]
+    model.head[tokenizer.eot_id] -= model.embedding[ids[-1]]
+    model.head[tokenizer.im_end_id] += model.embedding[ids[-1]]
+    tokenizer.is_chat = True
+    write_checkpoint(folder, tokenizer, model)
+    tokenizer.is_chat = False
+
+
 @dataclass
 class Server:
     engine: Engine

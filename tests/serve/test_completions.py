@@ -12,8 +12,9 @@ import httpx
 import pytest
 import torch
 
-from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_checkpoint
+from tests.serve.servers import ENDLESS, reciting, running, tiny, train_tokenizer, wait_until, write_answering, write_checkpoint
 from tritale.inference import LLM, Decoder, Detokenizer, native
+from tritale.stories.generator import story as tell
 
 CHARACTERS = "从前有一只小兔子和猫在森林里玩，天气很好。妈妈说：“你看！”🐰龘x1 "
 
@@ -552,17 +553,9 @@ ANSWER = "从前有一只小兔"
 
 @pytest.fixture(scope="module")
 def chat_server(tmp_path_factory, tokenizer):
-    """A server with a model that answers ANSWER to everything, and ends it with `<|im_end|>`."""
+    """A server with a model that answers ANSWER to everything."""
     folder = tmp_path_factory.mktemp("chat") / "run"
-    tokenizer.is_chat = True
-    model, ids = reciting(tokenizer, ANSWER), tokenizer.encode(ANSWER)
-    with torch.no_grad():
-        (line_end,) = tokenizer.encode("\n")
-        model.head[ids[0]] += model.embedding[line_end]
-        model.head[tokenizer.eot_id] -= model.embedding[ids[-1]]
-        model.head[tokenizer.im_end_id] += model.embedding[ids[-1]]
-    write_checkpoint(folder / "step-00000001", tokenizer, model)
-    tokenizer.is_chat = False
+    write_answering(folder / "step-00000001", tokenizer, ANSWER)
     with running(folder) as server:
         yield server
 
@@ -604,3 +597,37 @@ def test_a_model_without_instructions_does_not_answer(client):
     response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "写一个故事。"}]})
     assert response.status_code == 400 and "was not trained on instructions" in error(response)["message"]
     assert error(response)["param"] == "messages"
+
+
+def test_a_story_is_judged_by_what_was_required_of_it(client):
+    story = "小兔在公园里笑了。小熊说：“你好！”"
+    required: dict[str, bool | None] = {
+        '{"kind": "words", "words": ["公园", "小兔"]}': True,
+        '{"kind": "words", "words": ["公园", "苹果"]}': False,
+        '{"kind": "feature", "text": "对话"}': True,
+        '{"kind": "feature", "text": "坏结局"}': None,  # none of the built-in stories' sentences, which proves nothing
+        '{"kind": "length", "characters": [10, 20]}': True,
+        '{"kind": "sentence", "text": "小兔在公园里笑了。"}': True,
+        '{"kind": "beginning", "text": "从前"}': False,
+    }
+    response = client.post("/judge", json={"story": story, "requirements": [json.loads(r) for r in required]})
+    assert response.json() == {"is_met": list(required.values())}
+    ended = next(s for s in (tell(0, i) for i in range(1000)) if "坏结局" in s.features)
+    response = client.post("/judge", json={"story": ended.text, "requirements": [{"kind": "feature", "text": "坏结局"}]})
+    assert response.json() == {"is_met": [True]}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"requirements": []}, "Field required"),
+        ({"story": "x" * 20_001, "requirements": []}, "at most 20000 characters"),
+        ({"story": "", "requirements": [{"kind": "words", "words": ["好"]}] * 21}, "at most 20 items"),
+        ({"story": "", "requirements": [{"kind": "weather"}]}, "weather"),
+        ({"story": "", "requirements": [{"kind": "sentence", "text": "好" * 20_000}]}, "a requirement is longer than 20000 characters"),
+        ({"story": "", "requirements": ["words"]}, "Input should be an object"),
+    ],
+)
+def test_what_cannot_be_judged_gives_openais_error_object(body, message, client):
+    response = client.post("/judge", json=body)
+    assert response.status_code == 400 and message in error(response)["message"], response.text

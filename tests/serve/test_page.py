@@ -5,11 +5,14 @@ import json
 import shutil
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from tests.serve.servers import ENDLESS, IMAGE, SCRIPT, reciting, running, train_tokenizer, wait_until, write_checkpoint
+from tests.serve.servers import ENDLESS, IMAGE, SCRIPT, reciting, running, train_tokenizer, wait_until, write_answering, write_checkpoint
 from tritale.inference import Decoder
+from tritale.instructions.requirements import Requirement
+from tritale.instructions.wording import SIMPLIFIED, instruction
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="Chromium or chromedriver not found: apt install chromium chromium-driver")
@@ -122,6 +125,50 @@ def test_stop_ends_the_story_and_frees_the_slot(page, server):
         assert page.find_element("id", "write").is_enabled()
 
 
+def test_a_story_is_asked_for_and_what_is_met_is_shown(chromium, tmp_path):
+    tokenizer = train_tokenizer()
+    write_answering(tmp_path / "run" / "step-00000001", tokenizer, "从前有一只小兔")
+    with running(tmp_path / "run") as server:
+        chromium.get(server.url)
+        wait_until(lambda: chromium.find_elements("css selector", "#model option"))
+        assert not chromium.find_element("id", "words").is_displayed()
+        chromium.find_element("id", "tab-ask").click()
+        assert not chromium.find_element("id", "prompt").is_displayed()
+        click = lambda *buttons: [chromium.find_element("css selector", b).click() for b in buttons]
+        choose(chromium, words="小兔 <b>苹果</b>", temperature="0", sentence="从前有一只小兔")
+        click("[data-for=words] button:nth-child(2)", "[data-for=words] button:nth-child(3)", "[data-for=words] button:nth-child(3)")
+        click(
+            "#features button:nth-child(1)", "#features button:nth-child(3)", "#length button:nth-child(1)", "#length button:nth-child(2)"
+        )
+        write(chromium)
+        wait_until(lambda: chromium.find_elements("css selector", ".verdicts"))
+        asked = chromium.find_element("css selector", ".asked").text.split("\n")
+        assert asked == [
+            "写一个故事。",
+            "词汇：小兔、<b>苹果</b>、皮球",
+            "特点：对话",
+            "特点：冲突",
+            "字数：150到200个字",
+            "随机句子：从前有一只小兔",
+        ]
+        shown = chromium.execute_script("return [...document.querySelectorAll('.verdicts li')].map(e => [e.className, e.textContent])")
+        assert shown == [
+            ["met", "词汇：小兔"], ["missed", "词汇：<b>苹果</b>"], ["missed", "词汇：皮球"], ["missed", "特点：对话"],
+            ["unknown", "特点：冲突"], ["missed", "字数：150到200个字"], ["met", "随机句子：从前有一只小兔"],
+        ]  # fmt: skip
+        assert stories(chromium) == ["从前有一只小兔"] and not chromium.find_element("id", "error").is_displayed()
+        chromium.find_element("id", "tab-continue").click()
+        assert chromium.find_element("id", "prompt").is_displayed() and chromium.find_element("id", "temperature").is_displayed()
+
+
+def test_the_page_asks_in_the_words_that_models_learn(seed):
+    """Its fields are those of an instruction that `tritale instruct` writes."""
+    rng = Random(seed)
+    asked = (Requirement("words", words=("苹果",)), Requirement("length", characters=(200, 250)), Requirement("sentence", "小兔笑了。"))
+    wanted = ["写一个故事。", "词汇：苹果", "字数：200到250个字", "随机句子：小兔笑了。"]
+    assert any(instruction(asked, SIMPLIFIED, rng).split("\n") == wanted for _ in range(3000))
+
+
 @pytest.mark.parametrize("step, html", [(1, SCRIPT), (2, IMAGE)])
 def test_html_in_a_story_is_text(step, html, page):
     page.execute_script("window.hacked = () => { window.isHacked = true }")
@@ -170,17 +217,23 @@ def test_the_content_security_policy_blocks_other_scripts_and_servers(chromium, 
 
 
 def screenshot(folder: Path, target: Path) -> None:
-    """docs/serve.png: two stories of a run. `python -m tests.serve.test_page out/quickstart docs/serve.png`"""
+    """docs/serve.png: a story that a taught run continues, and one that it is asked for.
+    `python -m tests.serve.test_page out/quickstart-taught/sft docs/serve.png`"""
     with running(folder) as server:
         driver = start_chromium(Path("/tmp/tritale-screenshot-profile"))
         try:
             driver.get(server.url)
             wait_until(lambda: driver.find_elements("css selector", "#model option"))
-            names = driver.execute_script("return [...document.querySelectorAll('#model option')].map(e => e.value)")
-            for name, seed in ((names[len(names) // 2], "2"), (names[0], "1")):
-                choose(driver, model=name, seed=seed)
+            for is_asked in (False, True):
+                if is_asked:
+                    driver.find_element("id", "tab-ask").click()
+                    driver.find_element("css selector", "#features button:nth-child(1)").click()
+                    choose(driver, words="苹果、高兴", people="小兔")
+                choose(driver, seed="1")
                 driver.find_element("id", "write").click()
                 wait_until(lambda: stories(driver) and not is_writing(driver))
+            driver.set_window_size(1280, 1080)
+            driver.execute_script("window.scrollTo(0, 0)")
             image = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
             target.write_bytes(base64.b64decode(image))
         finally:
