@@ -183,7 +183,7 @@ def with_answer(content: object, role: str = "assistant") -> dict:
         (with_answer("从前。", "user"), "a conversation without an answer"),
         (with_answer(None), "message 2 has no role and content"),
         (with_answer("从前。<|im_end|>"), "message 2 contains <|im_start|>, <|im_end|>"),
-        (with_answer("从前\x1a小兔"), "U+001E or U+001A, which separate"),
+        (with_answer("从前\x1a小兔"), "U+001A or U+0016, which separate"),
         ({"messages": []}, "messages is not a list"),
         ({"instruction": "写。"}, "no text under 'output'; keys there: instruction"),
         ({"词汇": "苹果"}, "no text under '故事'"),

@@ -138,10 +138,10 @@ def test_a_compiled_step_on_a_cpu_does_not_test_the_vector_instructions(tmp_path
     """Such a test compiles PyTorch's headers, once for each kind of instructions."""
     compiled = []
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: compiled.append(code) or True)
-    monkeypatch.setattr(inductor_config.cpp, "vec_isa_ok", None)
-    tiny_step(tmp_path, train__compile="true")
-    cpu_vec_isa.valid_vec_isa_list.__wrapped__()
-    assert cpu_vec_isa.VecAVX2() and cpu_vec_isa.VecISA._avx_code not in compiled
+    with inductor_config.patch({"cpp.vec_isa_ok": None}):
+        tiny_step(tmp_path, train__compile="true")
+        cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+        assert cpu_vec_isa.VecAVX2() and cpu_vec_isa.VecISA._avx_code not in compiled
 
 
 @pytest.mark.parametrize(("precision", "has_bf16", "dtype"), [("auto", True, "bfloat16"), ("bf16", False, "float16"), ("fp32", True, None)])
