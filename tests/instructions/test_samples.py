@@ -9,7 +9,7 @@ import pytest
 from tritale.cli.main import main
 from tritale.common.errors import UserError
 from tritale.data.built_in import write_built_in
-from tritale.data.chat import encode_chats
+from tritale.data.chat import encode_chats, mark
 from tritale.data.shards import write_split
 from tritale.data.tokenizer import Tokenizer
 from tritale.instructions.copies import COPIES
@@ -64,6 +64,18 @@ def test_a_place_has_the_same_tokens_in_the_instruction_and_in_the_story(built_i
         places = [tokenizer.encode(r.text) for r in sample.requirements if r.kind == "place"]
         found += [any(ids[i : i + len(place)] == place for i in range(len(ids))) for place in places]
     assert len(found) > 40 and sum(found) > 0.9 * len(found)
+
+
+def test_a_required_word_has_its_own_tokens_in_the_story(built_in, seed):
+    """高兴 in the instruction and 高兴得 in the story may have no token in common."""
+    tokenizer, found, found_without = Tokenizer.load(built_in / "tokenizer"), [], []
+    for sample in make_samples(open_stories(built_in)[0], 300, seed=seed):
+        answer = {"role": "assistant", "content": mark(sample.story, borders=sample.borders)}
+        ((ids, _), (plain, _)) = encode_chats(tokenizer, [[answer], [sample.messages[-1]]])
+        for word in (tokenizer.encode(word) for r in sample.requirements if r.kind == "words" for word in r.words):
+            for ids_of, where in ((ids, found), (plain, found_without)):
+                where.append(any(ids_of[i : i + len(word)] == word for i in range(len(ids_of))))
+    assert len(found) > 80 and all(found) and sum(found_without) < 0.95 * len(found)
 
 
 def test_emphasis_is_what_was_asked_for_and_where_the_plot_shows(built_in, plain, seed):
