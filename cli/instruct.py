@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> None:
     splits = open_stories(args.data, track=show)
     tokenizer = Tokenizer.load(args.data / "tokenizer")
     settings = {"seed": args.seed, "tokenizer": tokenizer, "context": args.context, "in_order": args.in_order}
+    asked = make_summaries(splits[0], args.summaries, seed=args.seed)
+    summaries = list(track(asked, "writing summaries", total=args.summaries, console=console, transient=True))
     made: dict[str, list[Sample]] = {}
     for name, stories, n in zip((TRAIN, HELD_OUT), splits, (args.samples, args.held_out), strict=True):
         samples = make_samples(stories, n, **settings)
         made[name] = list(track(samples, f"writing {name}", total=n, console=console, transient=True))
-        asked = make_summaries(stories, args.summaries if name == TRAIN else 0, seed=args.seed)
-        summaries = list(track(asked, "writing summaries", total=args.summaries, console=console, transient=True))
-        write_samples(args.out / name, [*made[name], *summaries])
-        if summaries:
-            console.print(f"{args.out / name}  {len(summaries):,} samples that ask for a summary")
+        write_samples(args.out / name, [*made[name], *summaries] if name == TRAIN else made[name])
         kinds = Counter(r.kind for sample in made[name] for r in sample.requirements)
         console.print(f"{args.out / name}  {n:,} samples: {', '.join(f'{kind} {k:,}' for kind, k in kinds.most_common())}", soft_wrap=True)
+    if summaries:
+        console.print(f"{args.out / TRAIN}  {len(summaries):,} more samples, which ask for a summary", soft_wrap=True)
     if args.copies:
         copies = list(make_copies(tokenizer, made[TRAIN][: args.copies], seed=args.seed))
         if args.context:  # an altered sentence may have more tokens

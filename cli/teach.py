@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> None:
         what = ["--init_from", start, "--data.source", out / source, "--data.replay", data, "--out_dir", out / name]
         return ["train", "--config", CONFIGS / config, *what, "--train.max_steps", steps, *args.overrides]
 
-    sizes = ["--samples", args.conversations, "--held-out", args.held_out, "--copies", args.copies]
-    sizes += ["--summaries", args.summaries]
+    sizes = ["--samples", args.conversations, "--summaries", args.summaries, "--copies", args.copies, "--held-out", args.held_out]
     stages: dict[str, tuple[list, Path]] = {  # name → command, what it has written last
         "samples": (["instruct", data, "--out", out / "samples", *context, *sizes], out / "samples" / COPIES),
         "copies": (prepare(out / "samples" / COPIES, "copies"), out / "copies" / "report.json"),
