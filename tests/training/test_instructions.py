@@ -39,7 +39,7 @@ def rows(n: int, task: str) -> list[dict]:
     prompts = [[{"role": "user", "content": piece()}] for _ in range(n)]
     if task == "dpo":
         return [{"prompt": prompt, "chosen": f"好{piece()}", "rejected": f"坏{piece()}"} for prompt in prompts]
-    return [{"messages": [*prompt, {"role": "assistant", "content": piece()}], "emphasis": [[0, rng.randint(0, 2)]]} for prompt in prompts]
+    return [{"messages": [*prompt, {"role": "assistant", "content": piece()}], "emphasis": [[0, rng.randint(1, 2)]]} for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
