@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import (
     LOG2E,
     accumulator,
@@ -293,7 +293,16 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, label_smoothing, z_loss, softcap, inplace, with_stats):
-        loss, nll, top, log_total, correct = empty_rows(logits, len(logits))
+        rows = loss, nll, top, log_total, correct = empty_rows(logits, len(logits))
+        ctx.options, ctx.inplace = (ignore_index, label_smoothing, z_loss, softcap), inplace
+        ctx.set_materialize_grads(False)
+        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits):
+            options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+            cpu.cross_entropy(logits, targets, rows[:4], correct if with_stats else None, **options)
+            lse = top + log_total
+            ctx.save_for_backward(logits, targets, top, log_total)
+            ctx.mark_non_differentiable(nll, lse, correct)
+            return loss, nll, lse, correct
         is_ignored = targets == ignore_index
         index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
         for rows in _torch_blocks(logits):
@@ -311,27 +320,32 @@ class _TorchCrossEntropy(torch.autograd.Function):
             loss += z_loss * lse.square()
         for row in (loss, nll, lse, correct):
             row.masked_fill_(is_ignored, 0)
-        ctx.save_for_backward(logits, targets, index, top, log_total)
-        ctx.options, ctx.inplace = (ignore_index, label_smoothing, z_loss, softcap), inplace
+        ctx.save_for_backward(logits, targets, top, log_total)
         ctx.mark_non_differentiable(nll, lse, correct)
-        ctx.set_materialize_grads(False)
         return loss, nll, lse, correct
 
     @staticmethod
     def backward(ctx, *grads):
-        grad, (logits, targets, index, top, log_total) = grads[0], ctx.saved_tensors
+        grad, (logits, targets, top, log_total) = grads[0], ctx.saved_tensors
         if grad is None:
             return (None,) * 8
         ignore_index, label_smoothing, z_loss, softcap = ctx.options
-        if torch.is_grad_enabled():  # create_graph=True: autograd differentiates the definition
-            loss = reference.cross_entropy(
-                logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
-                reduction="none",
-            )  # fmt: skip
-            return *torch.autograd.grad(loss, logits, grad, create_graph=True), *(None,) * 7
+        if cpu.needs_definition(grad):  # autograd differentiates the definition
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                loss = reference.cross_entropy(
+                    logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
+                    reduction="none",
+                )  # fmt: skip
+            return *torch.autograd.grad(loss, logits, grad, create_graph=create_graph), *(None,) * 7
         out = logits.detach() if ctx.inplace else contiguous_like(logits)
+        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits):
+            options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+            cpu.cross_entropy_backward(logits, targets, top, log_total, grad, out, **options)
+            return out, *(None,) * 7
         is_direct = not ctx.inplace and out.dtype == grad.dtype
         is_ignored = targets == ignore_index
+        index = targets.masked_fill(is_ignored, 0).long().unsqueeze(1)
         scale = grad.masked_fill(is_ignored, 0).unsqueeze(1)
         factor = scale / log_total.exp().unsqueeze(1) * (1 + 2 * z_loss * (top + log_total).unsqueeze(1) if z_loss else 1)
         for rows in _torch_blocks(logits):

@@ -40,6 +40,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def is_automatic() -> bool:
+    """Whether no `backend` is forced."""
+    return _forced == "auto"
+
+
 def launcher_missing() -> str | None:
     """What Triton lacks to build the small C modules that launch its kernels, with the remedy. None if it has all, or is not installed."""
     if not has_triton():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import LOG2E, accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
 from .cross_entropy import (
     check_options,
@@ -54,6 +54,16 @@ def chunk_rows(n_rows: int, vocab_size: int, memory_budget_mb: float, itemsize: 
 
 
 def _torch_step(logits, targets, row_scale, results, *options):
+    label_smoothing, z_loss, softcap, needs_gradient, with_correct = options
+    if not softcap and cpu.can_run(logits):
+        loss, nll, lse, correct = results
+        rows = (loss, nll, lse, torch.empty_like(lse))  # lse holds the maximum until the logarithm of the sum is added
+        cpu.cross_entropy(
+            logits, targets, rows, correct if with_correct else None, gradient=logits if needs_gradient else None, scale=row_scale,
+            ignore_index=IGNORED, label_smoothing=label_smoothing, z_loss=z_loss,
+        )  # fmt: skip
+        lse += rows[3]
+        return logits
     # On a CPU a few rows at a time, so that the passes over them read the cache and not the memory.
     n, block = logits.shape[0], max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
     wide = results[0].dtype

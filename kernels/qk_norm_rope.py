@@ -12,7 +12,7 @@ program.
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import accumulator, all_like, contiguous_like, no_second_derivative, refuse_transforms, unit_stride, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two, sm_count
@@ -293,6 +293,8 @@ def qk_norm_rope(
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: twice (T_max, at most {head_dim // 2}) expected")
     positions = token_positions(qkv.shape[0], qkv.shape[1], cos, positions, cu_seqlens)
     if not uses_triton(qkv):
+        if cpu.can_run(qkv, small=(q_weight, k_weight, cos, sin, positions)):
+            return cpu.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)
         cos, sin = cos.detach(), sin.detach()
         return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, n_head=n_head, n_kv_head=n_kv_head, eps=eps, positions=positions)
     refuse_transforms("qk_norm_rope", qkv, q_weight, k_weight)

@@ -16,7 +16,7 @@ Rows wider than the registers can hold (BLOCK_N < N) take two kernels: sums over
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import accumulator, all_like, as_rows, contiguous_like, no_second_derivative, refuse_transforms, wide_dtype
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, sm_count
@@ -254,6 +254,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     Raises ValueError if the weight's shape does not match."""
     _check(x, weight)
     if not uses_triton(x):
+        if cpu.can_run(x, small=(weight,)):
+            return cpu.rms_norm(x, weight, eps, offset)
         return reference.rms_norm(x, weight, eps, offset=offset)
     refuse_transforms("rms_norm", x, weight)
     return _rms_norm_op(x, weight, eps, offset)
@@ -269,6 +271,8 @@ def add_rms_norm(
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     if not uses_triton(x):
+        if cpu.can_run(x, residual, small=(weight,)):
+            return cpu.add_rms_norm(x, residual, weight, eps, offset)
         return reference.add_rms_norm(x, residual, weight, eps, offset=offset)
     refuse_transforms("add_rms_norm", x, residual, weight)
     return _add_rms_norm_op(x, residual, weight, eps, offset)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import accumulator, all_like, refuse_transforms, unit_stride
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options, power_of_two
@@ -182,6 +182,12 @@ def rope(
     if inplace and not torch.compiler.is_compiling():  # there strides may be symbols, and results are copied back, which checks them
         _check_inplace(q, k)
     if not uses_triton(q):
+        if not interleaved and cpu.can_run(q, k, small=(cos, sin, positions)):
+            if not inplace:
+                return cpu.rope(q, k, cos, sin, positions)
+            if q.stride(-1) == k.stride(-1) == 1:
+                cpu.rope_(q, k, cos, sin, positions)
+                return q, k
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)
     refuse_transforms("rope", q, k)
     if inplace and q.stride(-1) == k.stride(-1) == 1:

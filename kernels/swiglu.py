@@ -13,7 +13,7 @@ packed tensor is written in place of two and no concatenation follows.
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .common import LOG2E, accumulator, as_rows, contiguous_like, no_second_derivative, refuse_transforms
 from .dispatch import uses_triton
 from .launch import cdiv, launch_options
@@ -120,6 +120,8 @@ def _apply(gate_up: Tensor, up: Tensor | None, activation: str) -> Tensor:
     if uses_triton(gate_up):
         refuse_transforms("swiglu" if activation == "silu" else "geglu", gate_up, up)
         return _glu_op(gate_up, up, activation)
+    if cpu.can_run(gate_up, up):
+        return cpu.glu(gate_up, up, activation)
     return (reference.swiglu if activation == "silu" else reference.geglu)(gate_up, up)
 
 

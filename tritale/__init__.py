@@ -11,4 +11,4 @@ __version__ = "0.2.0"
 if not (Path(__file__).parent / "kernels").is_dir():  # a checkout without symbolic links (Windows' default), not installed
     __path__.append(str(Path(__file__).parents[1]))
 
-from .common import threads as threads  # sets the environment, so it must come before torch
+from .common import environment as environment  # sets the environment, so it must come before torch

@@ -19,6 +19,7 @@ from tritale.data.tokenizer import Tokenizer
 from tritale.inference import LLM, Decoder, Detokenizer, Sampling, Sequence, native
 from tritale.inference.cpu_runner import CPURunner
 from tritale.inference.sampling import candidates
+from tritale.kernels import c_compiler, cpu
 from tritale.model import GPT, GPTConfig
 from tritale.model.checkpoint import save_model
 from tritale.stories.generator import story
@@ -64,6 +65,7 @@ def path(request, monkeypatch) -> str:
         pytest.skip(problem)
     if request.param == "pytorch":
         monkeypatch.setattr(native, "can_run", lambda model: False)
+        monkeypatch.setattr(cpu, "_library", lambda: None)  # without a compiler both libraries are missing
     return request.param
 
 
@@ -544,7 +546,7 @@ def test_a_missing_or_broken_compiler_is_reported(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert "(native.c:4:2: error: impossible)" in str(native.load_library())
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(c_compiler.shutil, "which", lambda name: None)
     assert "no C compiler" in str(native.load_library())
     assert list(tmp_path.rglob("*.so")) == []
 
@@ -557,7 +559,7 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, monkeypatch):
     kept = list((tmp_path / "tritale").iterdir())
     assert len(kept) == 1 and kept[0].suffix == ".so"
     with monkeypatch.context() as patch:
-        patch.setattr(native.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
+        patch.setattr(c_compiler.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
         assert not isinstance(native.load_library(), str)
     complete = kept[0].read_bytes()
     kept[0].unlink()  # a new file: this process has mapped the old one
@@ -667,8 +669,8 @@ def test_a_library_that_another_user_could_write_is_not_loaded(planted, tmp_path
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", "cache")
         monkeypatch.setenv("HOME", "home")
-    compiled, compile = [], native._compile
-    monkeypatch.setattr(native, "_compile", lambda *args: compiled.append(args) or compile(*args))
+    compiled, compile = [], c_compiler._compile
+    monkeypatch.setattr(c_compiler, "_compile", lambda *args: compiled.append(args) or compile(*args))
     assert not isinstance(native.load_library(), str)
     assert compiled  # anew, elsewhere or in place of the file
     if planted == "file":
@@ -708,21 +710,29 @@ def test_a_litgpt_checkpoint_is_named_with_the_command_that_converts_it(folder, 
 # --- Threads -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, expected", [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "30000 1"),
+        ({"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, "7 0"),
+        ({"OMP_WAIT_POLICY": "active"}, "None 1"),
+    ],
+)
 @pytest.mark.parametrize("entry", ["tritale", "tritale.cli.main", "tritale.kernels", "train", "tests.conftest"])
-def test_every_entry_point_limits_spinning_before_torch_is_imported(entry, given, expected):
+def test_every_entry_point_limits_spinning_and_asks_for_large_pages_before_torch_is_imported(entry, given, expected):
     code = f"""
 import importlib.abc, os, sys
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("THP_MEM_ALLOC_ENABLE"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Finder())
 import {entry}
 import torch
 """
-    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | given
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=environment, cwd=REPOSITORY)
     assert result.stdout == f"{expected}\n", result.stderr
 
