@@ -222,10 +222,8 @@ def tables(rows: list[dict], *suites: str) -> list[Table]:
 
 
 def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
-    """The number of comparisons, then a line for each case in which another implementation is faster or smaller than ours by `margin`.
-
-    If an op of ours is the reference itself (on a CPU), one line for all its cases says how much torch.compile gains."""
-    lines, compiled, n_compared = [], {}, 0
+    """The number of comparisons, then a line for each case in which another implementation is faster or smaller than ours by `margin`."""
+    lines, n_compared = [], 0
     ok = [r for r in rows if r["status"] == "ok" and r.get("pass", "both") == "both"]
     keys = "suite", "case", "model", "value", "dtype"
     for (suite, op, model, value, dtype), found in grouped(ok, *keys).items():
@@ -237,23 +235,11 @@ def slower_than_peers(rows: list[dict], margin: float = 0.03) -> list[str]:
         n_compared += len(others)
         faster = {n: per_token(ours) / per_token(r) for n, r in others.items()}
         smaller = {n: r["bytes"] / ours["bytes"] for n, r in others.items() if ours["bytes"]}
-        if ours.get("is_definition"):
-            if "reference, compiled" in faster:
-                compiled.setdefault(op, []).append(faster["reference, compiled"])
-            for n in ("reference", "reference, compiled"):
-                faster.pop(n, None)
-                smaller.pop(n, None)
         parts = [f"{n} is {x:.2f} × as fast" for n, x in faster.items() if x > 1 + margin]
         parts += [f"{n} needs {x:.2f} × the memory" for n, x in smaller.items() if x < 1 - margin]
         if parts:
             where = {"ops": f"{op}, {model}", "scaling": f"scaling, {op} {value}"}.get(suite, f"{suite}, {model}")
             lines.append(f"- {where}, {dtype}: {'; '.join(parts)}.")
-    if compiled:
-        spans = ", ".join(f"{op} {min(v):.1f}–{max(v):.1f} ×" for op, v in compiled.items())
-        lines.append(
-            "- On a CPU these ops of ours are their definition and are compiled together with the model. Alone and uncompiled they take "
-            f"this many times as long as compiled: {spans}."
-        )
     missing = len(grouped([r for r in rows if r["status"] != "ok"], *keys, "contender"))
     head = f"Ours was compared {n_compared} times with another; {missing} cases were not compared (the tables say why). "
     return [f"{head}Differences above {margin:.0%}:\n", *(lines or ["- nothing is faster or smaller than ours."])]

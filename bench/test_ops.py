@@ -10,7 +10,7 @@ import torch
 from bench import ops
 from bench.conftest import parameters, selected
 from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, first_line, half_precision, interleaved, one_round, spread
-from bench.ops import CONTENDERS, DEFINITION_ON_CPU, LIGER, OURS, REFERENCE, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
+from bench.ops import CONTENDERS, LIGER, REFERENCE, SMALL, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
 
 PASSES = ("forward", "backward", "both")
 MODELS = ("44m", "124m", "1b")
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc):
 
 def cannot_run(op: str, model: str, dtype: str, contender: str) -> str | None:
     """Why a contender is not measured here, or None."""
-    is_left_out = (op in DEFINITION_ON_CPU and model == "124m") or (contender in SLOW and model != "44m")
+    is_left_out = (op in SMALL and model == "124m") or (contender in SLOW and model != "44m")
     return missing(contender, dtype) or ("left out on a CPU, to save time" if is_left_out and device().type == "cpu" else None)
 
 
@@ -110,8 +110,7 @@ def test_op(op, model, dtype, which, contender, request, benchmarking, progress,
         return report(row | {"status": "failed", "note": reason})
     seconds, error = found["times"][contender][which], found["errors"][contender]
     row |= {"sizes": found["case"].sizes, "seconds": spread(seconds), "bytes": peaks[(*key, contender)].get(which), "error": error}
-    is_definition = contender == OURS and op in DEFINITION_ON_CPU and device().type == "cpu"
-    row |= {"status": "ok", "note": "", "is_definition": is_definition}
+    row |= {"status": "ok", "note": ""}
     median = row["seconds"]["median"]
     if found["case"].flops is None:
         rate, best = found["bytes"][which] / median, "copy"

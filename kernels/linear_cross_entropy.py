@@ -31,7 +31,7 @@ from .cross_entropy import (
     signed_targets,
     statistics,
 )
-from .dispatch import autocast, uses_triton
+from .dispatch import autocast, is_readable, uses_triton
 from .launch import architecture, cdiv, launch_options, power_of_two, sm_count
 from .triton_compat import jit, tl
 
@@ -234,7 +234,11 @@ def _times(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is None:
         return g.to(dtype)
     factor = factor.detach()
-    if g.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+    is_eager_cpu = g.device.type == "cpu" and not torch.compiler.is_compiling()
+    # As of loss.backward(). A kept graph multiplies again, so its dW must not become a gradient that a user may overwrite.
+    if is_eager_cpu and is_readable(factor) and factor.item() == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return g.to(dtype)
+    if is_eager_cpu and dtype == torch.bfloat16:
         return g.mul(factor).to(dtype)  # factor is not rounded; with `out` of another dtype both would be converted first
     return torch.mul(g, factor.reshape(1), out=torch.empty_like(g, dtype=dtype))  # of one dimension, or it would be rounded to g's dtype
 

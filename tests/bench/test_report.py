@@ -105,12 +105,6 @@ def test_a_faster_or_smaller_peer_is_listed():
     assert listed(rows) == ["- scaling, batch 4, fp32: transformers Mistral needs 0.50 × the memory."]
 
 
-def test_for_an_op_that_is_its_definition_on_a_cpu_the_gain_of_compiling_is_listed():
-    rows = op_rows("reference, compiled", 0.25, 2**18) + op_rows("ours", 1.0, 2**20, is_definition=True)
-    (line,) = listed(rows)
-    assert "swiglu 4.0–4.0 ×" in line
-
-
 def test_training_step_table_has_tokens_per_second_and_the_ablation_its_own():
     off = step_row("ours without attention", 2.0, ours_beside_it={"median": 1.0})
     rows = [step_row("reference, eager", 2.0), step_row("ours", 0.5), off]

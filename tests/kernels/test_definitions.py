@@ -142,6 +142,16 @@ def test_a_weight_in_bf16_gets_its_gradient_rounded_once(memory_budget_mb):
         assert abs((gradient.double() * exact).sum() / exact.square().sum() - 1) < 2e-3  # no factor is rounded away
 
 
+def test_gradients_of_a_kept_graph_may_be_overwritten():
+    x, weight, targets = randn(6, 4), randn(5, 4), torch.randint(5, (6,))
+    loss = kernels.linear_cross_entropy(x, weight, targets)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    expected = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    assert_close(gradients(loss, x, weight), tuple(expected))
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_attention_is_attention_document_by_document(n_kv_head, window):
