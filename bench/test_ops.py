@@ -10,7 +10,7 @@ import torch
 from bench import ops
 from bench.conftest import parameters, selected
 from bench.measure import DTYPES, Stopwatch, device, each_in_a_fresh_process, first_line, half_precision, interleaved, one_round, spread
-from bench.ops import CONTENDERS, LIGER, REFERENCE, SMALL, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
+from bench.ops import CONTENDERS, LIGER, OURS, REFERENCE, SMALL, TOLERANCE, TORCH_LCE, TORCH_LCE_CHUNK, missing
 
 PASSES = ("forward", "backward", "both")
 MODELS = ("44m", "124m", "1b")
