@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -203,7 +204,8 @@ def one_round(watch: Stopwatch, call: Call, head_start: float = 0.0) -> tuple[li
 
 
 def interleaved(calls: dict[str, Call], rounds: int, tick: Callable = lambda: None) -> dict[str, Times]:
-    """Times of the calls, taken in turns (A B C A B C …), so that other load on the machine affects all alike."""
+    """Times of the calls, taken in turns, so that other load on the machine affects all alike. The order of each turn is drawn anew: a call
+    is slower after one that leaves nothing of the inputs in the cache."""
     watch = Stopwatch()
     marks, head_starts = {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
     for name, call in calls.items() if watch.flush is not None else ():
@@ -212,9 +214,10 @@ def interleaved(calls: dict[str, Call], rounds: int, tick: Callable = lambda: No
             began = time.perf_counter()
             one_round(watch, call)  # returns when everything is launched
             head_starts[name] = 1.5 * (time.perf_counter() - began)
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
-            marks[name].append(one_round(watch, call, head_starts[name])[2])
+        for name in order.sample(list(calls), len(calls)):
+            marks[name].append(one_round(watch, calls[name], head_starts[name])[2])
             tick()
     times = {}
     for name, triples in marks.items():

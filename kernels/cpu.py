@@ -6,7 +6,6 @@ bf16, small tensors, torch.func's transforms and forward-mode AD. A second deriv
 
 import ctypes
 import functools
-import platform
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from .rotary import position_stride
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
-FLAGS += ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # where the CPU has AVX-512
 DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 15  # entries of a tensor: below it the definition takes as long, and nothing is compiled for it
 PER_THREAD = 1 << 14  # entries, at least
@@ -252,10 +250,10 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        cos, sin, positions = ctx.saved_tensors
-        if is_batched(*grads):
-            return *reference.rope(*grads, cos, -ctx.sign * sin, positions=positions), *(None,) * 4
-        return *_Rope.apply(*grads, cos, sin, positions, -ctx.sign), *(None,) * 4
+        (dq, dk), (cos, sin, positions) = grads, ctx.saved_tensors
+        if is_batched(dq, dk):
+            return *reference.rope(dq, dk, cos, -ctx.sign * sin, positions=positions), *(None,) * 4
+        return *_Rope.apply(dq, dk, cos, sin, positions, -ctx.sign), *(None,) * 4
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -287,7 +285,7 @@ class _QKNormRope(torch.autograd.Function):
         n_head, n_kv_head = ctx.heads
         if needs_definition(*grads):
             options = {"n_head": n_head, "n_kv_head": n_kv_head, "eps": ctx.eps, "positions": positions}
-            definition = lambda *inputs: reference.qk_norm_rope(*inputs, cos, sin, **options)
+            definition = lambda x, wq, wk: reference.qk_norm_rope(x, wq, wk, cos, sin, **options)
             return *_by_definition(definition, (qkv, q_weight, k_weight), grads), *(None,) * 6
         qkv, grads = unit_stride(qkv), [unit_stride(g) for g in grads]
         n_batch, n_tokens, _ = qkv.shape

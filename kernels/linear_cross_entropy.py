@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import cpu, reference
 from .common import LOG2E, accumulator, contiguous_like, no_second_derivative, refuse_transforms, tanh, unit_stride, wide_dtype
@@ -236,7 +237,7 @@ def _times(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     factor = factor.detach()
     is_eager_cpu = g.device.type == "cpu" and not torch.compiler.is_compiling()
     # As of loss.backward(). A kept graph multiplies again, so its dW must not become a gradient that a user may overwrite.
-    if is_eager_cpu and is_readable(factor) and factor.item() == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if is_eager_cpu and is_readable(factor) and factor.item() == 1 and not _autograd._get_current_graph_task_keep_graph():
         return g.to(dtype)
     if is_eager_cpu and dtype == torch.bfloat16:
         return g.mul(factor).to(dtype)  # factor is not rounded; with `out` of another dtype both would be converted first

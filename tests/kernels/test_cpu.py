@@ -149,7 +149,7 @@ def test_second_derivatives_are_the_definitions(name):
         outputs = f(*inputs, **options)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         first = torch.autograd.grad([o.pow(3).sum() for o in outputs], leaves, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+        found.append(torch.autograd.grad([g.square().sum() for g in first], leaves))
     torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4 * max(g.abs().max().item() for g in found[1]))
 
 
@@ -211,15 +211,15 @@ def runs_in_c(call, monkeypatch) -> bool:
 
 
 def test_what_else_than_plain_tensors_takes_the_definition(monkeypatch):
-    x, w, up = torch.randn(8, 64), torch.randn(64), torch.randn(8, 64)
+    x, w, up, q = torch.randn(8, 64), torch.randn(64), torch.randn(8, 64), torch.randn(1, 4, 1, 16)
     assert runs_in_c(lambda: kernels.rms_norm(x, w), monkeypatch)
     others = {
         "float64": lambda: kernels.rms_norm(x.double(), w),
         "a weight in float64": lambda: kernels.rms_norm(x, w.double()),
         "fp16": lambda: kernels.rms_norm(x.half(), w),
         "two dtypes": lambda: kernels.swiglu(x, up.bfloat16()),
-        "interleaved": lambda: kernels.rope(*(torch.randn(1, 4, 1, 16),) * 2, COS[:, :4], SIN[:, :4], interleaved=True),
-        "tables in float64": lambda: kernels.rope(*(torch.randn(1, 4, 1, 16),) * 2, COS.double()[:, :4], SIN.double()[:, :4]),
+        "interleaved": lambda: kernels.rope(q, q, COS[:, :4], SIN[:, :4], interleaved=True),
+        "tables in float64": lambda: kernels.rope(q, q, COS.double()[:, :4], SIN.double()[:, :4]),
         "soft cap": lambda: kernels.cross_entropy(x, torch.zeros(8, dtype=torch.int64), softcap=3.0),
         "forward mode": lambda: torch.func.jvp(lambda x: kernels.rms_norm(x, w), (x,), (x,)),
         "vmap": lambda: torch.vmap(lambda x: kernels.swiglu(x, x))(x),
