@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.harness.memory import guard, guarded_outputs
 from tests.kernels.harness.numbers import check_numbers
@@ -42,17 +43,21 @@ def cases(dtype) -> dict:
     q, k, qkv = randn(2, 7, 3, 13, dtype=dtype), randn(7, 2, 2, 13, dtype=dtype).transpose(0, 1), randn(2, 7, 7 * 13, dtype=dtype)
     flat = randn(1, 14, 3, 13, dtype=dtype), randn(1, 14, 2, 13, dtype=dtype)
     norms = randn(13, dtype=dtype), randn(13, dtype=dtype)
-    logits, smooth = randn(11, 37, scale=3.0, dtype=dtype), {"label_smoothing": 0.1, "z_loss": 0.01}
+    logits, smooth = randn(11, 38, scale=3.0, dtype=dtype)[:, 1:].detach().requires_grad_(), {"label_smoothing": 0.1, "z_loss": 0.01}
+    wide, wider = (randn(9, n, dtype=dtype)[:, :130].detach().requires_grad_() for n in (131, 140))  # rows that are apart
     found = {}
     for name, inputs, options in (
         ("rms_norm", (x, randn(130, dtype=dtype)), {"eps": 1e-5}),
         ("rms_norm", (x, randn(130)), {"offset": 1.0}),
         ("rms_norm", (strided,), {}),
         ("rms_norm", (randn(3, 1, dtype=dtype), randn(1, dtype=dtype)), {"eps": 0.1}),
+        ("rms_norm", (wide, randn(130, dtype=dtype)), {}),
         ("add_rms_norm", (x, strided, randn(130, dtype=dtype)), {}),
+        ("add_rms_norm", (wide, wider, randn(130, dtype=dtype)), {}),
         ("add_rms_norm", (x, strided), {}),
         ("swiglu", (x,), {}),
         ("swiglu", (strided, x), {}),
+        ("swiglu", (wide, wider), {}),
         ("geglu", (strided,), {}),
         ("geglu", (x, strided), {}),
         ("rope", (q, k, COS, SIN), {}),
@@ -100,6 +105,15 @@ def test_nothing_outside_of_the_tensors_is_read_or_written(name, dtype):
         assert t.isfinite().all()
     for g in guards:
         g.check()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "add" not in n and "cross" not in n])
+def test_bf16_is_fp32_rounded_to_nearest(name):
+    op, _, inputs, options = cases(torch.bfloat16)[name]
+    found = op(*inputs, **options)
+    exact = op(*(t.float() if t.dtype == torch.bfloat16 else t for t in inputs), **options)
+    for ours, theirs in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (found, exact)), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
 
 
 def test_special_values_are_those_of_the_definition():
@@ -227,6 +241,8 @@ def test_what_else_than_plain_tensors_takes_the_definition(monkeypatch):
         "a forced backend": lambda: forced(lambda: kernels.rms_norm(x, w)),
         "torch.compile": lambda: torch.compile(kernels.rms_norm, backend="eager", fullgraph=True)(x, w),
         "FakeTensor": lambda: fake(lambda: kernels.rms_norm(torch.randn(8, 64), torch.randn(64))),
+        "a dispatch mode": lambda: counted(lambda: kernels.rms_norm(x, w)),
+        "tracing": lambda: traced(lambda x: kernels.rms_norm(x, w), x),
         "meta": lambda: kernels.rms_norm(x.to("meta"), w.to("meta")),
     }
     for name, call in others.items():
@@ -238,6 +254,17 @@ def test_what_else_than_plain_tensors_takes_the_definition(monkeypatch):
 def forced(call):
     with kernels.backend("torch"):
         return call()
+
+
+def counted(call):
+    with FlopCounterMode(display=False):
+        return call()
+
+
+def traced(call, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(call, x, check_trace=False)
 
 
 def fake(call):
