@@ -36,14 +36,14 @@ def _is_private(path: Path, *, is_parent: bool = False) -> bool:
 
 def _cache_folder() -> Path | None:
     """The folder for the compiled library; None if another user could put a file there."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    base = base if base.is_absolute() else Path.home() / ".cache"
-    if not base.is_absolute():
-        return None
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+        base = base if base.is_absolute() else Path.home() / ".cache"
+        if not base.is_absolute():
+            return None
         folder = base.resolve() / "tritale"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:  # read-only, for example
+    except (OSError, RuntimeError):  # read-only, for example, or a user without a home
         return None
     is_safe = _is_private(folder) and all(_is_private(parent, is_parent=True) for parent in folder.parents)
     return folder if is_safe else None

@@ -16,6 +16,9 @@
 #define SUM2(a, b) _Pragma(SUM_TEXT(omp simd reduction(+ : a, b)))
 #define SUM_TEXT(...) #__VA_ARGS__
 #define SIMD _Pragma("omp simd")
+/* Sums are of parts of BLOCK entries: a long one of fp32 numbers of one sign loses digits. */
+#define BLOCK 512
+#define EACH_BLOCK(n) for (int64_t first = 0, last = (n) < BLOCK ? (n) : BLOCK; first < (n); first = last, last = (n) - last < BLOCK ? (n) : last + BLOCK)
 
 /* Entry i of a tensor. Every loop exists for both dtypes: `bf16` is a constant after inlining. */
 INLINE float get(const void *p, int64_t i, int bf16) {
@@ -40,9 +43,9 @@ INLINE void put(void *p, int64_t i, float value, int bf16) {
 
 INLINE void *at(const void *p, int64_t i, int bf16) { return (char *)p + i * (bf16 ? 2 : 4); }
 
-/* exp(x) to 2 ulp in [−87, 88.7], 0 below, infinite above: 2^n · exp(r), |r| ≤ ln 2 / 2, by the Taylor polynomial of degree 7. */
+/* exp(x) to 2 ulp in [−87, 88.3], 0 below, infinite above: 2^n · exp(r), |r| ≤ ln 2 / 2, by the Taylor polynomial of degree 7. */
 INLINE float exponential(float x) {
-    int is_zero = x < -87.0f, is_infinite = x > 88.7f;
+    int is_zero = x < -87.0f, is_infinite = x > 88.3f;
     x = is_infinite ? 88.0f : is_zero ? -87.0f : x; /* NaN stays */
     float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* adding 1.5 · 2^23 rounds to an integer */
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;                      /* ln 2 in two parts */
@@ -64,18 +67,22 @@ INLINE void norm_row(
     float eps, float offset, const int bf16
 ) {
     float square = 0;
-    if (residual) {
-        SUM(square)
-        for (int64_t i = 0; i < n; i++) {
-            put(sum, i, get(residual, i, bf16) + get(x, i, bf16), bf16);
-            float v = get(sum, i, bf16); /* rounded */
-            square += v * v;
+    EACH_BLOCK(n) {
+        float part = 0;
+        if (residual) {
+            SUM(part)
+            for (int64_t i = first; i < last; i++) {
+                put(sum, i, get(residual, i, bf16) + get(x, i, bf16), bf16);
+                float v = get(sum, i, bf16); /* rounded */
+                part += v * v;
+            }
+        } else {
+            SUM(part)
+            for (int64_t i = first; i < last; i++) part += get(x, i, bf16) * get(x, i, bf16);
         }
-        x = sum;
-    } else {
-        SUM(square)
-        for (int64_t i = 0; i < n; i++) square += get(x, i, bf16) * get(x, i, bf16);
+        square += part;
     }
+    if (residual) x = sum;
     float rho = 1.0f / sqrtf(square / n + eps);
     if (w) {
         SIMD for (int64_t i = 0; i < n; i++) put(y, i, get(x, i, bf16) * rho * (w[i] + offset), bf16);
@@ -103,20 +110,24 @@ INLINE void norm_row_backward(
     float *restrict dw, int64_t n, float eps, float offset, const int bf16
 ) {
     float square = 0, dot = 0;
-    if (w) {
-        SUM2(square, dot)
-        for (int64_t i = 0; i < n; i++) {
-            float v = get(x, i, bf16);
-            square += v * v;
-            dot += get(dy, i, bf16) * (w[i] + offset) * v;
+    EACH_BLOCK(n) {
+        float part = 0, part_dot = 0;
+        if (w) {
+            SUM2(part, part_dot)
+            for (int64_t i = first; i < last; i++) {
+                float v = get(x, i, bf16);
+                part += v * v;
+                part_dot += get(dy, i, bf16) * (w[i] + offset) * v;
+            }
+        } else {
+            SUM2(part, part_dot)
+            for (int64_t i = first; i < last; i++) {
+                float v = get(x, i, bf16);
+                part += v * v;
+                part_dot += get(dy, i, bf16) * v;
+            }
         }
-    } else {
-        SUM2(square, dot)
-        for (int64_t i = 0; i < n; i++) {
-            float v = get(x, i, bf16);
-            square += v * v;
-            dot += get(dy, i, bf16) * v;
-        }
+        square += part, dot += part_dot;
     }
     float rho = 1.0f / sqrtf(square / n + eps), factor = rho * rho * rho * dot / n;
     SIMD for (int64_t i = 0; i < n; i++) {
@@ -353,11 +364,15 @@ INLINE void softmax_row(const void *s, int64_t n, float *top, float *log_total, 
         float v = get(s, i, bf16);
         most = v > most ? v : most;
     }
-    SUM2(total, differences)
-    for (int64_t i = 0; i < n; i++) { /* a difference first, which keeps the digits of large logits */
-        float v = get(s, i, bf16) - most;
-        total += exponential(v);
-        if (is_smooth) differences += v;
+    EACH_BLOCK(n) {
+        float part = 0, part_differences = 0;
+        SUM2(part, part_differences)
+        for (int64_t i = first; i < last; i++) { /* a difference first, which keeps the digits of large logits */
+            float v = get(s, i, bf16) - most;
+            part += exponential(v);
+            if (is_smooth) part_differences += v;
+        }
+        total += part, differences += part_differences;
     }
     *top = most, *log_total = logf(total), *sum = differences;
 }
@@ -369,6 +384,12 @@ INLINE int is_first(const void *s, int64_t target, float top, const int bf16) { 
     return !n_before && get(s, target, bf16) == top;
 }
 
+INLINE int64_t wrong_target(const int64_t *targets, int64_t n_rows, int64_t n, int64_t ignore_index) {
+    for (int64_t row = 0; row < n_rows; row++)
+        if (targets[row] != ignore_index && (targets[row] < 0 || targets[row] >= n)) return row + 1;
+    return 0;
+}
+
 /* Of each row of logits s (N, V): loss, nll, top = max s, log_total = log Σ exp(s − top), correct (NULL: not needed), and the gradient of
  * loss · scale (NULL: not needed), which may overwrite the logits. All are 0 in ignored rows. Returns 1 + a row whose target is outside
  * of 0 … V − 1, or 0. */
@@ -377,8 +398,8 @@ int64_t cross_entropy(
     void *gradient, int64_t n_rows, int64_t n, int64_t stride, int64_t stride_gradient, int64_t ignore_index, float label_smoothing,
     float z_loss, int64_t bf16, int64_t n_thread
 ) {
-    for (int64_t row = 0; row < n_rows; row++)
-        if (targets[row] != ignore_index && (targets[row] < 0 || targets[row] >= n)) return row + 1;
+    int64_t wrong = wrong_target(targets, n_rows, n, ignore_index);
+    if (wrong) return wrong;
     PARALLEL
     for (int64_t row = 0; row < n_rows; row++) {
         const void *s = at(logits, row * stride, bf16);
@@ -398,7 +419,7 @@ int64_t cross_entropy(
         float lse = top[row] + log_total[row];
         nll[row] = log_total[row] - ((bf16 ? get(s, target, 1) : get(s, target, 0)) - top[row]);
         loss[row] = nll[row];
-        if (label_smoothing) loss[row] += label_smoothing * (log_total[row] - nll[row] - sum / n);
+        if (label_smoothing) loss[row] = (1 - label_smoothing) * nll[row] + label_smoothing * (log_total[row] - sum / n);
         if (z_loss) loss[row] += z_loss * lse * lse; /* 0 · inf is NaN */
         if (correct) correct[row] = nll[row] != nll[row] ? 0 : bf16 ? is_first(s, target, top[row], 1) : is_first(s, target, top[row], 0);
         if (d && bf16) logits_gradient(s, d, n, target, top[row], log_total[row], scale[row], label_smoothing, z_loss, 1);
@@ -407,11 +428,13 @@ int64_t cross_entropy(
     return 0;
 }
 
-void cross_entropy_backward(
+int64_t cross_entropy_backward(
     const void *logits, const int64_t *targets, const float *scale, const float *top, const float *log_total, void *gradient,
     int64_t n_rows, int64_t n, int64_t stride, int64_t stride_gradient, int64_t ignore_index, float label_smoothing, float z_loss,
     int64_t bf16, int64_t n_thread
 ) {
+    int64_t wrong = wrong_target(targets, n_rows, n, ignore_index);
+    if (wrong) return wrong;
     PARALLEL
     for (int64_t row = 0; row < n_rows; row++) {
         const void *s = at(logits, row * stride, bf16);
@@ -420,4 +443,5 @@ void cross_entropy_backward(
         else if (bf16) logits_gradient(s, d, n, targets[row], top[row], log_total[row], scale[row], label_smoothing, z_loss, 1);
         else logits_gradient(s, d, n, targets[row], top[row], log_total[row], scale[row], label_smoothing, z_loss, 0);
     }
+    return 0;
 }

@@ -47,20 +47,27 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, signature in _SIGNATURES.items():
         getattr(lib, name).argtypes = [_ARGUMENTS[kind] for kind in signature.replace(" ", "")]
-        getattr(lib, name).restype = ctypes.c_int64 if name == "cross_entropy" else None
+        getattr(lib, name).restype = ctypes.c_int64 if name.startswith("cross_entropy") else None
     return lib
 
 
-def can_run(x: Tensor, *same: Tensor | None, small: Sequence[Tensor | None] = ()) -> bool:
-    """Whether `cpu.c` can compute an op of x, tensors that must have its dtype, and small ones: weights, tables, positions."""
+def can_run(
+    x: Tensor, *same: Tensor | None, small: Sequence[Tensor | None] = (), positions: Tensor | None = None, numbers: Sequence = ()
+) -> bool:  # fmt: skip
+    """Whether `cpu.c` can compute an op of x, tensors that must have its dtype, small ones (weights and tables), positions and options."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in DTYPES or x.numel() < SMALLEST:
         return False
-    tensors = [t for t in (x, *same, *small) if t is not None]
+    tensors = [t for t in (x, *same, *small, positions) if t is not None]
     return (
         dispatch.is_automatic()
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == x.device and t.layout == torch.strided for t in tensors)
+        and not any(t.is_neg() or t._is_zerotensor() for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.is_inference() for t in tensors))  # those cannot be saved for backward
         and all(t is None or t.dtype == x.dtype for t in same)
         and all(t is None or t.dtype != torch.float64 for t in small)
+        and (positions is None or (type(positions) is Tensor and positions.dtype in (torch.int32, torch.int64)))
+        and all(isinstance(n, (int, float)) for n in numbers)
+        and functorch.peek_interpreter_stack() is None
         and not is_transformed(*tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
@@ -68,7 +75,7 @@ def can_run(x: Tensor, *same: Tensor | None, small: Sequence[Tensor | None] = ()
     )
 
 
-def _call(name: str, x: Tensor, *arguments: Tensor | float | None) -> int | None:
+def _call(name: str, x: Tensor, *arguments: Tensor | ctypes.Array | float | None) -> int | None:
     """Call a function of `cpu.c`, whose last arguments are whether x is bf16 and the number of threads."""
     n_thread = max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
     values = (t.data_ptr() if isinstance(t, Tensor) else t for t in arguments)
@@ -78,21 +85,23 @@ def _call(name: str, x: Tensor, *arguments: Tensor | float | None) -> int | None
 def _by_definition(definition: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the inputs, by autograd."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad():  # views, since one input may depend on another
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
         outputs = definition(*inputs)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def is_batched(*grads: Tensor | None) -> bool:
-    """Whether backward is inside of vmap, as with is_grads_batched=True."""
-    return is_transformed(*grads) or any(g is not None and functorch.is_legacy_batchedtensor(g) for g in grads)
+def is_special(*grads: Tensor | None) -> bool:
+    """Whether a gradient has no ordinary memory, as inside of vmap (is_grads_batched=True)."""
+    is_odd = lambda g: functorch.is_legacy_batchedtensor(g) or g.is_neg() or g._is_zerotensor()
+    return is_transformed(*grads) or any(g is not None and is_odd(g) for g in grads)
 
 
 def needs_definition(*grads: Tensor | None) -> bool:
-    """Whether backward must be differentiable (create_graph=True) or batched."""
-    return torch.is_grad_enabled() or is_batched(*grads)
+    """Whether backward must be differentiable (create_graph=True), or a gradient has no ordinary memory."""
+    return torch.is_grad_enabled() or is_special(*grads)
 
 
 def _as_fp32(weight: Tensor | None) -> Tensor | None:
@@ -143,6 +152,8 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.offset = eps, offset
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)
         return y, total
 
     @staticmethod
@@ -205,28 +216,38 @@ def cross_entropy(
         "cross_entropy", logits, logits, targets, None if scale is None else scale.float().contiguous(), *rows, correct, gradient,
         *logits.shape, logits.stride(0), 0 if gradient is None else gradient.stride(0), ignore_index, label_smoothing, z_loss,
     )  # fmt: skip
+    _check_targets(wrong, targets, logits)
+
+
+def _check_targets(wrong: int | None, targets: Tensor, logits: Tensor) -> None:
     if wrong:
-        target, last = int(targets[wrong - 1]), logits.shape[1] - 1
-        raise IndexError(f"target {target} of row {wrong - 1} is outside of 0 … {last}, and ignore_index is {ignore_index}")
+        raise IndexError(f"target {int(targets[wrong - 1])} is outside of 0 … {logits.shape[1] - 1}, and it is not ignore_index")
 
 
 def cross_entropy_backward(
     logits: Tensor, targets: Tensor, top: Tensor, log_total: Tensor, scale: Tensor, gradient: Tensor, *, ignore_index: int,
     label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
-    """The gradient of loss · scale, from what `cross_entropy` wrote."""
-    _call(
-        "cross_entropy_backward", logits, logits, targets.long().contiguous(), scale.float().contiguous(), top, log_total, gradient,
+    """The gradient of loss · scale, from what `cross_entropy` wrote. Raises IndexError if wrong targets have been written there."""
+    targets = targets.long().contiguous()
+    wrong = _call(
+        "cross_entropy_backward", logits, logits, targets, scale.float().contiguous(), top, log_total, gradient,
         *logits.shape, logits.stride(0), gradient.stride(0), ignore_index, label_smoothing, z_loss,
     )  # fmt: skip
+    _check_targets(wrong, targets, logits)
 
 
-def _integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _integers(*values: int) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return cos.detach().float().contiguous(), sin.detach().float().contiguous(), None if positions is None else positions.long()
+    """In fp32 and int64. Raises ValueError for positions that cos does not have: in backward they may have been overwritten."""
+    if positions is not None and positions.numel():
+        low, high = (int(n) for n in positions.aminmax())
+        if low < 0 or high >= len(cos):
+            raise ValueError(f"positions from {low} to {high}, but cos and sin hold positions 0 to {len(cos) - 1}")
+    return cos.float().contiguous(), sin.float().contiguous(), None if positions is None else positions.long()
 
 
 def _rotate(q: Tensor, k: Tensor, outputs: tuple[Tensor, Tensor], cos, sin, positions, sign: float) -> None:
@@ -246,23 +267,25 @@ class _Rope(torch.autograd.Function):
         ctx.sign = sign
         outputs = contiguous_like(q), contiguous_like(k)
         _rotate(unit_stride(q), unit_stride(k), outputs, cos, sin, positions, sign)
+        ctx.mark_non_differentiable(*(t for t, is_needed in zip(outputs, ctx.needs_input_grad, strict=False) if not is_needed))
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         (dq, dk), (cos, sin, positions) = grads, ctx.saved_tensors
-        if is_batched(dq, dk):
+        if is_special(dq, dk):
             return *reference.rope(dq, dk, cos, -ctx.sign * sin, positions=positions), *(None,) * 4
         return *_Rope.apply(dq, dk, cos, sin, positions, -ctx.sign), *(None,) * 4
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _Rope.apply(q, k, cos, sin, positions, 1.0)
+    return _Rope.apply(q, k, cos.detach(), sin.detach(), positions, 1.0)
 
 
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     """Overwrites q and k, whose last dimensions have adjacent entries."""
     _rotate(q, k, (q, k), cos, sin, positions, 1.0)
+    torch.autograd.graph.increment_version((q, k))
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -277,6 +300,8 @@ class _QKNormRope(torch.autograd.Function):
             "qk_norm_rope", qkv, qkv, torch.stack((q_weight, k_weight)).float(), *_tables(cos, sin, positions), q, k, v,
             _integers(*qkv.stride()[:2]), n_batch, n_tokens, n_head, n_kv_head, half, head_dim - 2 * half, position_stride(positions), eps,
         )  # fmt: skip
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(v)
         return q, k, v
 
     @staticmethod
@@ -298,11 +323,11 @@ class _QKNormRope(torch.autograd.Function):
             strides, n_batch, n_tokens, n_head, n_kv_head, half, head_dim - 2 * half, n_parts, position_stride(positions), ctx.eps,
         )  # fmt: skip
         dwq, dwk = dw[:, :2].sum(0)
-        return dqkv, dwq.to(q_weight.dtype), dwk.to(k_weight.dtype), *(None,) * 6
+        return dqkv, dwq.to(q_weight.dtype, copy=True), dwk.to(k_weight.dtype, copy=True), *(None,) * 6
 
 
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_head: int, n_kv_head: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos.detach(), sin.detach(), positions, n_head, n_kv_head, eps)

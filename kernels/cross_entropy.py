@@ -296,7 +296,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
         rows = loss, nll, top, log_total, correct = empty_rows(logits, len(logits))
         ctx.options, ctx.inplace = (ignore_index, label_smoothing, z_loss, softcap), inplace
         ctx.set_materialize_grads(False)
-        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits):
+        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits, numbers=(label_smoothing, z_loss)):
             options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
             cpu.cross_entropy(logits, targets, rows[:4], correct if with_stats else None, **options)
             lse = top + log_total
@@ -333,15 +333,18 @@ class _TorchCrossEntropy(torch.autograd.Function):
         if cpu.needs_definition(grad):  # autograd differentiates the definition
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
+                logits = logits.view_as(logits)  # not the user's tensor, whose hooks would run
                 loss = reference.cross_entropy(
                     logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
                     reduction="none",
                 )  # fmt: skip
             return *torch.autograd.grad(loss, logits, grad, create_graph=create_graph), *(None,) * 7
         out = logits.detach() if ctx.inplace else contiguous_like(logits)
-        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits):
+        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits, numbers=(label_smoothing, z_loss)):
             options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
             cpu.cross_entropy_backward(logits, targets, top, log_total, grad, out, **options)
+            if ctx.inplace:
+                torch.autograd.graph.increment_version(logits)
             return out, *(None,) * 7
         is_direct = not ctx.inplace and out.dtype == grad.dtype
         is_ignored = targets == ignore_index

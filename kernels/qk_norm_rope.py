@@ -284,7 +284,7 @@ def qk_norm_rope(
     The plain form returns v as a view of qkv, the kernel a copy, so that its backward writes the gradient of qkv at once.
     cos and sin get no gradient. Raises ValueError if the shapes do not match, and for positions as `rope` does."""
     head_dim = q_weight.shape[-1]
-    if qkv.dim() != 3 or qkv.shape[-1] != (n_head + 2 * n_kv_head) * head_dim or k_weight.shape != q_weight.shape:
+    if qkv.dim() != 3 or qkv.shape[-1] != (n_head + 2 * n_kv_head) * head_dim or q_weight.dim() != 1 or k_weight.shape != q_weight.shape:
         raise ValueError(
             f"qkv {tuple(qkv.shape)}, q_weight {tuple(q_weight.shape)}, k_weight {tuple(k_weight.shape)}, n_head {n_head}, n_kv_head "
             f"{n_kv_head}: (B, T, (n_head + 2 n_kv_head) D), (D,), (D,) expected"
@@ -293,7 +293,7 @@ def qk_norm_rope(
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: twice (T_max, at most {head_dim // 2}) expected")
     positions = token_positions(qkv.shape[0], qkv.shape[1], cos, positions, cu_seqlens)
     if not uses_triton(qkv):
-        if cpu.can_run(qkv, small=(q_weight, k_weight, cos, sin, positions)):
+        if cpu.can_run(qkv, small=(q_weight, k_weight, cos, sin), positions=positions, numbers=(eps,)):
             return cpu.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, n_head, n_kv_head, eps)
         cos, sin = cos.detach(), sin.detach()
         return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, n_head=n_head, n_kv_head=n_kv_head, eps=eps, positions=positions)

@@ -254,7 +254,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     Raises ValueError if the weight's shape does not match."""
     _check(x, weight)
     if not uses_triton(x):
-        if cpu.can_run(x, small=(weight,)):
+        if cpu.can_run(x, small=(weight,), numbers=(eps, offset)):
             return cpu.rms_norm(x, weight, eps, offset)
         return reference.rms_norm(x, weight, eps, offset=offset)
     refuse_transforms("rms_norm", x, weight)
@@ -271,7 +271,7 @@ def add_rms_norm(
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     if not uses_triton(x):
-        if cpu.can_run(x, residual, small=(weight,)):
+        if cpu.can_run(x, residual, small=(weight,), numbers=(eps, offset)):
             return cpu.add_rms_norm(x, residual, weight, eps, offset)
         return reference.add_rms_norm(x, residual, weight, eps, offset=offset)
     refuse_transforms("add_rms_norm", x, residual, weight)

@@ -182,10 +182,10 @@ def rope(
     if inplace and not torch.compiler.is_compiling():  # there strides may be symbols, and results are copied back, which checks them
         _check_inplace(q, k)
     if not uses_triton(q):
-        if not interleaved and cpu.can_run(q, k, small=(cos, sin, positions)):
+        if not interleaved and cpu.can_run(q, k, small=(cos, sin), positions=positions):
             if not inplace:
                 return cpu.rope(q, k, cos, sin, positions)
-            if q.stride(-1) == k.stride(-1) == 1:
+            if q.stride(-1) == k.stride(-1) == 1 and q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():  # no overlap
                 cpu.rope_(q, k, cos, sin, positions)
                 return q, k
         return reference.rope(q, k, cos.detach(), sin.detach(), interleaved=interleaved, positions=positions, inplace=inplace)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,7 +150,7 @@ def test_the_first_of_equal_maxima_is_the_one_that_counts():
 @pytest.mark.parametrize("target", [5, -1, 2**40])
 def test_a_target_outside_of_the_vocabulary_is_named(target):
     index = torch.tensor([1, target, 0])
-    with pytest.raises(IndexError, match=rf"target {target} of row 1 is outside of 0 … 4, and ignore_index is -100"):
+    with pytest.raises(IndexError, match=f"target {target} is outside of 0 … 4, and it is not ignore_index"):
         kernels.cross_entropy(torch.randn(3, 5), index)
 
 
@@ -286,3 +287,148 @@ def test_without_a_compiler_the_definition_runs_after_one_warning(monkeypatch, t
         assert torch.equal(found, reference.rms_norm(x))
     finally:
         cpu._library.cache_clear()
+
+
+# --- Uses that a C function must be protected from -----------------------------------------------------------------------------------
+
+
+def test_weights_of_qk_norm_rope_are_one_vector_each():
+    weight = torch.ones(1, 12)
+    with pytest.raises(ValueError, match=r"q_weight \(1, 12\)"):
+        kernels.qk_norm_rope(torch.randn(1, 4, 36), weight, weight, COS, SIN, n_head=1, n_kv_head=1)
+
+
+def test_a_default_device_changes_nothing():
+    q, k, qkv, w = torch.randn(1, 4, 2, 12), torch.randn(1, 4, 1, 12), torch.randn(1, 4, 48), torch.randn(12)
+    call = lambda: (*kernels.rope(q, k, COS, SIN), *kernels.qk_norm_rope(qkv, w, w, COS, SIN, n_head=2, n_kv_head=1))
+    expected = call()
+    with torch.device("meta"):
+        found = call()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_values_that_change_between_forward_and_backward_are_checked_again():
+    q, k = randn(1, 8, 2, 12), randn(1, 8, 1, 12)
+    for call in (
+        lambda index: kernels.cross_entropy(randn(8, 50), index),
+        lambda index: kernels.rope(q, k, COS, SIN, positions=index)[0].sum(),
+    ):
+        array = np.zeros(8, dtype=np.int64)
+        loss = call(torch.from_numpy(array))
+        array[:] = 10**9
+        with pytest.raises((IndexError, ValueError), match="1000000000"):
+            loss.backward()
+
+
+def test_gradients_without_ordinary_memory_are_right():
+    x = randn(4, 16)
+    (zero,) = torch.autograd.grad(kernels.rms_norm(x), x, torch._efficientzerotensor((4, 16)))  # pyright: ignore[reportPrivateImportUsage]
+    assert (zero == 0).all()
+    pull = torch.randn(4, 16)
+    negative = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
+    found = torch.autograd.grad(kernels.rms_norm(x), x, negative(pull))
+    torch.testing.assert_close(found, torch.autograd.grad(reference.rms_norm(x), x, -pull))
+    torch.testing.assert_close(kernels.rms_norm(negative(x.detach())), reference.rms_norm(-x.detach()))
+
+
+def test_autograd_notices_what_is_overwritten():
+    h, index = randn(8, 50), torch.randint(50, (8,))
+    loss = kernels.cross_entropy(h.tanh(), index, inplace_backward=True)  # tanh has saved its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    q, k, w = torch.randn(1, 4, 2, 12), torch.randn(1, 4, 1, 12), randn(1, 4, 2, 12)
+    product = (w * q).sum()
+    kernels.rope(q, k, COS, SIN, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_q_and_k_that_share_memory_are_rotated_once():
+    qk = torch.randn(1, 4, 3, 12)
+    for q, k in ((qk, qk), (qk[:, :, :2], qk[:, :, 1:])):
+        expected = reference.rope(q.clone(), k.clone(), COS, SIN)
+        kernels.rope(q, k, COS, SIN, inplace=True)
+        torch.testing.assert_close(k, expected[1])
+
+
+def composed(module) -> dict:
+    """Functions of x and w in which an input of an op depends on another of its inputs, or is it."""
+    w_of = lambda w: w[:4]
+    return {
+        "twice the same": lambda x, w: module.swiglu(x, x),
+        "one of the other": lambda x, w: module.swiglu(x, 2 * x.sin()),
+        "a weight used twice": lambda x, w: module.rms_norm(module.rms_norm(x, w) + x, w),
+        "a sum with its parts": lambda x, w: module.add_rms_norm(module.rms_norm(x, w), x, w)[0],
+        "one weight for q and k": lambda x, w: module.qk_norm_rope(
+            x.view(1, 6, 12), w_of(w), w_of(w), COS[:, :2], SIN[:, :2], n_head=1, n_kv_head=1
+        )[0],
+        "logits of themselves": lambda x, w: module.cross_entropy(x * x.detach(), torch.arange(6), reduction="none"),
+    }
+
+
+@pytest.mark.parametrize("name", composed(kernels))
+@pytest.mark.parametrize("mode", ["create_graph", "batched"])
+def test_inputs_may_depend_on_each_other(name, mode):
+    x, w, found = randn(6, 12), randn(12), []
+    calls = []
+    for module in (kernels, reference):
+        torch.manual_seed(0)
+        z = x * 1
+        z.register_hook(lambda g: calls.append(0))
+        out = composed(module)[name](z, w)
+        if mode == "batched":
+            found.append(torch.autograd.grad(out, (x, w), torch.randn(3, *out.shape), is_grads_batched=True, allow_unused=True))
+            continue
+        first = torch.autograd.grad(out.square().sum(), (x, w), create_graph=True, allow_unused=True)
+        penalty = torch.stack([g.square().sum() for g in first if g is not None]).sum()
+        found.append((*first, *torch.autograd.grad(penalty, (x, w), allow_unused=True)))
+    for ours, theirs in zip(*found, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert len(calls) % 2 == 0  # hooks run as often
+
+
+def test_options_may_be_tensors():
+    x, half = torch.randn(4, 16), torch.tensor(0.5)
+    torch.testing.assert_close(kernels.rms_norm(x, eps=half), reference.rms_norm(x, eps=0.5))  # pyright: ignore[reportArgumentType]
+    found = kernels.cross_entropy(x, torch.zeros(4, dtype=torch.int64), z_loss=half)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(found, reference.cross_entropy(x, torch.zeros(4, dtype=torch.int64), z_loss=0.5))
+
+
+def test_an_op_of_constants_inside_of_a_transform():
+    x, w, v = torch.randn(4, 16), torch.randn(16), torch.randn(4, 16)
+    found = torch.func.grad(lambda v: (kernels.rms_norm(x, w) * v).sum())(v)
+    torch.testing.assert_close(found, reference.rms_norm(x, w))
+
+
+def test_tensors_of_inference_mode_may_be_weights():
+    with torch.inference_mode():
+        w = torch.randn(16)
+    x = randn(4, 16)
+    kernels.rms_norm(x, w).sum().backward()
+
+
+def test_only_outputs_that_depend_on_it_need_a_gradient():
+    q, k, w = torch.randn(1, 4, 2, 12), torch.randn(1, 4, 1, 12), randn(12)
+    assert not kernels.add_rms_norm(q, q, w)[1].requires_grad
+    assert [t.requires_grad for t in kernels.rope(q.requires_grad_(), k, COS, SIN)] == [True, False]
+    assert not kernels.rope(k, k, COS.clone().requires_grad_(), SIN)[0].requires_grad
+    heads = kernels.qk_norm_rope(torch.randn(1, 4, 36), w, w, COS, SIN, n_head=1, n_kv_head=1)
+    assert [t.requires_grad for t in heads] == [True, True, False]
+
+
+def test_long_sums_keep_their_digits():
+    logits = torch.zeros(1, 2**18)
+    logits[0, 7] = 1.3
+    index = torch.tensor([7])
+    exact = reference.cross_entropy(logits.double(), index)
+    assert abs(kernels.cross_entropy(logits, index) - exact) < 1e-6 * exact
+    x = torch.full((1, 2**16), 1.1)
+    assert (kernels.rms_norm(x, eps=0.0) - 1).abs().max() < 1e-6
+
+
+def test_a_target_without_probability_has_an_infinite_loss():
+    logits = torch.randn(2, 9)
+    logits[:, 3] = -torch.inf
+    for smoothing in (0.0, 0.1):
+        assert kernels.cross_entropy(logits, torch.tensor([3, 3]), label_smoothing=smoothing) == torch.inf
