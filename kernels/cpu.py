@@ -51,6 +51,11 @@ def _library() -> ctypes.CDLL | None:
     return lib
 
 
+def is_available() -> bool:
+    """Whether `cpu.c` is compiled on this machine, or can be."""
+    return _library() is not None
+
+
 def can_run(
     x: Tensor, *same: Tensor | None, small: Sequence[Tensor | None] = (), positions: Tensor | None = None, numbers: Sequence = ()
 ) -> bool:  # fmt: skip

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..common.errors import UserError
 from ..data import built_in
 from ..data.shards import Split
+from ..kernels import cpu
 from ..kernels.dispatch import has_triton
 from ..kernels.flash_attention import LARGEST_HEAD, head_tiles
 from ..kernels.linear_cross_entropy import BUDGET_MB, chunk_rows
@@ -61,6 +62,7 @@ class DeviceFacts:
     flops_source: str
     workspace: int = 0  # bytes that PyTorch gives cuBLAS for each stream
     runs_flash_attention: bool = True  # with `runs_triton`: attention is a Triton kernel too, not PyTorch's
+    runs_c_ops: bool = False  # on a CPU the ops of an uncompiled model are in C
 
     @classmethod
     def of(cls, here: processes.Processes, config: RunConfig) -> "DeviceFacts":
@@ -80,6 +82,7 @@ class DeviceFacts:
             flops=flops,
             flops_source=source,
             workspace=processes.cublas_workspace(device),
+            runs_c_ops=device.type == "cpu" and cpu.is_available(),
             runs_flash_attention=config.data.document_mask or processes.has_fast_attention(device, precision),
         )
 
@@ -294,11 +297,12 @@ def plan(config: RunConfig, data: DataFacts, device: DeviceFacts) -> Plan:
 
 def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool, is_frozen: bool) -> int:
     """Bytes per token that the forward pass saves for the backward pass. The residual stream is fp32, the inputs of matrix products have
-    the run's precision. `is_frozen`: only adapters are trained, of all matrices; less is saved if some have none. Exact within 2 %, except
+    the run's precision. `is_frozen`: only adapters are trained, of all matrices; less is saved if some have none. Exact within 3 %, except
     in eager bf16 on a CPU, which saves some more fp32 copies."""
     s, item = shape, 4 if device.precision == "fp32" else 2
     heads, kv_heads = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
     on_cpu, is_grouped = not device.runs_triton, s.n_head > s.n_kv_head
+    is_definition = on_cpu and (is_compiled or not device.runs_c_ops)
     normed = 2 * s.width * item  # outputs of the two norms: the inputs of qkv and gate_up
     residual = 2 * s.width * 4 + 2 * 4  # inputs of the two norms, and 1 / rms
     packed = (heads + 2 * kv_heads) * item  # output of qkv: saved for the norms of q and k, or because v is a view of it
@@ -307,14 +311,14 @@ def activation_bytes(shape: GPTConfig, device: DeviceFacts, is_compiled: bool, i
         qkv = 3 * heads * item + s.qk_norm * packed
     else:
         qkv = (heads + kv_heads) * item + packed
-    if on_cpu:
+    if is_definition:
         qkv += s.qk_norm * (s.n_head + s.n_kv_head) * 4  # 1 / rms of each head
     else:
         qkv += s.qk_norm * kv_heads * item + 2 * 4  # qk_norm_rope copies v; first and last token of the document
     attention = qkv + heads * item + s.n_head * 4  # q, k, v; its output; lse
     mlp = 3 * s.mlp_width * item  # gate, up; silu(gate) · up
     layer = normed + residual + attention + mlp
-    is_eager = on_cpu and not is_compiled
+    is_eager = is_definition and not is_compiled
     if is_eager:  # silu(gate) and rows of cos and sin, fp32; compiled code recomputes them
         layer += (s.mlp_width + s.head_dim) * 4
     if is_eager and not is_frozen:  # x / rms, for the gradients of the norms' weights

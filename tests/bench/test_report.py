@@ -224,6 +224,8 @@ def test_rounds_are_taken_in_turns():
     called = []
     x = torch.ones(2, requires_grad=True)
     calls = {name: (lambda t, name=name: called.append(name) or t.sum(), [x], [torch.ones(())]) for name in "ABC"}
-    times = interleaved(calls, 2)
-    assert "".join(called) == "ABCABC"
-    assert all(len(t["both"]) == 2 and t["both"][0] == t["forward"][0] + t["backward"][0] for t in times.values())
+    times = interleaved(calls, 30)
+    turns = ["".join(called[i : i + 3]) for i in range(0, 90, 3)]
+    assert len(called) == 90 and all(sorted(turn) == list("ABC") for turn in turns)
+    assert len({turn[0] for turn in turns}) == 3  # each is the first of a turn
+    assert all(len(t["both"]) == 30 and t["both"][0] == t["forward"][0] + t["backward"][0] for t in times.values())

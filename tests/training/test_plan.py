@@ -17,7 +17,7 @@ from tritale.data.batches import Batches
 from tritale.data.built_in import open_data
 from tritale.data.shards import Split
 from tritale.evaluation.compatibility import compatibility_warnings
-from tritale.kernels import dispatch
+from tritale.kernels import cpu, dispatch
 from tritale.model import GPT
 from tritale.training import plan as planning
 from tritale.training.config import RunConfig, parse
@@ -197,11 +197,21 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(params=["C", "definition"])
+def eager_cpu(request, monkeypatch) -> DeviceFacts:
+    """A CPU whose uncompiled ops are those of cpu.c, or their definition as without a C compiler."""
+    if request.param == "definition":
+        monkeypatch.setattr(cpu, "_library", lambda: None)
+    elif not cpu.is_available():
+        pytest.skip("no C compiler")
+    return dataclasses.replace(CPU, runs_c_ops=cpu.is_available())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_what_the_forward_pass_saves(shape):
-    p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=900), CPU)
+def test_activations_are_what_the_forward_pass_saves(shape, eager_cpu):
+    p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=900), eager_cpu)
     model = GPT(p.shape)
-    assert saved_bytes(model, random_batch(p, 4)) == pytest.approx(expected_saved(p, 4), rel=0.02)
+    assert saved_bytes(model, random_batch(p, 4)) == pytest.approx(expected_saved(p, 4), rel=0.03 if eager_cpu.runs_c_ops else 0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -233,9 +243,9 @@ def allocated_peak(work) -> int:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab_size", [900, 20_000])
-def test_the_peak_of_a_step_is_within_a_tenth_of_the_estimate(shape, vocab_size):
+def test_the_peak_of_a_step_is_within_a_tenth_of_the_estimate(shape, vocab_size, eager_cpu):
     """Weights, gradients, optimizer state, activations, and the loss's chunk or one more gradient of the embedding, in a real step."""
-    p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=vocab_size), CPU)
+    p = plan(configured(train__compile=False, model__context=128, **shape), dataclasses.replace(DATA, vocab_size=vocab_size), eager_cpu)
     batch, held = random_batch(p, 8), list[TrainingStep]()
 
     def step():
