@@ -67,7 +67,7 @@ def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library compiled from `source` by cc, GCC or Clang with `flags`, or a sentence for the user why it is not available."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
-        return "no C compiler (cc, gcc, clang) was found; on the CPU it runs slower without one (Debian: apt install gcc)"
+        return "no C compiler (cc, gcc, clang) was found; without one tritale is slower on a CPU (Debian: apt install gcc)"
     key = hashlib.sha256(source.read_bytes() + repr((compiler, flags, _machine())).encode()).hexdigest()[:16]
     try:
         if (folder := _cache_folder()) is None:

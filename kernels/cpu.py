@@ -1,7 +1,8 @@
-"""The small ops on a CPU outside of a compiled model, by `cpu.c`: each tensor is read once and written once.
+"""The ops that are bound by memory on a CPU, by `cpu.c`: each tensor is read once and written once.
 
-`torch.compile` fuses an op's definition with its neighbours, so a compiled model keeps the definition; so do dtypes other than fp32 and
-bf16, small tensors, torch.func's transforms and forward-mode AD. A second derivative is that of the definition.
+`torch.compile` fuses an op's definition with its neighbours, so a compiled model keeps it, except that the chunked loss makes its
+softmax here. Dtypes other than fp32 and bf16, small tensors, torch.func's transforms and forward-mode AD use the definition too. A second
+derivative is that of the definition.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 
 from . import c_compiler, dispatch, reference
 from .common import as_rows, contiguous_like, is_transformed, unit_stride
-from .rotary import position_stride
+from .rotary import check_positions, position_stride
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
@@ -87,7 +88,7 @@ def _call(name: str, x: Tensor, *arguments: Tensor | ctypes.Array | float | None
     return getattr(_library(), name)(*values, x.dtype == torch.bfloat16, n_thread)
 
 
-def _by_definition(definition: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
+def by_definition(definition: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the inputs, by autograd."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():  # views, since one input may depend on another
@@ -125,7 +126,7 @@ def _norm_gradients(ctx, dy: Tensor, dsum: Tensor | None, needs_dw: bool) -> tup
     """The gradients of the normed tensor and of the weight."""
     x, weight = ctx.saved_tensors
     if needs_definition(dy, dsum):
-        dx, dw = _by_definition(lambda x, w: reference.rms_norm(x, w, ctx.eps, offset=ctx.offset), (x, weight), (dy,))
+        dx, dw = by_definition(lambda x, w: reference.rms_norm(x, w, ctx.eps, offset=ctx.offset), (x, weight), (dy,))
         return dx if dsum is None else dsum if dx is None else dx + dsum, dw
     dx, rows, dy, dsum = contiguous_like(x), as_rows(x), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, width = rows.shape
@@ -194,7 +195,7 @@ class _GLU(torch.autograd.Function):
     def backward(ctx, *grads):
         gate_up, up = ctx.saved_tensors
         if needs_definition(*grads):
-            return *_by_definition(reference.geglu if ctx.is_gelu else reference.swiglu, (gate_up, up), grads), None
+            return *by_definition(reference.geglu if ctx.is_gelu else reference.swiglu, (gate_up, up), grads), None
         dh, d, d_up = as_rows(grads[0]), contiguous_like(gate_up), None if up is None else contiguous_like(up)
         (gate, up_rows), (d_gate, d_up_rows) = _halves(gate_up, up), _halves(d, d_up)
         strides = (t.stride(0) for t in (gate, up_rows, dh, d_gate))
@@ -248,10 +249,8 @@ def _integers(*values: int) -> ctypes.Array:
 
 def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """In fp32 and int64. Raises ValueError for positions that cos does not have: in backward they may have been overwritten."""
-    if positions is not None and positions.numel():
-        low, high = (int(n) for n in positions.aminmax())
-        if low < 0 or high >= len(cos):
-            raise ValueError(f"positions from {low} to {high}, but cos and sin hold positions 0 to {len(cos) - 1}")
+    if positions is not None:
+        check_positions(positions, cos)
     return cos.float().contiguous(), sin.float().contiguous(), None if positions is None else positions.long()
 
 
@@ -316,7 +315,7 @@ class _QKNormRope(torch.autograd.Function):
         if needs_definition(*grads):
             options = {"n_head": n_head, "n_kv_head": n_kv_head, "eps": ctx.eps, "positions": positions}
             definition = lambda x, wq, wk: reference.qk_norm_rope(x, wq, wk, cos, sin, **options)
-            return *_by_definition(definition, (qkv, q_weight, k_weight), grads), *(None,) * 6
+            return *by_definition(definition, (qkv, q_weight, k_weight), grads), *(None,) * 6
         qkv, grads = unit_stride(qkv), [unit_stride(g) for g in grads]
         n_batch, n_tokens, _ = qkv.shape
         head_dim, half, dqkv = q_weight.shape[0], cos.shape[1], contiguous_like(qkv)

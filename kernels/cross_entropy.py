@@ -285,6 +285,10 @@ def _torch_blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
+def _runs_in_c(logits: Tensor, label_smoothing: float, z_loss: float, softcap: float) -> bool:
+    return not softcap and logits.stride(1) == 1 and cpu.can_run(logits, numbers=(label_smoothing, z_loss))
+
+
 class _TorchCrossEntropy(torch.autograd.Function):
     """(loss, nll, lse, correct) of each row on a CPU, differentiable in loss; correct only with_stats.
 
@@ -296,7 +300,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
         rows = loss, nll, top, log_total, correct = empty_rows(logits, len(logits))
         ctx.options, ctx.inplace = (ignore_index, label_smoothing, z_loss, softcap), inplace
         ctx.set_materialize_grads(False)
-        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits, numbers=(label_smoothing, z_loss)):
+        if _runs_in_c(logits, label_smoothing, z_loss, softcap):
             options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
             cpu.cross_entropy(logits, targets, rows[:4], correct if with_stats else None, **options)
             lse = top + log_total
@@ -331,16 +335,11 @@ class _TorchCrossEntropy(torch.autograd.Function):
             return (None,) * 8
         ignore_index, label_smoothing, z_loss, softcap = ctx.options
         if cpu.needs_definition(grad):  # autograd differentiates the definition
-            create_graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                logits = logits.view_as(logits)  # not the user's tensor, whose hooks would run
-                loss = reference.cross_entropy(
-                    logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap or None,
-                    reduction="none",
-                )  # fmt: skip
-            return *torch.autograd.grad(loss, logits, grad, create_graph=create_graph), *(None,) * 7
+            options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap or None, "reduction": "none"}
+            definition = lambda s: reference.cross_entropy(s, targets, ignore_index=ignore_index, **options)
+            return *cpu.by_definition(definition, (logits,), (grad,)), *(None,) * 7
         out = logits.detach() if ctx.inplace else contiguous_like(logits)
-        if not softcap and logits.stride(1) == 1 and cpu.can_run(logits, numbers=(label_smoothing, z_loss)):
+        if _runs_in_c(logits, label_smoothing, z_loss, softcap):
             options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
             cpu.cross_entropy_backward(logits, targets, top, log_total, grad, out, **options)
             if ctx.inplace:

@@ -17,6 +17,14 @@ def rotary_tables(
     return angle.cos().float(), angle.sin().float()
 
 
+def check_positions(positions: Tensor, cos: Tensor) -> None:
+    """Raise ValueError for a position that cos does not have. Reads the values."""
+    if positions.numel():
+        low, high = (int(n) for n in positions.aminmax())
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(f"positions from {low} to {high}, but cos and sin hold positions 0 to {cos.shape[0] - 1}; make them longer")
+
+
 def token_positions(n_batch: int, n_tokens: int, cos: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """The positions to look up in cos, None for 0 … T − 1. Raises ValueError if they do not fit; values are checked on the CPU only."""
     if positions is not None and cu_seqlens is not None:
@@ -30,10 +38,8 @@ def token_positions(n_batch: int, n_tokens: int, cos: Tensor, positions: Tensor 
         return None
     if positions.shape not in ((n_tokens,), (1, n_tokens), (n_batch, n_tokens)):
         raise ValueError(f"positions {tuple(positions.shape)}: ({n_tokens},), (1, {n_tokens}) or ({n_batch}, {n_tokens}) expected")
-    if is_readable(positions) and positions.numel():
-        low, high = (int(n) for n in positions.aminmax())
-        if low < 0 or high >= cos.shape[0]:
-            raise ValueError(f"positions from {low} to {high}, but cos and sin hold positions 0 to {cos.shape[0] - 1}; make them longer")
+    if is_readable(positions):
+        check_positions(positions, cos)
     return positions.contiguous()
 
 
